@@ -1,0 +1,15 @@
+"""Clip tensors by their global norm: correctly rounded, at memory speed, the same bits everywhere.
+
+>>> import numpy as np, gradclip
+>>> gradients = [np.float32([3]), np.float32([[4]])]
+>>> print(gradclip.clip_by_global_norm_(gradients, clip_norm=1.0))
+5.0
+>>> print(gradclip.global_norm(gradients))
+1.0
+"""
+
+from gradclip._clip import clip_by_global_norm, clip_by_global_norm_, global_norm
+from gradclip._sparse import IndexedSlices
+
+__all__ = ["IndexedSlices", "clip_by_global_norm", "clip_by_global_norm_", "global_norm"]
+__version__ = "0.1.0"

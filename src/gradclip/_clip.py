@@ -1,0 +1,265 @@
+"""The one flow: flatten, measure, decide, scale, rebuild."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from gradclip._decide import (
+    Action,
+    Fill,
+    Keep,
+    OnNonfinite,
+    Raise,
+    Scale,
+    check_clip_norm,
+    check_on_nonfinite,
+    check_use_norm,
+    decide,
+)
+from gradclip._dispatch import backend_of
+from gradclip._exact import FLOAT32, FLOAT64, Scaled, Total, counts, merge, norm, square
+from gradclip._protocol import Backend
+from gradclip._tree import Tree, flatten
+from gradclip.kernels.cpu import ieee_arithmetic
+
+
+def clip_by_global_norm(
+    t_list: Any,
+    clip_norm: Any,
+    use_norm: Any = None,
+    name: str | None = None,  # noqa: ARG001  (names graph operations in TensorFlow)
+    *,
+    on_nonfinite: OnNonfinite = "nan",
+    group: Any = None,
+) -> tuple[Any, Any]:
+    """Scale arrays down together so that their global norm is at most ``clip_norm``.
+
+    ::
+
+        global_norm = sqrt(sum of |x|^2 over every element x of every leaf)
+        t_clipped   = t                              if global_norm <= clip_norm
+        t_clipped   = t * (clip_norm / global_norm)  otherwise
+
+    The norm is the real-number sum rounded once, so it does not depend on the order of leaves,
+    threads or kernels. With nothing to clip each output is bit for bit its input.
+
+    Args:
+        t_list: arrays in a list, tuple, dict or any nest of them; None keeps its place; an
+            iterator is read once. float16, bfloat16, float8, float32, float64, complex64 and
+            complex128, of any shape and layout, dense or sparse. Never modified.
+        clip_norm: a real scalar above 0; ``inf`` clips nothing.
+        use_norm: the norm to scale by, if it is known already. The leaves are not read for it.
+        name: names the operations where a framework has named ones; else without effect.
+        on_nonfinite: what to make of a norm that is NaN or inf because an element is:
+            ``"nan"`` every element NaN, ``"zero"`` every element 0, ``"keep"`` the inputs
+            unchanged, ``"raise"`` FloatingPointError.
+        group: who else holds parts of the same gradient. No backend here supports one yet.
+
+    Returns:
+        ``(list_clipped, global_norm)``: the same nest with new arrays of the same dtypes, shapes
+        and layouts; and a scalar, float64 if a leaf is float64 or complex128, else float32.
+
+    Raises:
+        TypeError: a leaf is not of a dtype or framework that is served, leaves are of two
+            frameworks, or a limit is no real number.
+        ValueError: a limit is out of range, or a sparse leaf is malformed.
+        FloatingPointError: with ``on_nonfinite="raise"``.
+
+    Follows ``tf.clip_by_global_norm`` and Pascanu et al., 2012 (arXiv:1211.5063).
+
+    >>> import numpy as np
+    >>> clipped, norm = clip_by_global_norm([np.array([3.0]), np.array([4.0])], 2.5)
+    >>> print(clipped, norm)
+    [array([1.5]), array([2.])] 5.0
+    """
+    with ieee_arithmetic():
+        tree, backend, held, measured, action = _decided(
+            t_list, clip_norm, use_norm, on_nonfinite, group, writable=False
+        )
+        match action:
+            case Scale(factor):
+                leaves = backend.scaled(held, factor)
+            case Fill(value):
+                leaves = backend.filled(held, value)
+            case Keep():
+                leaves = backend.copied(held)
+        return tree.rebuild(leaves), backend.scalar(measured, held)
+
+
+def clip_by_global_norm_(
+    t_list: Any,
+    clip_norm: Any,
+    use_norm: Any = None,
+    *,
+    on_nonfinite: OnNonfinite = "nan",
+    group: Any = None,
+) -> Any:
+    """Scale arrays down together where they lie; see `clip_by_global_norm`.
+
+    With nothing to clip no byte is written. An array that is listed twice counts once and is
+    scaled once. Arrays that overlap in part are scaled each, as by NumPy's own operators.
+
+    Args:
+        t_list: as in `clip_by_global_norm`; every leaf must be writable.
+        clip_norm: a real scalar above 0; ``inf`` clips nothing.
+        use_norm: the norm to scale by, if it is known already.
+        on_nonfinite: as in `clip_by_global_norm`.
+        group: as in `clip_by_global_norm`.
+
+    Returns:
+        global_norm, as it was before clipping.
+
+    Raises:
+        TypeError, ValueError, FloatingPointError: as `clip_by_global_norm`, and ValueError for a
+            leaf that is read-only or whose elements share memory. Nothing has been written then.
+
+    >>> import numpy as np
+    >>> gradient = np.array([3.0, 4.0])
+    >>> print(clip_by_global_norm_([gradient], 2.5), gradient)
+    5.0 [1.5 2. ]
+    """
+    with ieee_arithmetic():
+        _, backend, held, measured, action = _decided(
+            t_list, clip_norm, use_norm, on_nonfinite, group, writable=True
+        )
+        _act_(backend, held, action)
+        return backend.scalar(measured, held)
+
+
+def global_norm(
+    t_list: Any,
+    name: str | None = None,  # noqa: ARG001  (names graph operations in TensorFlow)
+    *,
+    group: Any = None,
+) -> Any:
+    """The square root of the sum of ``|x|^2`` over every element of every leaf.
+
+    Correctly rounded: the real-number sum, rounded once, ties to even. NaN if any element is,
+    else inf if any element is, or where the true norm does not fit the dtype.
+
+    Args:
+        t_list: as in `clip_by_global_norm`.
+        name: names the operations where a framework has named ones; else without effect.
+        group: as in `clip_by_global_norm`.
+
+    Returns:
+        A scalar: float64 if a leaf is float64 or complex128, else float32.
+
+    Raises:
+        TypeError: a leaf is not of a dtype or framework that is served.
+        ValueError: a sparse leaf is malformed.
+
+    Follows ``tf.linalg.global_norm``.
+
+    >>> import numpy as np
+    >>> print(global_norm({"w": np.float32([[3, 0], [0, 4]]), "b": None}))
+    5.0
+    """
+    with ieee_arithmetic():
+        _no_group(group)
+        tree = flatten(t_list)
+        backend = backend_of(tree.leaves, tree.path)
+        held = backend.hold(tree.leaves, tree.path, writable=False)
+        return backend.scalar(backend.measure(held), held)
+
+
+class Survey(NamedTuple):
+    """What one pass over some leaves finds; surveys of parts add up with `together`."""
+
+    total: Total
+    largest: float  # the largest finite |x|
+    wide: bool  # if a leaf is float64 or complex128
+
+    @property
+    def norm(self) -> Scaled:
+        """The global norm, correctly rounded."""
+        return norm(self.total, FLOAT64 if self.wide else FLOAT32)
+
+    @property
+    def square(self) -> int:
+        """The sum of squares of the finite elements, in units of 2^-2176."""
+        return square(self.total)
+
+    @property
+    def nonfinite(self) -> tuple[int, int]:
+        """How many NaN and how many inf; a complex element counts as two numbers."""
+        infs, nans = counts(self.total)
+        return nans, infs
+
+
+def survey(t_list: Any) -> Survey:
+    """Measure leaves in one pass."""
+    with ieee_arithmetic():
+        tree = flatten(t_list)
+        backend = backend_of(tree.leaves, tree.path)
+        held = backend.hold(tree.leaves, tree.path, writable=False)
+        return Survey(*backend.total(held))
+
+
+def together(surveys: Iterable[Survey]) -> Survey:
+    """The survey of all leaves, from those of parts of them."""
+    parts = list(surveys)
+    return Survey(
+        merge(part.total for part in parts),
+        max((part.largest for part in parts), default=0.0),
+        any(part.wide for part in parts),
+    )
+
+
+def act_(t_list: Any, action: Action) -> None:
+    """Carry out what has been decided for the whole on some of its leaves, where they lie."""
+    with ieee_arithmetic():
+        tree = flatten(t_list)
+        backend = backend_of(tree.leaves, tree.path)
+        _act_(backend, backend.hold(tree.leaves, tree.path, writable=True), action)
+
+
+def _act_(backend: Backend, held: Any, action: Action) -> None:
+    match action:
+        case Scale(factor):
+            backend.scale_(held, factor)
+        case Fill(value):
+            backend.fill_(held, value)
+
+
+def _decided(
+    t_list: Any,
+    clip_norm: Any,
+    use_norm: Any,
+    on_nonfinite: OnNonfinite,
+    group: Any,
+    *,
+    writable: bool,
+) -> tuple[Tree, Backend, Any, Scaled, Keep | Fill | Scale]:
+    """Everything up to the first write."""
+    limit = check_clip_norm(clip_norm)
+    check_on_nonfinite(on_nonfinite)
+    measured = None if use_norm is None else check_use_norm(use_norm)
+    _no_group(group)
+    tree = flatten(t_list)
+    backend = backend_of(tree.leaves, tree.path)
+    held = backend.hold(tree.leaves, tree.path, writable=writable)
+    if measured is None:
+        measured = backend.measure(held)
+    action = decide(measured, limit, on_nonfinite)
+    if isinstance(action, Raise):
+        raise FloatingPointError(_offenders(tree, backend, measured))
+    return tree, backend, held, measured, action
+
+
+def _offenders(tree: Tree, backend: Backend, measured: Scaled) -> str:
+    """Each leaf that holds NaN or inf, with its counts."""
+    found = []
+    for place, leaf in enumerate(tree.leaves):
+        nans, infs = backend.count_nonfinite(leaf)
+        if nans or infs:
+            found.append(f"{tree.path(place)} holds {nans} NaN and {infs} inf")
+    return f"the global norm is {float(measured)}: " + (
+        "; ".join(found) or "given as use_norm, every leaf is finite"
+    )
+
+
+def _no_group(group: Any) -> None:
+    if group is not None:
+        raise NotImplementedError(f"group is {group!r}; NumPy arrays take no group yet")

@@ -1,0 +1,71 @@
+"""Leaf type to backend, by name: no framework is imported to find out.
+
+The file name registers a backend: ``backends/torch.py`` serves every type one of whose bases is
+defined in a module below ``torch``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from gradclip._protocol import Backend
+from gradclip._sparse import IndexedSlices
+
+# Types of these are arrays of another framework, or wrap them.
+_SERVED_BY = {"scipy": "numpy", "ml_dtypes": "numpy"}
+
+_names: dict[type, str | None] = {}
+
+
+def backend_names() -> list[str]:
+    """Every framework that has a file in ``backends/``."""
+    folder = Path(__file__).parent / "backends"
+    return sorted(file.stem for file in folder.glob("*.py") if file.stem != "__init__")
+
+
+def backend_of(leaves: Sequence[Any], path: Callable[[int], str]) -> Backend:
+    """The one backend that serves all leaves; NumPy's for no leaves at all.
+
+    Raises:
+        TypeError: a leaf is no array of a known framework, or leaves are of two frameworks.
+    """
+    kinds = set(map(type, leaves))
+    if IndexedSlices in kinds:
+        kinds = {type(_array(leaf)) for leaf in leaves}
+    names = {_name(kind) for kind in kinds}
+    if None in names:
+        place = next(i for i, leaf in enumerate(leaves) if _name(type(_array(leaf))) is None)
+        raise TypeError(
+            f"{path(place)} is {type(_array(leaves[place])).__name__}; "
+            f"gradclip clips arrays of {', '.join(backend_names())}"
+        )
+    if len(names) > 1:
+        first = _name(type(_array(leaves[0])))
+        place = next(i for i, leaf in enumerate(leaves) if _name(type(_array(leaf))) != first)
+        raise TypeError(
+            f"{path(0)} is of {first} and {path(place)} is of {_name(type(_array(leaves[place])))}; "
+            "one call clips leaves of one framework"
+        )
+    return load(names.pop() or "numpy" if names else "numpy")
+
+
+def load(name: str) -> Backend:
+    """Import the backend of a framework."""
+    return cast(Backend, importlib.import_module(f"gradclip.backends.{name}"))
+
+
+def _array(leaf: Any) -> Any:
+    return leaf.values if isinstance(leaf, IndexedSlices) else leaf
+
+
+def _name(kind: type) -> str | None:
+    # A plain dict: functools.lru_cache would break torch.compile(fullgraph=True).
+    if kind not in _names:
+        known = backend_names()
+        roots = (base.__module__.partition(".")[0] for base in kind.__mro__)
+        served = (_SERVED_BY.get(root, root) for root in roots)
+        _names[kind] = next((root for root in served if root in known), None)
+    return _names[kind]

@@ -1,0 +1,76 @@
+"""Sparse leaves: rows with an index each, and adding the rows that share one."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+
+class IndexedSlices(NamedTuple):
+    """Rows of a tensor that is zero elsewhere; rows with the same index add up.
+
+    It stands for the dense tensor ``D`` with ``D[i] = sum of values[j] where indices[j] == i``.
+    For frameworks that have no such type of their own; the fields are those of
+    ``tf.IndexedSlices``.
+
+    Attributes:
+        values: array of shape (n, ...), floating or complex.
+        indices: integer array of shape (n,).
+        dense_shape: the shape of D, or None where it is not known.
+
+    >>> import numpy as np
+    >>> slices = IndexedSlices(np.float32([[1.5], [4], [1.5]]), np.array([7, 2, 7]), (9, 1))
+    >>> import gradclip
+    >>> print(gradclip.global_norm([slices]))
+    5.0
+    """
+
+    values: Any
+    indices: Any
+    dense_shape: tuple[int, ...] | None = None
+
+
+def check_rows(slices: IndexedSlices, path: str) -> npt.NDArray[np.integer[Any]]:
+    """The indices of slices, found to fit their values and their dense shape.
+
+    Raises:
+        ValueError: they do not.
+    """
+    indices = np.asarray(slices.indices)
+    values_shape = np.shape(slices.values)
+    if indices.dtype.kind not in "iu":
+        raise ValueError(f"{path}.indices is {indices.dtype}; indices are integers")
+    if indices.ndim != 1 or not values_shape or values_shape[0] != indices.size:
+        raise ValueError(
+            f"{path} has indices of shape {indices.shape} and values of shape {values_shape}; "
+            "each row of values needs one index"
+        )
+    rows = np.inf
+    if slices.dense_shape is not None:
+        dense_shape = tuple(int(length) for length in slices.dense_shape)
+        if dense_shape[1:] != values_shape[1:] or not dense_shape:
+            raise ValueError(
+                f"{path} has dense_shape {dense_shape} and values of shape {values_shape}; "
+                "they must agree after the first dimension"
+            )
+        rows = dense_shape[0]
+    if indices.size and (indices.min() < 0 or indices.max() >= rows):
+        wrong = indices[(indices < 0) | (indices >= rows)][0]
+        raise ValueError(f"{path}.indices holds {wrong}; dense_shape has {rows} rows")
+    return indices
+
+
+def merge_rows(
+    values: npt.NDArray[Any], indices: npt.NDArray[np.integer[Any]]
+) -> npt.NDArray[Any] | None:
+    """Add rows with the same index, in float64 and in their order; None if no two share one."""
+    unique, place = np.unique(indices, return_inverse=True)
+    if unique.size == indices.size:
+        return None
+    dtype = np.complex128 if values.dtype.kind == "c" else np.float64
+    merged = np.zeros((unique.size, *values.shape[1:]), dtype)
+    # Unbuffered: each row is added in its turn, so the result is defined to the bit.
+    np.add.at(merged, place, values.astype(dtype, copy=False))
+    return merged

@@ -1,0 +1,308 @@
+"""NumPy arrays and scalars, `gradclip.IndexedSlices` of them, and scipy.sparse."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from gradclip._exact import (
+    FLOAT32,
+    FLOAT64,
+    Part,
+    Scaled,
+    Total,
+    certified_norm,
+    merge,
+    norm,
+    total_of,
+)
+from gradclip._sparse import IndexedSlices, check_rows, merge_rows
+from gradclip.kernels import cpu
+
+_ACCEPTED = "float16, bfloat16, float8, float32, float64 and complex arrays"
+_IN_PLACE_FORMATS = ("bsr", "coo", "csc", "csr", "dia")
+
+Array = npt.NDArray[Any]
+
+
+class Held(NamedTuple):
+    """Leaves that have passed every check, and their memory."""
+
+    leaves: Sequence[Any]
+    values: list[Array]  # the elements of each leaf: of a sparse one its stored values
+    decode: list[bytes | None] | None
+    memory: cpu.Leaves  # of `values`
+    writable: bool
+    sparse: bool  # if any leaf is
+
+
+def hold(leaves: Sequence[Any], path: Callable[[int], str], *, writable: bool) -> Held:
+    """Check the leaves and take hold of their memory.
+
+    Raises:
+        TypeError: a leaf is of another dtype or type than those clipped.
+        ValueError: a sparse leaf is malformed; with ``writable``, a leaf is read-only or its
+            elements share memory.
+    """
+    values = list(leaves)
+    if set(map(type, values)) <= {np.ndarray}:
+        memory = cpu.take(values, None, writable=writable)
+        if memory is not None:
+            return Held(leaves, values, None, memory, writable, False)
+    for place, leaf in enumerate(leaves):
+        values[place] = _values(leaf, path(place), writable=writable)
+    coded = [_as_codes(array) for array in values]
+    decode = [_decode_table(array.dtype) for array in values]
+    memory = cpu.take(coded, decode, writable=writable)
+    if memory is None:
+        raise ValueError(_in_the_way(values, path))
+    return Held(leaves, values, decode, memory, writable, any(map(_is_sparse, leaves)))
+
+
+def measure(held: Held) -> Scaled:
+    """The global norm, correctly rounded."""
+    memory = _measured(held)
+    if not memory.has_f64:
+        certified = certified_norm([Part(*part) for part in cpu.sum_squares(memory)])
+        if certified is not None:
+            return certified
+    return norm(_total(memory)[0], FLOAT64 if held.memory.has_f64 else FLOAT32)
+
+
+def total(held: Held) -> tuple[Total, float, bool]:
+    """The exact sum, the largest finite |x| (of a complex x, of its parts), if any is wide."""
+    return *_total(_measured(held)), held.memory.has_f64
+
+
+def _total(memory: cpu.Leaves) -> tuple[Total, float]:
+    shares = cpu.exact_squares(memory)
+    return (
+        merge(total_of(narrow, wide) for narrow, wide, _ in shares),
+        max(largest for _, _, largest in shares),
+    )
+
+
+def count_nonfinite(leaf: Any) -> tuple[int, int]:
+    """How many elements are NaN, and how many are inf."""
+    values = _values(leaf, "leaf", writable=False)
+    return int(np.isnan(values).sum()), int(np.isinf(values).sum())
+
+
+def scalar(value: Scaled, held: Held) -> np.floating[Any]:
+    """The norm as NumPy scalar."""
+    with np.errstate(over="ignore", under="ignore"):
+        return np.float64(value) if held.memory.has_f64 else np.float32(float(value))
+
+
+def copied(held: Held) -> list[Any]:
+    """New leaves, bit for bit the old ones."""
+    return _rewrapped(held, [values.copy(order="K") for values in held.values])
+
+
+def filled(held: Held, value: float) -> list[Any]:
+    """New leaves, every element ``value``."""
+    new = [np.empty_like(values) for values in held.values]
+    for array in new:
+        _fill(array, value)
+    return _rewrapped(held, new)
+
+
+def scaled(held: Held, factor: Scaled) -> list[Any]:
+    """New leaves, every element multiplied."""
+    new = [np.empty_like(values) for values in held.values]
+    # The kernel walks both in the order of memory: where that is not the same, scale a copy.
+    old = list(held.values)
+    for place, (source, target) in enumerate(zip(old, new, strict=True)):
+        if source.strides != target.strides:
+            np.copyto(target, source)
+            old[place] = target
+    same = all(source is values for source, values in zip(old, held.values, strict=True))
+    source = held.memory if same else _take(old, held.decode)
+    _scale(source, _take(new, held.decode), held, factor)
+    return _rewrapped(held, new)
+
+
+def fill_(held: Held, value: float) -> None:
+    """Put ``value`` into every element."""
+    for values in held.values:
+        _fill(values, value)
+
+
+def scale_(held: Held, factor: Scaled) -> None:
+    """Multiply every element where it lies."""
+    _scale(held.memory, held.memory, held, factor)
+
+
+def _scale(source: cpu.Leaves, target: cpu.Leaves, held: Held, factor: Scaled) -> None:
+    recode = held.decode and [_recode_table(values.dtype, factor) for values in held.values]
+    cpu.scale(source, target, *factor, recode)
+
+
+def _fill(array: Array, value: float) -> None:
+    array[...] = complex(value, value) if array.dtype.kind == "c" else value
+
+
+def _take(arrays: list[Array], decode: list[bytes | None] | None) -> cpu.Leaves:
+    coded = arrays if decode is None else [_as_codes(array) for array in arrays]
+    memory = cpu.take(coded, decode, writable=False)
+    assert memory is not None, "arrays that have passed every check"
+    return memory
+
+
+# ---- one leaf ----
+
+
+def _is_sparse(leaf: Any) -> bool:
+    return isinstance(leaf, IndexedSlices) or not isinstance(leaf, np.ndarray | np.generic)
+
+
+def _values(leaf: Any, path: str, *, writable: bool) -> Array:
+    """The elements of a leaf as a plain array of an accepted dtype."""
+    if isinstance(leaf, np.ma.MaskedArray):
+        raise TypeError(f"{path} is a masked array; fill it first: array.filled(0)")
+    if isinstance(leaf, IndexedSlices):
+        values = leaf.values
+        _check_dtype(values.dtype, path)
+        check_rows(leaf, path)
+    elif _is_sparse(leaf):
+        values = _scipy_values(leaf, path, writable=writable)
+    else:
+        values = leaf
+    _check_dtype(values.dtype, path)
+    if writable and isinstance(values, np.generic):
+        raise ValueError(f"{path} is a NumPy scalar, which cannot be written in place")
+    return np.asarray(values)
+
+
+def _check_dtype(dtype: np.dtype[Any], path: str) -> None:
+    if dtype.char not in "efdFD" and not _is_ml_dtype(dtype):
+        raise TypeError(f"{path} is {dtype}; gradclip clips {_ACCEPTED}")
+
+
+def _is_ml_dtype(dtype: np.dtype[Any]) -> bool:
+    """If it is bfloat16 or a float8 that has zero and a sign."""
+    known = dtype.name == "bfloat16" or dtype.name.startswith(
+        ("float8_e3", "float8_e4", "float8_e5")
+    )
+    return known and dtype.type.__module__.partition(".")[0] == "ml_dtypes"
+
+
+def _as_codes(values: Array) -> Array:
+    """The array in a dtype that has the buffer protocol: ml_dtypes as unsigned integers."""
+    if not _is_ml_dtype(values.dtype):
+        return values
+    return values.view(np.uint16 if values.dtype.itemsize == 2 else np.uint8)
+
+
+_decode_tables: dict[np.dtype[Any], bytes] = {}
+
+
+def _decode_table(dtype: np.dtype[Any]) -> bytes | None:
+    """For float8, the float32 values of its 256 codes."""
+    if dtype.itemsize != 1:
+        return None
+    if dtype not in _decode_tables:
+        codes = np.arange(256, dtype=np.uint8)
+        _decode_tables[dtype] = codes.view(dtype).astype(np.float32).tobytes()
+    return _decode_tables[dtype]
+
+
+def _recode_table(dtype: np.dtype[Any], factor: Scaled) -> bytes | None:
+    """For float8, the code of each code's value times the factor."""
+    if dtype.itemsize != 1:
+        return None
+    values = np.frombuffer(_decode_table(dtype) or b"", np.float32)
+    product = np.empty_like(values)
+    cpu.scale(_take([values], None), _take([product], None), *factor, None)
+    with np.errstate(invalid="ignore"):
+        return product.astype(dtype).tobytes()
+
+
+def _in_the_way(values: Sequence[Array], path: Callable[[int], str]) -> str:
+    """Why one of the arrays cannot be written in place."""
+    for place, array in enumerate(values):
+        if not array.flags.writeable:
+            return f"{path(place)} is read-only; clip_by_global_norm returns new arrays instead"
+    for place, array in enumerate(values):
+        if cpu.take([_as_codes(array)], [_decode_table(array.dtype)], writable=True) is None:
+            return (
+                f"{path(place)} has elements that share memory (strides {array.strides}); "
+                "clip_by_global_norm returns new arrays instead"
+            )
+    raise AssertionError("every array can be written")
+
+
+# ---- sparse leaves ----
+
+
+def _measured(held: Held) -> cpu.Leaves:
+    """The memory whose squares add up to those of the tensors that the leaves stand for."""
+    if not held.sparse:
+        return held.memory
+    arrays, decode = [], []
+    seen: set[int] = set()
+    for leaf, values in zip(held.leaves, held.values, strict=True):
+        merged = _merged(leaf, values) if _is_sparse(leaf) else None
+        arrays.append(values if merged is None else merged)
+    return _take(arrays, [_decode_table(array.dtype) for array in arrays])
+
+
+def _merged(leaf: Any, values: Array) -> Array | None:
+    """The rows of a sparse leaf, those with one index added; None if each has its own."""
+    if isinstance(leaf, IndexedSlices):
+        return merge_rows(values, np.asarray(leaf.indices))
+    coordinates = leaf.tocoo(copy=False)
+    shape = coordinates.shape
+    if math.prod(shape) < 2**63:
+        index = np.ravel_multi_index(coordinates.coords, shape)
+    else:
+        index = np.unique(np.stack(coordinates.coords), axis=1, return_inverse=True)[1]
+    merged = merge_rows(coordinates.data, index)
+    # A dia matrix stores values outside of the matrix too: only those that tocoo keeps count.
+    return coordinates.data if merged is None and leaf.format == "dia" else merged
+
+
+def _scipy_values(leaf: Any, path: str, *, writable: bool) -> Array:
+    if leaf.format in _IN_PLACE_FORMATS:
+        _check_scipy_indices(leaf, path)
+        return np.asarray(leaf.data)
+    if writable:
+        raise TypeError(
+            f"{path} is a {type(leaf).__name__}, which cannot be scaled in place; "
+            f"convert it with .tocsr(), or use clip_by_global_norm"
+        )
+    return np.asarray(leaf.tocoo().data)
+
+
+def _check_scipy_indices(leaf: Any, path: str) -> None:
+    if leaf.format == "dia":
+        return
+    axes = zip(leaf.tocoo(copy=False).coords, leaf.shape, strict=True)
+    for axis, (index, length) in enumerate(axes):
+        if index.size and (index.min() < 0 or index.max() >= length):
+            raise ValueError(f"{path} has an index out of range on axis {axis} of length {length}")
+
+
+def _rewrapped(held: Held, new: list[Array]) -> list[Any]:
+    """The leaves again, with new elements."""
+    return [_rewrap(leaf, values) for leaf, values in zip(held.leaves, new, strict=True)]
+
+
+def _rewrap(leaf: Any, values: Array) -> Any:
+    if isinstance(leaf, np.ndarray):
+        return values
+    if isinstance(leaf, np.generic):
+        return values[()]
+    if isinstance(leaf, IndexedSlices):
+        return leaf._replace(values=values)
+    if leaf.format in _IN_PLACE_FORMATS:
+        new = leaf.copy()
+        new.data = values
+        return new
+    coordinates = leaf.tocoo()
+    coordinates.data = values
+    return coordinates.asformat(leaf.format)

@@ -1,0 +1,60 @@
+"""The command line: one file per sub-command, each with ``add_arguments`` and ``run``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from gradclip.cli._console import CliError, fail
+
+COMMANDS = {
+    "norm": "print the norm of each tensor in a file, and the global norm of all",
+    "clip": "write a copy of a file whose tensors have at most a given global norm",
+    "demo": "train a small network with and without clipping, and draw both",
+    "check": "compare the norms of gradclip and of other libraries with exact arithmetic",
+    "bench": "time gradclip against other libraries, side by side",
+    "env": "show versions, processor, kernel, threads and backends",
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """Build the argument parser of the whole command line."""
+    top = argparse.ArgumentParser(
+        prog="gradclip",
+        description="Clip tensors by their global norm, correctly rounded.",
+        epilog="example: gradclip norm gradients.safetensors",
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, summary in COMMANDS.items():
+        module = importlib.import_module(f"gradclip.cli.{name}")
+        sub = commands.add_parser(
+            name,
+            help=summary,
+            description=module.__doc__,
+            epilog=f"example: {module.EXAMPLE}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.add_argument("--json", action="store_true", help="print JSON instead of tables")
+        module.add_arguments(sub)
+        sub.set_defaults(run=module.run)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit status is 0, 1 for a failed check, 2 for bad usage."""
+    try:
+        args = parser().parse_args(argv)
+        status: int = args.run(args)
+        sys.stdout.flush()
+    except CliError as error:
+        return fail(str(error), error.status)
+    except KeyboardInterrupt:
+        return fail("interrupted", 130)
+    except BrokenPipeError:
+        # The reader (head, less) has gone: what is still buffered has nowhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return status

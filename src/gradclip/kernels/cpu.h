@@ -1,0 +1,77 @@
+/* Sums of squares and scaling over a list of strided arrays, on any number of threads.
+ *
+ * A caller lays out an array of leaf_t, fills a list_t, and lets each of its threads call one of
+ * the three walks on the same list_t; they share out the work through list_t.cursor. */
+#ifndef GRADCLIP_CPU_H
+#define GRADCLIP_CPU_H
+
+#include <stdatomic.h>
+#include <stdint.h>
+
+/* Words of the two accumulators: value = sum of word[j] * 2^(32 j + unit). After the value come
+ * the count of Inf and the count of NaN. */
+enum { NARROW_WORDS = 22, NARROW_UNIT = -384, WIDE_WORDS = 134, WIDE_UNIT = -2176 };
+enum { INF_COUNT = 0, NAN_COUNT = 1, COUNTS = 2 };
+
+typedef enum { F32, F64, F16, BF16, BYTE } kind_t;
+
+typedef struct {
+    char *data;
+    int64_t size;            /* real numbers in it; a complex element holds two */
+    int64_t first;           /* how many stand in the leaves before it */
+    kind_t kind;
+    int swap;                /* bytes stand in the other order */
+    int ndim;                /* 0: contiguous, aligned and native; else read it through strides */
+    const int64_t *shape;    /* outermost first; neighbours that can be one dimension are one */
+    const int64_t *strides;  /* in bytes, never negative */
+    const float *decode;     /* BYTE: the value of each of the 256 bytes */
+} leaf_t;
+
+typedef struct {
+    const leaf_t *leaves;
+    int64_t count;
+    int64_t size;
+    _Atomic int64_t cursor;  /* the next chunk that no thread has taken */
+} list_t;
+
+typedef struct {
+    double high, low;        /* their sum is the sum of squares, see sum_squares */
+    int has_inf, has_nan;
+} sum_t;
+
+typedef struct {
+    int64_t narrow[NARROW_WORDS + COUNTS];
+    int64_t wide[WIDE_WORDS + COUNTS];
+    double largest;          /* the largest finite |x| */
+} total_t;
+
+typedef struct {
+    float narrow;            /* leaves of 32 bits or fewer: x * narrow in float32, or, where */
+    double narrow_wide;      /* narrow is not a normal float32, x * narrow_wide in float64 */
+    double wide, shift;      /* float64 leaves: x * shift * shift * wide; shift is 1 or tiny */
+} factor_t;
+
+/* Elements that one thread takes at a time. */
+enum { CHUNK = 65536 };
+int64_t item_size(kind_t kind);
+
+/* Add up x^2 over what this thread takes: each block of 4096 in any order, the blocks in
+ * double-double. F64 leaves are passed over. */
+void sum_squares(list_t *list, sum_t *sum);
+
+/* The same, exactly, F64 leaves too. The words of `total` are carry-normalised. */
+void exact_squares(list_t *list, total_t *total);
+
+/* target = source * factor. Both lists have the same sizes and the same strides. recode[i] maps
+ * the bytes of leaf i where it is of kind BYTE. */
+void scale(const list_t *source, list_t *target, const factor_t *factor,
+           const uint8_t *const *recode);
+
+/* Choose the instructions to use: a name from kernel_names() that this processor has.
+ * Returns 0, or -1 for any other name. */
+int choose_kernel(const char *name);
+const char *kernel_name(void);
+/* Ends with NULL; widest first; only those that this processor has. */
+const char *const *kernel_names(void);
+
+#endif

@@ -1,0 +1,206 @@
+"""Arrays in this machine's memory: sums of squares and scaling, on several threads.
+
+The walks are written twice, in C (`cpu.c`) and in NumPy (`plain.py`), and give the same bits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import math
+import os
+import struct
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Protocol, TypeVar, cast
+
+from gradclip.kernels import plain
+
+try:
+    from gradclip.kernels import _cpu
+except ImportError:
+    _cpu = None
+
+# Handing work to a thread that sleeps takes 60 us, in which one thread reads about 1 MB.
+_BYTES_PER_THREAD = 1 << 20
+
+T = TypeVar("T")
+
+
+class Leaves(Protocol):
+    """The memory of a list of arrays, held for a call. Threads share out each walk."""
+
+    nbytes: int
+    has_f64: bool
+
+    def rewind(self) -> None:
+        """Start over: before each walk."""
+
+    def sum_squares(self) -> tuple[float, float, bool, bool]:
+        """This thread's share of sum x^2 as (high, low, has_inf, has_nan); float64 passed over."""
+
+    def exact_squares(self) -> tuple[bytes, bytes, float]:
+        """This thread's share, exactly: words for narrow and wide types, largest finite |x|."""
+
+    def scale(
+        self,
+        source: Any,
+        narrow: float,
+        narrow_wide: float,
+        wide: float,
+        shift: float,
+        recode: list[bytes | None] | None,
+    ) -> None:
+        """Write this thread's share of source times factor."""
+
+
+def kernel() -> str:
+    """The name of the kernel in use: a set of instructions, or ``numpy``."""
+    return "numpy" if _cpu is None else cast(str, _cpu.kernel())
+
+
+def take(arrays: list[Any], decode: list[bytes | None] | None, *, writable: bool) -> Leaves | None:
+    """Hold the memory of arrays, or None where one of them needs care first.
+
+    With ``decode`` None only native NumPy dtypes are taken. Else it has an entry for each array:
+    uint16 arrays are bfloat16, uint8 arrays are codes for the 256 float32 values in the entry.
+    """
+    if _cpu is None:
+        _warn_once()
+        return plain.take(arrays, writable, decode)
+    return cast("Leaves | None", _cpu.take(arrays, writable, decode))
+
+
+_warned = False
+
+
+def _warn_once() -> None:
+    global _warned  # noqa: PLW0603
+    if not _warned:
+        _warned = True
+        warnings.warn(
+            "gradclip's C kernel was not built, so NumPy does its work: the same bits, slower. "
+            "Reinstall gradclip where a C compiler is found.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def sum_squares(leaves: Leaves) -> list[tuple[float, float, bool, bool]]:
+    """Each thread's share of sum x^2 in float64."""
+    return _walk(leaves, leaves.sum_squares)
+
+
+def exact_squares(leaves: Leaves) -> list[tuple[bytes, bytes, float]]:
+    """Each thread's share of sum x^2, exactly."""
+    return _walk(leaves, leaves.exact_squares)
+
+
+def scale(
+    source: Leaves,
+    target: Leaves,
+    significand: float,
+    exponent: int,
+    recode: list[bytes | None] | None,
+) -> None:
+    """Write ``source * significand * 2**exponent`` to ``target``, which may be ``source``.
+
+    Leaves of 32 bits or fewer take the factor rounded to 24 bits. ``recode`` has the 256 new bytes
+    for each leaf of codes.
+    """
+    rounded = float(struct.unpack("f", struct.pack("f", significand))[0])
+    # Below the float64 range a factor takes every float32 to zero; it stays above zero itself so
+    # that inf * factor is inf.
+    narrow_wide = max(math.ldexp(rounded, exponent), 5e-324)
+    narrow = narrow_wide if narrow_wide >= 2.0**-126 else 0.0
+    # Where a factor is too small for float64, powers of two are split off: x * shift is exact, or
+    # else the product rounds to zero anyway.
+    halves = min(exponent + 1021, 0) // 2
+    shift = math.ldexp(1.0, halves)
+    wide = math.ldexp(significand, exponent - 2 * halves)
+    source.rewind()
+    _walk(target, lambda: target.scale(source, narrow, narrow_wide, wide, shift, recode))
+
+
+def _walk(leaves: Leaves, job: Callable[[], T]) -> list[T]:
+    """Run ``job``, a walk of ``leaves``, on as many threads as it is worth; their results."""
+    leaves.rewind()
+    helpers = min(threads(), leaves.nbytes // _BYTES_PER_THREAD) - 1
+    if helpers < 1:
+        return [job()]
+    futures = _submit(job, helpers)
+    results = [job()]
+    # This thread has come to the end of the work: a helper that has not begun is not needed.
+    results += [future.result() for future in futures if not future.cancel()]
+    return results
+
+
+def threads() -> int:
+    """``GRADCLIP_NUM_THREADS``, or else the processors this process may use.
+
+    Raises:
+        ValueError: the variable is set to something else than a number above 0.
+    """
+    wanted = os.environ.get("GRADCLIP_NUM_THREADS")
+    if wanted is None:
+        if sys.platform == "linux":
+            return len(os.sched_getaffinity(0))
+        return os.cpu_count() or 1
+    if not wanted.isdecimal() or not int(wanted):
+        raise ValueError(f"GRADCLIP_NUM_THREADS is {wanted!r}; it must be a number above 0")
+    return int(wanted)
+
+
+_pool: ThreadPoolExecutor | None = None
+_pool_size = 0
+_pool_lock = threading.Lock()
+
+
+def _submit(job: Callable[[], T], helpers: int) -> list[Future[T]]:
+    global _pool, _pool_size  # noqa: PLW0603
+    with _pool_lock:
+        if _pool is None or _pool_size < helpers:
+            _pool_size = helpers
+            _pool = ThreadPoolExecutor(helpers, "gradclip", initializer=_set_ieee)
+        try:
+            return [_pool.submit(job) for _ in range(helpers)]
+        except RuntimeError:
+            # The interpreter is shutting down and starts no more threads: the caller does it all.
+            return []
+
+
+def _forget_pool() -> None:
+    global _pool, _pool_lock  # noqa: PLW0603
+    _pool, _pool_lock = None, threading.Lock()
+
+
+# A forked child has none of its parent's threads.
+os.register_at_fork(after_in_child=_forget_pool)
+
+
+_libc = ctypes.CDLL(None)
+# FE_DFL_ENV: a symbol on macOS, the pointer -1 in glibc and musl.
+_DEFAULT = (
+    ctypes.c_void_p.in_dll(_libc, "_FE_DFL_ENV")
+    if sys.platform == "darwin"
+    else ctypes.c_void_p(-1)
+)
+
+
+def _set_ieee() -> None:
+    _libc.fesetenv(_DEFAULT)
+
+
+@contextlib.contextmanager
+def ieee_arithmetic() -> Iterator[None]:
+    """Round to nearest and keep subnormals, whatever the host has set; then as it was."""
+    saved = ctypes.create_string_buffer(256)
+    _libc.fegetenv(saved)
+    _set_ieee()
+    try:
+        yield
+    finally:
+        _libc.fesetenv(saved)

@@ -1,0 +1,170 @@
+/* The loops over one block of contiguous elements. cpu.c includes this file once for each set of
+ * instructions, with NAME(x) giving each copy its own names and FMA telling if fma is one
+ * instruction. Plain loops: the compiler turns them into vectors. */
+
+/* Sum of squares in float64, in any order: relative error below (n + 1) * 2^-53. */
+static double NAME(sum_f32)(const float *x, int n) {
+    double sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int i = 0; i < n; i++) {
+        double v = x[i];
+        sum = SQUARE_ADD(v, sum);
+    }
+    return sum;
+}
+
+static double NAME(sum_bf16)(const uint16_t *x, int n) {
+    double sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int i = 0; i < n; i++) {
+        double v = float_of((uint32_t)x[i] << 16);
+        sum = SQUARE_ADD(v, sum);
+    }
+    return sum;
+}
+
+static double NAME(sum_f16)(const uint16_t *x, int n) {
+    double sum = 0;
+    int16_t top = 0, bottom = INT16_MAX;
+#pragma omp simd reduction(max : top) reduction(min : bottom)
+    for (int i = 0; i < n; i++) {
+        int16_t magnitude = (int16_t)(x[i] & 0x7fff);
+        int16_t nonzero = magnitude ? magnitude : INT16_MAX;
+        top = magnitude > top ? magnitude : top;
+        bottom = nonzero < bottom ? nonzero : bottom;
+    }
+    if (top < 0x7c00 && bottom >= 0x400) {
+        /* All normal or zero: read as float32 with the exponent left as it is, each is its value
+         * times 2^-112. (A subnormal would do too, but costs some processors 100 cycles.) */
+#pragma omp simd reduction(+ : sum)
+        for (int i = 0; i < n; i++) {
+            double v = float_of((uint32_t)(x[i] & 0x7fff) << 13);
+            sum = SQUARE_ADD(v, sum);
+        }
+        return sum * 0x1p224;
+    }
+#pragma omp simd reduction(+ : sum)
+    for (int i = 0; i < n; i++) {
+        double v = float_of_half(x[i]);
+        sum = SQUARE_ADD(v, sum);
+    }
+    return sum;
+}
+
+static void NAME(load_bf16)(const uint16_t *x, int n, float *out) {
+#pragma omp simd
+    for (int i = 0; i < n; i++) out[i] = float_of((uint32_t)x[i] << 16);
+}
+
+static void NAME(load_f16)(const uint16_t *x, int n, float *out) {
+#pragma omp simd
+    for (int i = 0; i < n; i++) out[i] = float_of_half(x[i]);
+}
+
+/* One pass of the exact sum. Adding c1 = 2^52 u1 rounds p to a multiple of u1, and the rest to a
+ * multiple of u2; the bit patterns then add up as integers, which no order can change. */
+static window_t NAME(window_f32)(const float *x, int n, double c1, double c2) {
+    uint64_t s1 = 0, s2 = 0;
+    uint32_t top = 0, bottom = UINT32_MAX;
+#pragma omp simd reduction(+ : s1, s2) reduction(max : top) reduction(min : bottom)
+    for (int i = 0; i < n; i++) {
+        uint32_t magnitude = bits_of(x[i]) & 0x7fffffff;
+        top = magnitude > top ? magnitude : top;
+        bottom = magnitude - 1 < bottom ? magnitude - 1 : bottom; /* a zero wraps and drops out */
+        double v = x[i]; /* its square is exact, so fma or not makes no difference */
+        double t1 = SQUARE_ADD(v, c1);
+        double t2 = SQUARE_ADD(v, c1 - t1) + c2;
+        s1 += bits_of_double(t1);
+        s2 += bits_of_double(t2);
+    }
+    return (window_t){{s1, s2, 0}, top, bottom + 1};
+}
+
+static window_t NAME(window_f64)(const double *x, int n, double c1, double c2, double c3) {
+    uint64_t s1 = 0, s2 = 0, s3 = 0, top = 0, bottom = UINT64_MAX;
+#pragma omp simd reduction(+ : s1, s2, s3) reduction(max : top) reduction(min : bottom)
+    for (int i = 0; i < n; i++) {
+        uint64_t magnitude = bits_of_double(x[i]) & 0x7fffffffffffffff;
+        top = magnitude > top ? magnitude : top;
+        bottom = magnitude - 1 < bottom ? magnitude - 1 : bottom;
+        double v = x[i];
+        double high = v * v;
+        double low = fma(v, v, -high);
+        double t1 = high + c1, r1 = high - (t1 - c1);
+        double t2 = r1 + c2, r2 = r1 - (t2 - c2);
+        double w2 = low + c2, l2 = low - (w2 - c2);
+        double t3 = (r2 + l2) + c3;
+        s1 += bits_of_double(t1);
+        s2 += bits_of_double(t2) + bits_of_double(w2);
+        s3 += bits_of_double(t3);
+    }
+    return (window_t){{s1, s2, s3}, top, bottom + 1};
+}
+
+/* out = x where from <= bits of |x| < below, else 0; returns the largest bits below `from`. */
+static uint32_t NAME(select_f32)(const float *x, int n, uint32_t from, uint32_t below, float *out) {
+    uint32_t top = 0;
+#pragma omp simd reduction(max : top)
+    for (int i = 0; i < n; i++) {
+        uint32_t magnitude = bits_of(x[i]) & 0x7fffffff;
+        out[i] = magnitude >= from && magnitude < below ? x[i] : 0;
+        uint32_t rest = magnitude < from ? magnitude : 0;
+        top = rest > top ? rest : top;
+    }
+    return top;
+}
+
+static uint64_t NAME(select_f64)(const double *x, int n, uint64_t from, uint64_t below,
+                                 double scale, double *out) {
+    uint64_t top = 0;
+#pragma omp simd reduction(max : top)
+    for (int i = 0; i < n; i++) {
+        uint64_t magnitude = bits_of_double(x[i]) & ~((uint64_t)1 << 63);
+        out[i] = magnitude >= from && magnitude < below ? x[i] * scale : 0;
+        uint64_t rest = magnitude < from ? magnitude : 0;
+        top = rest > top ? rest : top;
+    }
+    return top;
+}
+
+static void NAME(scale_f32)(const float *x, int n, float c, float *out) {
+#pragma omp simd
+    for (int i = 0; i < n; i++) out[i] = x[i] * c;
+}
+
+static void NAME(scale_f32_wide)(const float *x, int n, double c, float *out) {
+#pragma omp simd
+    for (int i = 0; i < n; i++) out[i] = (float)(x[i] * c);
+}
+
+static void NAME(scale_f64)(const double *x, int n, double c, double *out) {
+#pragma omp simd
+    for (int i = 0; i < n; i++) out[i] = x[i] * c;
+}
+
+static void NAME(scale_bf16)(const uint16_t *x, int n, float c, uint16_t *out) {
+#pragma omp simd
+    for (int i = 0; i < n; i++) out[i] = bfloat_of(float_of((uint32_t)x[i] << 16) * c);
+}
+
+static void NAME(scale_f16)(const uint16_t *x, int n, float c, uint16_t *out) {
+#pragma omp simd
+    for (int i = 0; i < n; i++) out[i] = half_of(float_of_half(x[i]) * c);
+}
+
+static void NAME(store_bf16)(const float *x, int n, uint16_t *out) {
+#pragma omp simd
+    for (int i = 0; i < n; i++) out[i] = bfloat_of(x[i]);
+}
+
+static void NAME(store_f16)(const float *x, int n, uint16_t *out) {
+#pragma omp simd
+    for (int i = 0; i < n; i++) out[i] = half_of(x[i]);
+}
+
+static const blocks_t NAME(blocks) = {
+    NAME(sum_f32),    NAME(sum_bf16),  NAME(sum_f16),    NAME(load_bf16),      NAME(load_f16),
+    NAME(window_f32), NAME(window_f64), NAME(select_f32), NAME(select_f64),    NAME(scale_f32),
+    NAME(scale_f32_wide), NAME(scale_f64), NAME(scale_bf16), NAME(scale_f16), NAME(store_bf16),
+    NAME(store_f16),
+};

@@ -1,0 +1,191 @@
+"""The walks of `cpu.c` in NumPy, for where no C compiler is found: the same bits, slower."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+# Elements taken at a time; a bound that the sums below rely on.
+_CHUNK = 4096 * 4
+_LIMB = 18
+_SPARE = 128  # the limbs of a number reach below its last bit, by zeros
+_NARROW_WORDS = 22
+_WIDE_WORDS, _WIDE_UNIT = 134, -2176
+
+
+def take(arrays: list[Any], writable: bool, decode: list[bytes | None] | None) -> Any:
+    """As `_cpu.take`: Leaves, or None where an array needs care."""
+    kinds = "efdFD" if decode is None else "efdFDHB"
+    for array in arrays:
+        if not isinstance(array, np.ndarray) or array.dtype.char not in kinds:
+            return None
+        if writable and (not array.flags.writeable or _overlaps_itself(array)):
+            return None
+    return Leaves(arrays, writable, decode or [None] * len(arrays))
+
+
+def _overlaps_itself(array: npt.NDArray[Any]) -> bool:
+    span = array.itemsize
+    for stride, length in sorted(
+        (abs(stride), length)
+        for stride, length in zip(array.strides, array.shape, strict=True)
+        if length != 1
+    ):
+        if stride < span and array.size:
+            return True
+        span += (length - 1) * stride
+    return False
+
+
+class Leaves:
+    """As `_cpu.Leaves`, but the first thread that comes does the whole walk."""
+
+    def __init__(
+        self, arrays: list[npt.NDArray[Any]], writable: bool, decode: list[bytes | None]
+    ) -> None:
+        seen: set[Any] = set()
+        self._arrays: list[npt.NDArray[Any] | None] = []
+        for array in arrays:
+            key = (array.__array_interface__["data"], array.shape, array.strides, array.dtype)
+            self._arrays.append(None if writable and key in seen else _real(array))
+            seen.add(key)
+        self._decode = [table and np.frombuffer(table, np.float32) for table in decode]
+        self._todo = False
+        present = [array for array in self._arrays if array is not None]
+        self.nbytes = 0  # no work for a second thread
+        self.has_f64 = any(array.dtype.char == "d" for array in present)
+
+    def rewind(self) -> None:
+        """Start over: before each walk."""
+        self._todo = True
+
+    def _begin(self) -> bool:
+        todo, self._todo = self._todo, False
+        return todo
+
+    def sum_squares(self) -> tuple[float, float, bool, bool]:
+        """As `_cpu.Leaves.sum_squares`."""
+        sums, has_inf, has_nan = [0.0], False, False
+        for chunk in self._chunks(narrow=True) if self._begin() else ():
+            # Blocks of 4096, as the certificate's bound has it.
+            blocks = np.add.reduceat(np.square(chunk), np.arange(0, chunk.size, 4096))
+            has_nan |= bool(np.isnan(blocks).any())
+            has_inf |= bool(np.isinf(blocks).any())
+            sums += blocks[np.isfinite(blocks)].tolist()
+        return math.fsum(sums), 0.0, has_inf, has_nan
+
+    def exact_squares(self) -> tuple[bytes, bytes, float]:
+        """As `_cpu.Leaves.exact_squares`; every type goes into the wide words."""
+        total, infs, nans, largest = 0, 0, 0, 0.0
+        for chunk in self._chunks(narrow=False) if self._begin() else ():
+            magnitude = np.abs(chunk)
+            nans += int(np.isnan(magnitude).sum())
+            infs += int(np.isinf(magnitude).sum())
+            finite = magnitude[np.isfinite(magnitude)]
+            if finite.size:
+                largest = max(largest, float(finite.max()))
+                total += _square_sum(finite)
+        words = [total >> 32 * place & 0xFFFFFFFF for place in range(_WIDE_WORDS)]
+        wide = np.array([*words, infs, nans], np.int64)
+        return np.zeros(_NARROW_WORDS + 2, np.int64).tobytes(), wide.tobytes(), largest
+
+    def scale(
+        self,
+        source: Leaves,
+        narrow: float,
+        narrow_wide: float,
+        wide: float,
+        shift: float,
+        recode: list[bytes | None] | None,
+    ) -> None:
+        """As `_cpu.Leaves.scale`."""
+        if not self._begin():
+            return
+        direct = np.finfo(np.float32).smallest_normal <= narrow < math.inf
+        tables = recode or [None] * len(self._arrays)
+        for old, new, table in zip(source._arrays, self._arrays, tables, strict=True):
+            if new is None or not new.size:
+                continue
+            walk = np.nditer(
+                [old, new],
+                ["external_loop", "buffered"],
+                [["readonly"], ["writeonly"]],
+                [new.dtype.newbyteorder("=")] * 2,
+                buffersize=_CHUNK,
+            )
+            with walk, np.errstate(all="ignore"):
+                for x, out in walk:
+                    if table is not None:
+                        out[...] = np.frombuffer(table, np.uint8)[x]
+                    elif x.dtype == np.float64:
+                        out[...] = x * shift * shift * wide
+                    elif direct:
+                        out[...] = _encode(_decode(x, None) * np.float32(narrow), out.dtype)
+                    else:
+                        product = _decode(x, None).astype(np.float64) * narrow_wide
+                        out[...] = _encode(product.astype(np.float32), out.dtype)
+
+    def _chunks(self, *, narrow: bool) -> Iterator[npt.NDArray[np.float64]]:
+        """All elements as float64, which holds every type exactly."""
+        for array, table in zip(self._arrays, self._decode, strict=True):
+            if array is None or not array.size or (narrow and array.dtype.char == "d"):
+                continue
+            walk = np.nditer(
+                [array],
+                ["external_loop", "buffered"],
+                [["readonly"]],
+                [array.dtype.newbyteorder("=")],
+                buffersize=_CHUNK,
+            )
+            with walk:
+                for x in walk:
+                    yield _decode(x, table).astype(np.float64)
+
+
+def _real(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """A complex array as its real numbers, in the same memory."""
+    if array.dtype.kind != "c":
+        return array
+    return np.lib.stride_tricks.as_strided(
+        array.real, (*array.shape, 2), (*array.strides, array.itemsize // 2)
+    )
+
+
+def _decode(x: npt.NDArray[Any], table: npt.NDArray[np.float32] | None) -> npt.NDArray[Any]:
+    if table is not None:
+        return table[x]
+    if x.dtype == np.uint16:
+        return (x.astype(np.uint32) << 16).view(np.float32)
+    return x if x.dtype == np.float64 else x.astype(np.float32)
+
+
+def _encode(x: npt.NDArray[np.float32], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    if dtype != np.uint16:
+        return x.astype(dtype)
+    bits = x.view(np.uint32)
+    rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+    return np.where(np.isnan(x), bits >> 16 | 0x40, rounded).astype(np.uint16)
+
+
+def _square_sum(x: npt.NDArray[np.float64]) -> int:
+    """The sum of squares of finite float64 numbers, exactly, in units of 2^-2176.
+
+    Each x is an integer of 54 bits times a power of two; its three limbs of 18 bits multiply to
+    integers below 2^38, of which float64 adds up 2^14 without rounding.
+    """
+    significand, exponent = np.frexp(x)
+    integer = np.ldexp(significand, 3 * _LIMB).astype(np.int64)
+    mask = (1 << _LIMB) - 1
+    a, b, c = integer >> 2 * _LIMB, integer >> _LIMB & mask, integer & mask
+    lowest = int(exponent.min())
+    total = 0
+    for place, product in enumerate((c * c, 2 * b * c, 2 * a * c + b * b, 2 * a * b, a * a)):
+        sums = np.bincount(exponent - lowest, product)
+        for step in np.flatnonzero(sums).tolist():
+            shift = 2 * (lowest + step - 3 * _LIMB) + _LIMB * place - _WIDE_UNIT
+            total += int(sums[step]) << shift + _SPARE
+    return total >> _SPARE
