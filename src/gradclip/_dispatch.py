@@ -43,10 +43,10 @@ def backend_of(leaves: Sequence[Any], path: Callable[[int], str]) -> Backend:
             f"gradclip clips arrays of {', '.join(backend_names())}"
         )
     if len(names) > 1:
-        first = _name(type(_array(leaves[0])))
-        place = next(i for i, leaf in enumerate(leaves) if _name(type(_array(leaf))) != first)
+        every = [_name(type(_array(leaf))) for leaf in leaves]
+        place = next(place for place, name in enumerate(every) if name != every[0])
         raise TypeError(
-            f"{path(0)} is of {first} and {path(place)} is of {_name(type(_array(leaves[place])))}; "
+            f"{path(0)} is of {every[0]} and {path(place)} is of {every[place]}; "
             "one call clips leaves of one framework"
         )
     return load(names.pop() or "numpy" if names else "numpy")

@@ -1,0 +1,1 @@
+"""One file per framework; its name is what registers it."""

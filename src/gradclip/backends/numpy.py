@@ -121,8 +121,8 @@ def scaled(held: Held, factor: Scaled) -> list[Any]:
             np.copyto(target, source)
             old[place] = target
     same = all(source is values for source, values in zip(old, held.values, strict=True))
-    source = held.memory if same else _take(old, held.decode)
-    _scale(source, _take(new, held.decode), held, factor)
+    memory = held.memory if same else _take(old, held.decode)
+    _scale(memory, _take(new, held.decode), held, factor)
     return _rewrapped(held, new)
 
 
@@ -243,9 +243,13 @@ def _measured(held: Held) -> cpu.Leaves:
     """The memory whose squares add up to those of the tensors that the leaves stand for."""
     if not held.sparse:
         return held.memory
-    arrays, decode = [], []
-    seen: set[int] = set()
+    arrays: list[Array] = []
+    seen = set()
     for leaf, values in zip(held.leaves, held.values, strict=True):
+        place = (values.__array_interface__["data"], values.shape, values.strides)
+        if held.writable and place in seen:
+            continue  # one array listed twice is scaled once, so it counts once
+        seen.add(place)
         merged = _merged(leaf, values) if _is_sparse(leaf) else None
         arrays.append(values if merged is None else merged)
     return _take(arrays, [_decode_table(array.dtype) for array in arrays])

@@ -13,6 +13,13 @@ typedef struct {
     uint64_t bottom; /* bits of the smallest nonzero |x|, 0 if there is none */
 } window_t;
 
+/* The float32 window adds up in this many lanes, and this many squares between two integers. */
+enum { LANES = 16, STEPS = 4 };
+typedef struct {
+    uint64_t s1[LANES], s2[LANES];
+    uint32_t top[LANES], bottom[LANES];
+} lanes_t;
+
 typedef struct {
     double (*sum_f32)(const float *, int);
     double (*sum_bf16)(const uint16_t *, int);
@@ -368,12 +375,13 @@ static int fits(uint64_t top, uint64_t bottom, int mantissa, int field, int spre
 
 static window_t try_window_f32(const float *x, int n, int field, int64_t *words, int *done) {
     int top = 2 * (field - 127) + 2; /* every square in the window is below 2^top */
-    double c1 = power_of_two(top + 1), c2 = 1.5 * power_of_two(top - 49);
+    double c1 = power_of_two(top + 2), c2 = 1.5 * power_of_two(top - 48);
+    int sums = (n + LANES * STEPS - 1) / (LANES * STEPS) * LANES;
     window_t seen = chosen->blocks->window_f32(x, n, c1, c2);
     *done = fits(seen.top, seen.bottom, 23, field, F32_SPREAD);
     if (*done) {
-        add_at(words, NARROW_UNIT, units(seen.sums[0], n, c1), top - 51);
-        add_at(words, NARROW_UNIT, units(seen.sums[1], n, c2), top - 101);
+        add_at(words, NARROW_UNIT, units(seen.sums[0], sums, c1), top - 50);
+        add_at(words, NARROW_UNIT, units(seen.sums[1], sums, c2), top - 100);
     }
     return seen;
 }

@@ -15,14 +15,14 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Protocol, TypeVar
 
 from gradclip.kernels import plain
 
 try:
     from gradclip.kernels import _cpu
 except ImportError:
-    _cpu = None
+    _cpu = None  # type: ignore[assignment]
 
 # Handing work to a thread that sleeps takes 60 us, in which one thread reads about 1 MB.
 _BYTES_PER_THREAD = 1 << 20
@@ -33,8 +33,13 @@ T = TypeVar("T")
 class Leaves(Protocol):
     """The memory of a list of arrays, held for a call. Threads share out each walk."""
 
-    nbytes: int
-    has_f64: bool
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all leaves."""
+
+    @property
+    def has_f64(self) -> bool:
+        """If a leaf is float64 or complex128."""
 
     def rewind(self) -> None:
         """Start over: before each walk."""
@@ -59,7 +64,7 @@ class Leaves(Protocol):
 
 def kernel() -> str:
     """The name of the kernel in use: a set of instructions, or ``numpy``."""
-    return "numpy" if _cpu is None else cast(str, _cpu.kernel())
+    return "numpy" if _cpu is None else _cpu.kernel()
 
 
 def take(arrays: list[Any], decode: list[bytes | None] | None, *, writable: bool) -> Leaves | None:
@@ -71,14 +76,14 @@ def take(arrays: list[Any], decode: list[bytes | None] | None, *, writable: bool
     if _cpu is None:
         _warn_once()
         return plain.take(arrays, writable, decode)
-    return cast("Leaves | None", _cpu.take(arrays, writable, decode))
+    return _cpu.take(arrays, writable, decode)
 
 
 _warned = False
 
 
 def _warn_once() -> None:
-    global _warned  # noqa: PLW0603
+    global _warned
     if not _warned:
         _warned = True
         warnings.warn(
@@ -160,7 +165,7 @@ _pool_lock = threading.Lock()
 
 
 def _submit(job: Callable[[], T], helpers: int) -> list[Future[T]]:
-    global _pool, _pool_size  # noqa: PLW0603
+    global _pool, _pool_size
     with _pool_lock:
         if _pool is None or _pool_size < helpers:
             _pool_size = helpers
@@ -173,7 +178,7 @@ def _submit(job: Callable[[], T], helpers: int) -> list[Future[T]]:
 
 
 def _forget_pool() -> None:
-    global _pool, _pool_lock  # noqa: PLW0603
+    global _pool, _pool_lock
     _pool, _pool_lock = None, threading.Lock()
 
 

@@ -61,23 +61,48 @@ static void NAME(load_f16)(const uint16_t *x, int n, float *out) {
     for (int i = 0; i < n; i++) out[i] = float_of_half(x[i]);
 }
 
-/* One pass of the exact sum. Adding c1 = 2^52 u1 rounds p to a multiple of u1, and the rest to a
- * multiple of u2; the bit patterns then add up as integers, which no order can change. */
-static window_t NAME(window_f32)(const float *x, int n, double c1, double c2) {
-    uint64_t s1 = 0, s2 = 0;
-    uint32_t top = 0, bottom = UINT32_MAX;
-#pragma omp simd reduction(+ : s1, s2) reduction(max : top) reduction(min : bottom)
-    for (int i = 0; i < n; i++) {
-        uint32_t magnitude = bits_of(x[i]) & 0x7fffffff;
-        top = magnitude > top ? magnitude : top;
-        bottom = magnitude - 1 < bottom ? magnitude - 1 : bottom; /* a zero wraps and drops out */
-        double v = x[i]; /* its square is exact, so fma or not makes no difference */
-        double t1 = SQUARE_ADD(v, c1);
-        double t2 = SQUARE_ADD(v, c1 - t1) + c2;
-        s1 += bits_of_double(t1);
-        s2 += bits_of_double(t2);
+/* One pass of the exact sum. Adding c1 = 2^52 u1 rounds squares to multiples of u1, and what that
+ * leaves goes into multiples of u2; the bit patterns then add up as integers, which no order can
+ * change. Four squares are added between two integer additions: that is a quarter of those. */
+static inline void NAME(window_step)(const float *x, double c1, double c2, lanes_t *lanes) {
+#pragma omp simd
+    for (int j = 0; j < LANES; j++) {
+        double high = c1, low = c2;
+        uint32_t top = lanes->top[j], bottom = lanes->bottom[j];
+        for (int k = 0; k < STEPS; k++) {
+            float value = x[k * LANES + j];
+            uint32_t magnitude = bits_of(value) & 0x7fffffff;
+            top = magnitude > top ? magnitude : top;
+            bottom = magnitude - 1 < bottom ? magnitude - 1 : bottom; /* a zero drops out */
+            double v = value; /* its square is exact, so fma or not makes no difference */
+            double sum = SQUARE_ADD(v, high);
+            low += SQUARE_ADD(v, high - sum);
+            high = sum;
+        }
+        lanes->s1[j] += bits_of_double(high);
+        lanes->s2[j] += bits_of_double(low);
+        lanes->top[j] = top;
+        lanes->bottom[j] = bottom;
     }
-    return (window_t){{s1, s2, 0}, top, bottom + 1};
+}
+
+static window_t NAME(window_f32)(const float *x, int n, double c1, double c2) {
+    float tail[STEPS * LANES] = {0};
+    lanes_t lanes = {0};
+    window_t window = {.bottom = UINT32_MAX};
+    int whole = n - n % (STEPS * LANES);
+    for (int j = 0; j < LANES; j++) lanes.bottom[j] = UINT32_MAX;
+    for (int i = whole; i < n; i++) tail[i - whole] = x[i];
+    for (int i = 0; i < whole; i += STEPS * LANES) NAME(window_step)(x + i, c1, c2, &lanes);
+    if (whole < n) NAME(window_step)(tail, c1, c2, &lanes);
+    for (int j = 0; j < LANES; j++) {
+        window.sums[0] += lanes.s1[j];
+        window.sums[1] += lanes.s2[j];
+        window.top = lanes.top[j] > window.top ? lanes.top[j] : window.top;
+        window.bottom = lanes.bottom[j] < window.bottom ? lanes.bottom[j] : window.bottom;
+    }
+    window.bottom = (uint32_t)(window.bottom + 1);
+    return window;
 }
 
 static window_t NAME(window_f64)(const double *x, int n, double c1, double c2, double c3) {

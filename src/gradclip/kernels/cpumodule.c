@@ -240,7 +240,8 @@ static PyObject *leaves_sum_squares(Leaves *self, PyObject *unused) {
     Py_BEGIN_ALLOW_THREADS
     sum_squares(&self->list, &sum);
     Py_END_ALLOW_THREADS
-    return Py_BuildValue("ddii", sum.high, sum.low, sum.has_inf, sum.has_nan);
+    return Py_BuildValue("ddOO", sum.high, sum.low, sum.has_inf ? Py_True : Py_False,
+                         sum.has_nan ? Py_True : Py_False);
 }
 
 static PyObject *leaves_exact_squares(Leaves *self, PyObject *unused) {

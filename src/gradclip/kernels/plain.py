@@ -53,7 +53,9 @@ class Leaves:
             key = (array.__array_interface__["data"], array.shape, array.strides, array.dtype)
             self._arrays.append(None if writable and key in seen else _real(array))
             seen.add(key)
-        self._decode = [table and np.frombuffer(table, np.float32) for table in decode]
+        self._decode = [
+            None if table is None else np.frombuffer(table, np.float32) for table in decode
+        ]
         self._todo = False
         present = [array for array in self._arrays if array is not None]
         self.nbytes = 0  # no work for a second thread
@@ -110,7 +112,7 @@ class Leaves:
         for old, new, table in zip(source._arrays, self._arrays, tables, strict=True):
             if new is None or not new.size:
                 continue
-            walk = np.nditer(
+            walk: Any = np.nditer(
                 [old, new],
                 ["external_loop", "buffered"],
                 [["readonly"], ["writeonly"]],
@@ -134,7 +136,7 @@ class Leaves:
         for array, table in zip(self._arrays, self._decode, strict=True):
             if array is None or not array.size or (narrow and array.dtype.char == "d"):
                 continue
-            walk = np.nditer(
+            walk: Any = np.nditer(
                 [array],
                 ["external_loop", "buffered"],
                 [["readonly"]],
@@ -157,7 +159,7 @@ def _real(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 def _decode(x: npt.NDArray[Any], table: npt.NDArray[np.float32] | None) -> npt.NDArray[Any]:
     if table is not None:
-        return table[x]
+        return np.take(table, x)
     if x.dtype == np.uint16:
         return (x.astype(np.uint32) << 16).view(np.float32)
     return x if x.dtype == np.float64 else x.astype(np.float32)

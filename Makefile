@@ -1,0 +1,44 @@
+# From a bare checkout with python3, pip and make (cc for the fast kernel): `make demo`, `make test`.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+SOURCES := pyproject.toml setup.py $(wildcard src/gradclip/kernels/*.c src/gradclip/kernels/*.h)
+
+.PHONY: help demo test test-quick lint bench clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: .venv/demo ## train a small network with and without clipping; draws demo.png
+	$(BIN)/gradclip demo --out demo.png
+
+test: .venv/test ## all tests, with every framework
+	GRADCLIP_REQUIRE_ALL=1 $(BIN)/python -m pytest
+
+test-quick: .venv/test ## the tests that take under two minutes
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: .venv/test ## style, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/test ## time gradclip against others; appends to bench/results.csv, draws docs/bench.png
+	$(BIN)/gradclip bench --csv bench/results.csv
+	$(BIN)/python bench/draw.py
+
+clean: ## remove what make has made
+	rm -rf .venv build src/*.egg-info src/gradclip/kernels/*.so demo.png
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/demo: .venv/bin/python $(SOURCES)
+	$(PIP) --editable '.[cli]'
+	touch $@
+
+# This version of torch, first and alone, is a CPU build; what follows then keeps it.
+.venv/test: .venv/bin/python $(SOURCES)
+	$(PIP) torch==2.13.0
+	$(PIP) --editable '.[test]'
+	touch $@ .venv/demo
