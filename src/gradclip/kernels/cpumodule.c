@@ -131,7 +131,7 @@ static int drop_repeats(leaf_t *leaves, int64_t count) {
 }
 
 static void leaves_dealloc(Leaves *self) {
-    PyTypeObject *type = Py_TYPE(self);
+    PyTypeObject *type = Py_TYPE((PyObject *)self);
     for (Py_ssize_t i = 0; i < self->held; i++) PyBuffer_Release(&self->buffers[i]);
     free(self->buffers);
     free(self->geometry);
