@@ -7,8 +7,8 @@ defined in a module below ``torch``.
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, cast
 
 from gradclip._protocol import Backend
@@ -22,8 +22,9 @@ _names: dict[type, str | None] = {}
 
 def backend_names() -> list[str]:
     """Every framework that has a file in ``backends/``."""
-    folder = Path(__file__).parent / "backends"
-    return sorted(file.stem for file in folder.glob("*.py") if file.stem != "__init__")
+    folder = os.path.join(os.path.dirname(__file__), "backends")
+    stems = (os.path.splitext(name) for name in os.listdir(folder))
+    return sorted(stem for stem, suffix in stems if suffix == ".py" and stem != "__init__")
 
 
 def backend_of(leaves: Sequence[Any], path: Callable[[int], str]) -> Backend:
