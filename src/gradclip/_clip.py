@@ -159,7 +159,7 @@ def global_norm(
     with ieee_arithmetic():
         _no_group(group)
         tree = flatten(t_list)
-        backend = backend_of(tree.leaves, tree.path)
+        backend = backend_of(tree.leaves, tree.kinds, tree.path)
         held = backend.hold(tree.leaves, tree.path, writable=False)
         return backend.scalar(backend.measure(held), held)
 
@@ -192,7 +192,7 @@ def survey(t_list: Any) -> Survey:
     """Measure leaves in one pass."""
     with ieee_arithmetic():
         tree = flatten(t_list)
-        backend = backend_of(tree.leaves, tree.path)
+        backend = backend_of(tree.leaves, tree.kinds, tree.path)
         held = backend.hold(tree.leaves, tree.path, writable=False)
         return Survey(*backend.total(held))
 
@@ -211,7 +211,7 @@ def act_(t_list: Any, action: Action) -> None:
     """Carry out what has been decided for the whole on some of its leaves, where they lie."""
     with ieee_arithmetic():
         tree = flatten(t_list)
-        backend = backend_of(tree.leaves, tree.path)
+        backend = backend_of(tree.leaves, tree.kinds, tree.path)
         _act_(backend, backend.hold(tree.leaves, tree.path, writable=True), action)
 
 
@@ -238,7 +238,7 @@ def _decided(
     measured = None if use_norm is None else check_use_norm(use_norm)
     _no_group(group)
     tree = flatten(t_list)
-    backend = backend_of(tree.leaves, tree.path)
+    backend = backend_of(tree.leaves, tree.kinds, tree.path)
     held = backend.hold(tree.leaves, tree.path, writable=writable)
     if measured is None:
         measured = backend.measure(held)

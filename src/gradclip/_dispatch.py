@@ -27,13 +27,12 @@ def backend_names() -> list[str]:
     return sorted(stem for stem, suffix in stems if suffix == ".py" and stem != "__init__")
 
 
-def backend_of(leaves: Sequence[Any], path: Callable[[int], str]) -> Backend:
-    """The one backend that serves all leaves; NumPy's for no leaves at all.
+def backend_of(leaves: Sequence[Any], kinds: set[type], path: Callable[[int], str]) -> Backend:
+    """The one backend that serves all leaves, of these types; NumPy's for no leaves at all.
 
     Raises:
         TypeError: a leaf is no array of a known framework, or leaves are of two frameworks.
     """
-    kinds = set(map(type, leaves))
     if IndexedSlices in kinds:
         kinds = {type(_array(leaf)) for leaf in leaves}
     names = {_name(kind) for kind in kinds}

@@ -11,9 +11,10 @@ from gradclip._sparse import IndexedSlices
 
 
 class Tree(NamedTuple):
-    """The leaves of a nest that are not None, the way back, and the path of each leaf."""
+    """The leaves of a nest that are not None, their types, the way back, and their paths."""
 
     leaves: list[Any]
+    kinds: set[type]
     rebuild: Callable[[list[Any]], Any]
     path: Callable[[int], str]
 
@@ -22,8 +23,10 @@ def flatten(t_list: Any) -> Tree:
     """Take a nest apart; an iterator is read once, into a list."""
     if isinstance(t_list, Iterator | ValuesView):
         t_list = list(t_list)
-    if type(t_list) is list and _holds_only_leaves(t_list):
-        return Tree(t_list, list, "t_list[{}]".format)
+    if type(t_list) is list:
+        kinds = set(map(type, t_list))
+        if _are_leaves(kinds, t_list):
+            return Tree(t_list, kinds, list, "t_list[{}]".format)
     every, spec = optree.tree_flatten(t_list, is_leaf=_is_slices, none_is_leaf=True)
     places = [place for place, leaf in enumerate(every) if leaf is not None]
 
@@ -36,14 +39,15 @@ def flatten(t_list: Any) -> Tree:
     def path(index: int) -> str:
         return str(optree.treespec_accessors(spec)[places[index]].codify("t_list"))
 
-    return Tree([every[place] for place in places], rebuild, path)
+    leaves = [every[place] for place in places]
+    return Tree(leaves, set(map(type, leaves)), rebuild, path)
 
 
-def _holds_only_leaves(t_list: list[Any]) -> bool:
+def _are_leaves(kinds: set[type], items: list[Any]) -> bool:
     """If no item is a container or None. One look per type: a long flat list is the usual case."""
-    one_of_each = {type(item): item for item in t_list}
-    return type(None) not in one_of_each and all(
-        optree.tree_is_leaf(item, is_leaf=_is_slices) for item in one_of_each.values()
+    one_of_each = items[:1] if len(kinds) == 1 else {type(item): item for item in items}.values()
+    return type(None) not in kinds and all(
+        optree.tree_is_leaf(item, is_leaf=_is_slices) for item in one_of_each
     )
 
 

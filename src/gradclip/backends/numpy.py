@@ -49,7 +49,7 @@ def hold(leaves: Sequence[Any], path: Callable[[int], str], *, writable: bool) -
             elements share memory.
     """
     values = list(leaves)
-    if set(map(type, values)) <= {np.ndarray}:
+    if not values or type(values[0]) is np.ndarray:
         memory = cpu.take(values, None, writable=writable)
         if memory is not None:
             return Held(leaves, values, None, memory, writable, False)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
+import gradclip
 from gradclip.cli._console import CliError, fail
 
 COMMANDS = {
@@ -20,13 +23,21 @@ COMMANDS = {
 }
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors take one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise CliError(f"{message}; see {self.prog} --help")
+
+
 def parser() -> argparse.ArgumentParser:
     """Build the argument parser of the whole command line."""
-    top = argparse.ArgumentParser(
+    top = _Parser(
         prog="gradclip",
         description="Clip tensors by their global norm, correctly rounded.",
         epilog="example: gradclip norm gradients.safetensors",
     )
+    top.add_argument("--version", action="version", version=f"gradclip {gradclip.__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, summary in COMMANDS.items():
         module = importlib.import_module(f"gradclip.cli.{name}")
@@ -45,6 +56,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status is 0, 1 for a failed check, 2 for bad usage."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # where the encoding is not UTF-8
     try:
         args = parser().parse_args(argv)
         status: int = args.run(args)
@@ -57,4 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader (head, less) has gone: what is still buffered has nowhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        where = "" if error.filename is None else f"{error.filename}: "
+        return fail(f"{where}{error.strerror or error}", 2)
     return status

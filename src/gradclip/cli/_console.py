@@ -7,6 +7,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -26,9 +27,16 @@ def need_extra(module: str) -> CliError:
     return CliError(f"{module} is not installed; pip install 'gradclip[cli]' brings it")
 
 
+def printable(text: str) -> str:
+    """The text with control characters and lone surrogates written as escapes."""
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
+    )
+
+
 def fail(message: str, status: int) -> int:
     """Print one line on stderr and hand back the exit status."""
-    print("gradclip: " + " ".join(message.split()), file=sys.stderr)
+    print("gradclip: " + printable(" ".join(message.split())), file=sys.stderr)
     return status
 
 
@@ -39,7 +47,7 @@ def console(*, stderr: bool = False) -> Console:
     except ImportError:
         raise need_extra("rich") from None
     stream = sys.stderr if stderr else sys.stdout
-    return Console(stderr=stderr, width=None if stream.isatty() else 200, highlight=False)
+    return Console(stderr=stderr, width=None if stream.isatty() else 10_000, highlight=False)
 
 
 def print_json(value: Any) -> None:
@@ -60,27 +68,37 @@ def _plain(value: Any) -> Any:
 def print_table(
     title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, text: int = 1
 ) -> None:
-    """Print a table; the first ``text`` columns are words, the others figures."""
+    """Print a table; the first ``text`` columns are words, the others figures.
+
+    A row of a single cell is a heading of the rows below it.
+    """
+    out = console()
     from rich import box
     from rich.markup import escape
     from rich.table import Table
 
-    out = console()
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD)
     for place, column in enumerate(columns):
-        table.add_column(column, justify="left" if place < text else "right", overflow="fold")
+        words = place < text
+        table.add_column(
+            column, justify="left" if words else "right", overflow="fold", no_wrap=not words
+        )
     for row in rows:
-        table.add_row(*map(escape, row))
-    out.print(table)
+        heading = len(row) == 1 < len(columns)
+        table.add_row(*map(escape, row), style="bold" if heading else None)
+    # Rich would end the process with status 1 where the reader of a pipe has gone.
+    with out.capture() as captured:
+        out.print(table)
+    print("\n".join(line.rstrip() for line in captured.get().splitlines()))
 
 
 @contextlib.contextmanager
 def progress(label: str, total: float) -> Iterator[Callable[[float], None]]:
     """A progress bar on stderr, on a terminal only; yields ``advance(amount)``."""
-    out = console(stderr=True)
-    if not out.is_terminal:
+    if not sys.stderr.isatty() or find_spec("rich") is None:
         yield lambda _amount: None
         return
+    out = console(stderr=True)
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (

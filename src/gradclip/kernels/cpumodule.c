@@ -145,8 +145,8 @@ static void leaves_dealloc(Leaves *self) {
 PyDoc_STRVAR(take_doc,
 "take(arrays, writable, decode)\n--\n\n"
 "Hold the memory of a list of arrays, or return None if one of them needs care.\n\n"
-"decode is None where the arrays come from a user: then only float16, float32, float64,\n"
-"complex64 and complex128 are taken. Else it has an entry for each array: a uint16 array is\n"
+"decode is None where the arrays come from a user: then only objects of one type are taken, and\n"
+"only float16, float32, float64, complex64 and complex128. Else it has an entry for each array: a uint16 array is\n"
 "bfloat16, and a uint8 array holds codes whose 256 float32 values the entry gives as bytes.\n"
 "With writable, an array listed twice counts once.");
 
@@ -175,7 +175,9 @@ static PyObject *take(PyObject *module, PyObject *args) {
     size_t dimensions = 0;
     int flags = PyBUF_STRIDES | PyBUF_FORMAT | (writable ? PyBUF_WRITABLE : 0);
     for (Py_ssize_t i = 0; i < count; i++) {
-        if (PyObject_GetBuffer(PyList_GetItem(arrays, i), &self->buffers[i], flags) < 0) {
+        PyObject *array = PyList_GetItem(arrays, i);
+        if (decode == Py_None && Py_TYPE(array) != Py_TYPE(PyList_GetItem(arrays, 0))) goto careful;
+        if (PyObject_GetBuffer(array, &self->buffers[i], flags) < 0) {
             PyErr_Clear();
             goto careful;
         }

@@ -21,7 +21,7 @@ def take(arrays: list[Any], writable: bool, decode: list[bytes | None] | None) -
     """As `_cpu.take`: Leaves, or None where an array needs care."""
     kinds = "efdFD" if decode is None else "efdFDHB"
     for array in arrays:
-        if not isinstance(array, np.ndarray) or array.dtype.char not in kinds:
+        if type(array) is not np.ndarray or array.dtype.char not in kinds:
             return None
         if writable and (not array.flags.writeable or _overlaps_itself(array)):
             return None
