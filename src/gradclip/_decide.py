@@ -63,7 +63,7 @@ def check_use_norm(use_norm: Any) -> Scaled:
     value = _real("use_norm", use_norm)
     if value < 0:
         raise ValueError(f"use_norm is {use_norm!r}; a norm is never negative")
-    return Scaled.of(value)
+    return Scaled.of(abs(value))
 
 
 def check_on_nonfinite(on_nonfinite: Any) -> None:
@@ -72,7 +72,7 @@ def check_on_nonfinite(on_nonfinite: Any) -> None:
     Raises:
         ValueError: it is none of them.
     """
-    if on_nonfinite not in get_args(OnNonfinite):
+    if not isinstance(on_nonfinite, str) or on_nonfinite not in get_args(OnNonfinite):
         choices = ", ".join(map(repr, get_args(OnNonfinite)))
         raise ValueError(f"on_nonfinite is {on_nonfinite!r}; it must be one of {choices}")
 

@@ -40,7 +40,7 @@ def backend_of(leaves: Sequence[Any], kinds: set[type], path: Callable[[int], st
         place = next(i for i, leaf in enumerate(leaves) if _name(type(_array(leaf))) is None)
         raise TypeError(
             f"{path(place)} is {type(_array(leaves[place])).__name__}; "
-            f"gradclip clips arrays of {', '.join(backend_names())}"
+            f"every leaf must be an array of {' or '.join(backend_names())}"
         )
     if len(names) > 1:
         every = [_name(type(_array(leaf))) for leaf in leaves]

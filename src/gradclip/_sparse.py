@@ -47,18 +47,24 @@ def check_rows(slices: IndexedSlices, path: str) -> npt.NDArray[np.integer[Any]]
             f"{path} has indices of shape {indices.shape} and values of shape {values_shape}; "
             "each row of values needs one index"
         )
-    rows = np.inf
-    if slices.dense_shape is not None:
-        dense_shape = tuple(int(length) for length in slices.dense_shape)
-        if dense_shape[1:] != values_shape[1:] or not dense_shape:
-            raise ValueError(
-                f"{path} has dense_shape {dense_shape} and values of shape {values_shape}; "
-                "they must agree after the first dimension"
-            )
-        rows = dense_shape[0]
-    if indices.size and (indices.min() < 0 or indices.max() >= rows):
-        wrong = indices[(indices < 0) | (indices >= rows)][0]
-        raise ValueError(f"{path}.indices holds {wrong}; dense_shape has {rows} rows")
+    if indices.size and indices.min() < 0:
+        raise ValueError(f"{path}.indices holds {indices.min()}; no row has a negative index")
+    if slices.dense_shape is None:
+        return indices
+    dense_shape = np.asarray(slices.dense_shape)
+    if dense_shape.dtype.kind not in "iu" or dense_shape.ndim != 1 or not dense_shape.size:
+        raise ValueError(
+            f"{path}.dense_shape is {slices.dense_shape!r}; it must be None or a tuple of lengths"
+        )
+    if tuple(dense_shape[1:]) != values_shape[1:]:
+        raise ValueError(
+            f"{path} has dense_shape {tuple(dense_shape.tolist())} and values of shape "
+            f"{values_shape}; they must agree after the first dimension"
+        )
+    if indices.size and indices.max() >= dense_shape[0]:
+        raise ValueError(
+            f"{path}.indices holds {indices.max()}; dense_shape has {dense_shape[0]} rows"
+        )
     return indices
 
 

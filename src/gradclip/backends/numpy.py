@@ -162,16 +162,17 @@ def _is_sparse(leaf: Any) -> bool:
 
 def _values(leaf: Any, path: str, *, writable: bool) -> Array:
     """The elements of a leaf as a plain array of an accepted dtype."""
-    if isinstance(leaf, np.ma.MaskedArray):
-        raise TypeError(f"{path} is a masked array; fill it first: array.filled(0)")
     if isinstance(leaf, IndexedSlices):
         values = leaf.values
-        _check_dtype(values.dtype, path)
+        if not isinstance(values, np.ndarray):
+            raise TypeError(f"{path}.values is {type(values).__name__}; it must be an array")
         check_rows(leaf, path)
     elif _is_sparse(leaf):
         values = _scipy_values(leaf, path, writable=writable)
     else:
         values = leaf
+    if isinstance(values, np.ma.MaskedArray):
+        raise TypeError(f"{path} is a masked array; fill it first: array.filled(0)")
     _check_dtype(values.dtype, path)
     if writable and isinstance(values, np.generic):
         raise ValueError(f"{path} is a NumPy scalar, which cannot be written in place")
