@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -68,15 +69,32 @@ def check_rows(slices: IndexedSlices, path: str) -> npt.NDArray[np.integer[Any]]
     return indices
 
 
-def merge_rows(
+def merged_rows(
     values: npt.NDArray[Any], indices: npt.NDArray[np.integer[Any]]
-) -> npt.NDArray[Any] | None:
-    """Add rows with the same index, in float64 and in their order; None if no two share one."""
-    unique, place = np.unique(indices, return_inverse=True)
-    if unique.size == indices.size:
+) -> Iterator[npt.NDArray[Any]] | None:
+    """The rows with those of the same index added, a few at a time; None if no two share one.
+
+    Added in float64, in the order in which they are listed: the result is defined to the bit.
+    """
+    order = np.argsort(indices, kind="stable")
+    in_order = indices[order]
+    begins = np.concatenate([[True], in_order[1:] != in_order[:-1]])
+    if begins.all():
         return None
+    return _sums(values, order, np.cumsum(begins) - 1)
+
+
+def _sums(
+    values: npt.NDArray[Any], order: npt.NDArray[np.intp], group: npt.NDArray[np.intp]
+) -> Iterator[npt.NDArray[Any]]:
+    """The sum of each group of rows, about 2^14 numbers at a time; group[j] is that of order[j]."""
     dtype = np.complex128 if values.dtype.kind == "c" else np.float64
-    merged = np.zeros((unique.size, *values.shape[1:]), dtype)
-    # Unbuffered: each row is added in its turn, so the result is defined to the bit.
-    np.add.at(merged, place, values.astype(dtype, copy=False))
-    return merged
+    rows_at_a_time = max(1, 2**14 // max(1, values[0].size))
+    for first in range(0, int(group[-1]) + 1, rows_at_a_time):
+        begin, end = np.searchsorted(group, [first, first + rows_at_a_time])
+        sums = np.zeros((group[end - 1] - first + 1, *values.shape[1:]), dtype)
+        for at in range(begin, end, rows_at_a_time):
+            some = slice(at, min(at + rows_at_a_time, end))
+            # Unbuffered: each row is added in its turn.
+            np.add.at(sums, group[some] - first, values[order[some]].astype(dtype))
+        yield sums

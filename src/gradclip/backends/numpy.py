@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +20,7 @@ from gradclip._exact import (
     norm,
     total_of,
 )
-from gradclip._sparse import IndexedSlices, check_rows, merge_rows
+from gradclip._sparse import IndexedSlices, check_rows, merged_rows
 from gradclip.kernels import cpu
 
 _ACCEPTED = "float16, bfloat16, float8, float32, float64 and complex arrays"
@@ -65,25 +65,18 @@ def hold(leaves: Sequence[Any], path: Callable[[int], str], *, writable: bool) -
 
 def measure(held: Held) -> Scaled:
     """The global norm, correctly rounded."""
-    memory = _measured(held)
-    if not memory.has_f64:
-        certified = certified_norm([Part(*part) for part in cpu.sum_squares(memory)])
+    if not held.sparse and not held.memory.has_f64:
+        certified = certified_norm([Part(*part) for part in cpu.sum_squares(held.memory)])
         if certified is not None:
             return certified
-    return norm(_total(memory)[0], FLOAT64 if held.memory.has_f64 else FLOAT32)
+    return norm(total(held)[0], FLOAT64 if held.memory.has_f64 else FLOAT32)
 
 
 def total(held: Held) -> tuple[Total, float, bool]:
     """The exact sum, the largest finite |x| (of a complex x, of its parts), if any is wide."""
-    return *_total(_measured(held)), held.memory.has_f64
-
-
-def _total(memory: cpu.Leaves) -> tuple[Total, float]:
-    shares = cpu.exact_squares(memory)
-    return (
-        merge(total_of(narrow, wide) for narrow, wide, _ in shares),
-        max(largest for _, _, largest in shares),
-    )
+    shares = [share for memory in _measured(held) for share in cpu.exact_squares(memory)]
+    exact = merge(total_of(narrow, wide) for narrow, wide, _ in shares)
+    return exact, max(largest for _, _, largest in shares), held.memory.has_f64
 
 
 def count_nonfinite(leaf: Any) -> tuple[int, int]:
@@ -240,35 +233,39 @@ def _in_the_way(values: Sequence[Array], path: Callable[[int], str]) -> str:
 # ---- sparse leaves ----
 
 
-def _measured(held: Held) -> cpu.Leaves:
+def _measured(held: Held) -> Iterator[cpu.Leaves]:
     """The memory whose squares add up to those of the tensors that the leaves stand for."""
     if not held.sparse:
-        return held.memory
-    arrays: list[Array] = []
+        yield held.memory
+        return
+    dense: list[Array] = []
     seen = set()
     for leaf, values in zip(held.leaves, held.values, strict=True):
         place = (values.__array_interface__["data"], values.shape, values.strides)
         if held.writable and place in seen:
             continue  # one array listed twice is scaled once, so it counts once
         seen.add(place)
-        merged = _merged(leaf, values) if _is_sparse(leaf) else None
-        arrays.append(values if merged is None else merged)
-    return _take(arrays, [_decode_table(array.dtype) for array in arrays])
+        sums = _merged(leaf, values) if _is_sparse(leaf) else None
+        if sums is None:
+            dense.append(values)
+        else:
+            yield from (_take([part], None) for part in sums)
+    yield _take(dense, [_decode_table(values.dtype) for values in dense])
 
 
-def _merged(leaf: Any, values: Array) -> Array | None:
+def _merged(leaf: Any, values: Array) -> Iterator[Array] | None:
     """The rows of a sparse leaf, those with one index added; None if each has its own."""
     if isinstance(leaf, IndexedSlices):
-        return merge_rows(values, np.asarray(leaf.indices))
+        return merged_rows(values, np.asarray(leaf.indices))
     coordinates = leaf.tocoo(copy=False)
     shape = coordinates.shape
     if math.prod(shape) < 2**63:
         index = np.ravel_multi_index(coordinates.coords, shape)
     else:
         index = np.unique(np.stack(coordinates.coords), axis=1, return_inverse=True)[1]
-    merged = merge_rows(coordinates.data, index)
+    sums = merged_rows(coordinates.data, index)
     # A dia matrix stores values outside of the matrix too: only those that tocoo keeps count.
-    return coordinates.data if merged is None and leaf.format == "dia" else merged
+    return iter([coordinates.data]) if sums is None and leaf.format == "dia" else sums
 
 
 def _scipy_values(leaf: Any, path: str, *, writable: bool) -> Array:
