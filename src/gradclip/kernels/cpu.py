@@ -14,12 +14,10 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from queue import SimpleQueue
+from typing import Any, Generic, Protocol, TypeVar
 
 from gradclip.kernels import plain
-
-if TYPE_CHECKING:
-    from concurrent.futures import Future, ThreadPoolExecutor
 
 try:
     from gradclip.kernels import _cpu
@@ -138,11 +136,47 @@ def _walk(leaves: Leaves, job: Callable[[], T]) -> list[T]:
     helpers = min(threads(), leaves.nbytes // _BYTES_PER_THREAD) - 1
     if helpers < 1:
         return [job()]
-    futures = _submit(job, helpers)
-    results = [job()]
-    # This thread has come to the end of the work: a helper that has not begun is not needed.
-    results += [future.result() for future in futures if not future.cancel()]
-    return results
+    shared = _Shared(job)
+    _ask_for_help(shared.take_part, helpers)
+    shared.take_part()
+    return shared.results()
+
+
+class _Shared(Generic[T]):
+    """A walk that any number of threads take part in, until the first has come to its end."""
+
+    def __init__(self, job: Callable[[], T]) -> None:
+        self._job = job
+        self._results: list[T] = []
+        self._errors: list[BaseException] = []
+        self._busy = 0
+        self._over = False
+        self._changed = threading.Condition()
+
+    def take_part(self) -> None:
+        """Do a share of the work; none if there is none left to begin."""
+        with self._changed:
+            if self._over:
+                return
+            self._busy += 1
+        try:
+            self._results.append(self._job())
+        except BaseException as error:  # raised again where the walk was asked for
+            self._errors.append(error)
+        finally:
+            with self._changed:
+                self._over = True  # a job returns when no work is left that nobody has taken
+                self._busy -= 1
+                self._changed.notify()
+
+    def results(self) -> list[T]:
+        """Wait for every thread that has begun."""
+        with self._changed:
+            while self._busy:
+                self._changed.wait()
+        if self._errors:
+            raise self._errors[0]
+        return self._results
 
 
 def threads() -> int:
@@ -161,34 +195,40 @@ def threads() -> int:
     return int(wanted)
 
 
-_pool: ThreadPoolExecutor | None = None
-_pool_size = 0
-_pool_lock = threading.Lock()
+_lock = threading.Lock()
+_queue: SimpleQueue[Callable[[], None]] = SimpleQueue()
+_started = 0
 
 
-def _submit(job: Callable[[], T], helpers: int) -> list[Future[T]]:
-    global _pool, _pool_size
-    # Imported only here: a fifth of the time that `import gradclip` takes.
-    from concurrent.futures import ThreadPoolExecutor
+def _ask_for_help(job: Callable[[], None], helpers: int) -> None:
+    """Have ``job`` called on other threads too, as soon as they are free."""
+    global _started
+    with _lock:
+        while _started < helpers:
+            try:
+                threading.Thread(
+                    target=_serve, args=(_queue,), name="gradclip", daemon=True
+                ).start()
+            except RuntimeError:
+                break  # the system gives no more threads: those there are do all the work
+            _started += 1
+        for _ in range(min(helpers, _started)):
+            _queue.put(job)
 
-    with _pool_lock:
-        if _pool is None or _pool_size < helpers:
-            _pool_size = helpers
-            _pool = ThreadPoolExecutor(helpers, "gradclip", initializer=_set_ieee)
-        try:
-            return [_pool.submit(job) for _ in range(helpers)]
-        except RuntimeError:
-            # The interpreter is shutting down and starts no more threads: the caller does it all.
-            return []
+
+def _serve(jobs: SimpleQueue[Callable[[], None]]) -> None:
+    _set_ieee()
+    while True:
+        jobs.get()()
 
 
-def _forget_pool() -> None:
-    global _pool, _pool_lock
-    _pool, _pool_lock = None, threading.Lock()
+def _forget_threads() -> None:
+    global _lock, _queue, _started
+    _lock, _queue, _started = threading.Lock(), SimpleQueue(), 0
 
 
 # A forked child has none of its parent's threads.
-os.register_at_fork(after_in_child=_forget_pool)
+os.register_at_fork(after_in_child=_forget_threads)
 
 
 _libc = ctypes.CDLL(None)
