@@ -244,20 +244,22 @@ def _decided(
         measured = backend.measure(held)
     action = decide(measured, limit, on_nonfinite)
     if isinstance(action, Raise):
-        raise FloatingPointError(_offenders(tree, backend, measured))
+        raise FloatingPointError(_offenders(tree, backend, measured, given=use_norm is not None))
     return tree, backend, held, measured, action
 
 
-def _offenders(tree: Tree, backend: Backend, measured: Scaled) -> str:
+def _offenders(tree: Tree, backend: Backend, measured: Scaled, *, given: bool) -> str:
     """Each leaf that holds NaN or inf, with its counts."""
     found = []
     for place, leaf in enumerate(tree.leaves):
         nans, infs = backend.count_nonfinite(leaf)
         if nans or infs:
             found.append(f"{tree.path(place)} holds {nans} NaN and {infs} inf")
-    return f"the global norm is {float(measured)}: " + (
-        "; ".join(found) or "given as use_norm, every leaf is finite"
-    )
+    if not found and given:
+        found.append("given as use_norm, every leaf is finite")
+    elif not found:
+        found.append("rows with the same index add up to more than float64 holds")
+    return f"the global norm is {float(measured)}: " + "; ".join(found)
 
 
 def _no_group(group: Any) -> None:

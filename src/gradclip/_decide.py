@@ -90,7 +90,9 @@ def _real(name: str, value: Any) -> float:
     try:
         return float(value)
     except OverflowError:
-        raise ValueError(f"{name} is {value!r}; it must fit a float64") from None
+        # Not shown in full: Python refuses to write out integers of thousands of digits.
+        kind = type(value).__name__
+        raise ValueError(f"{name} is {kind} above 1.8e308; it must fit a float64") from None
 
 
 def decide(norm: Scaled, clip_norm: float, on_nonfinite: OnNonfinite) -> Action:

@@ -95,6 +95,7 @@ def _sums(
         sums = np.zeros((group[end - 1] - first + 1, *values.shape[1:]), dtype)
         for at in range(begin, end, rows_at_a_time):
             some = slice(at, min(at + rows_at_a_time, end))
-            # Unbuffered: each row is added in its turn.
-            np.add.at(sums, group[some] - first, values[order[some]].astype(dtype))
+            with np.errstate(over="ignore", invalid="ignore"):
+                # Unbuffered: each row is added in its turn.
+                np.add.at(sums, group[some] - first, values[order[some]].astype(dtype))
         yield sums

@@ -146,26 +146,27 @@ class _Shared(Generic[T]):
     """A walk that any number of threads take part in, until the first has come to its end."""
 
     def __init__(self, job: Callable[[], T]) -> None:
-        self._job = job
+        self._job: Callable[[], T] | None = job
         self._results: list[T] = []
         self._errors: list[BaseException] = []
         self._busy = 0
-        self._over = False
         self._changed = threading.Condition()
 
     def take_part(self) -> None:
         """Do a share of the work; none if there is none left to begin."""
         with self._changed:
-            if self._over:
+            job = self._job
+            if job is None:
                 return
             self._busy += 1
         try:
-            self._results.append(self._job())
+            self._results.append(job())
         except BaseException as error:  # raised again where the walk was asked for
             self._errors.append(error)
         finally:
+            job = None  # it holds the caller's memory, which is to be free when the call returns
             with self._changed:
-                self._over = True  # a job returns when no work is left that nobody has taken
+                self._job = None  # a job returns when no work is left that nobody has taken
                 self._busy -= 1
                 self._changed.notify()
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-# Elements taken at a time; a bound that the sums below rely on.
-_CHUNK = 4096 * 4
+# Elements taken at a time: a block of the certificate's bound, and less than _square_sum can add.
+_CHUNK = 4096
 _LIMB = 18
 _SPARE = 128  # the limbs of a number reach below its last bit, by zeros
 _NARROW_WORDS = 22
@@ -28,13 +28,29 @@ def take(arrays: list[Any], writable: bool, decode: list[bytes | None] | None) -
     return Leaves(arrays, writable, decode or [None] * len(arrays))
 
 
+def _layout(array: npt.NDArray[Any]) -> tuple[int, list[tuple[int, int]]]:
+    """Where an array lies: its first byte, and (stride, length) of as few dimensions as can be.
+
+    Outermost first, strides not negative: the order in which elements are visited is free.
+    """
+    address = array.__array_interface__["data"][0]
+    dimensions: list[tuple[int, int]] = []
+    for stride, length in zip(array.strides, array.shape, strict=True):
+        if length != 1:
+            address += min(0, stride * (length - 1))
+            dimensions.append((abs(stride), length))
+    merged: list[tuple[int, int]] = []
+    for stride, length in sorted(dimensions, reverse=True):
+        if merged and merged[-1][0] == stride * length:
+            merged[-1] = (stride, merged[-1][1] * length)
+        else:
+            merged.append((stride, length))
+    return address, merged
+
+
 def _overlaps_itself(array: npt.NDArray[Any]) -> bool:
     span = array.itemsize
-    for stride, length in sorted(
-        (abs(stride), length)
-        for stride, length in zip(array.strides, array.shape, strict=True)
-        if length != 1
-    ):
+    for stride, length in reversed(_layout(array)[1]):
         if stride < span and array.size:
             return True
         span += (length - 1) * stride
@@ -50,7 +66,7 @@ class Leaves:
         seen: set[Any] = set()
         self._arrays: list[npt.NDArray[Any] | None] = []
         for array in arrays:
-            key = (array.__array_interface__["data"], array.shape, array.strides, array.dtype)
+            key = (str(_layout(array)), array.dtype)
             self._arrays.append(None if writable and key in seen else _real(array))
             seen.add(key)
         self._decode = [
@@ -73,11 +89,11 @@ class Leaves:
         """As `_cpu.Leaves.sum_squares`."""
         sums, has_inf, has_nan = [0.0], False, False
         for chunk in self._chunks(narrow=True) if self._begin() else ():
-            # Blocks of 4096, as the certificate's bound has it.
-            blocks = np.add.reduceat(np.square(chunk), np.arange(0, chunk.size, 4096))
-            has_nan |= bool(np.isnan(blocks).any())
-            has_inf |= bool(np.isinf(blocks).any())
-            sums += blocks[np.isfinite(blocks)].tolist()
+            block = float(np.dot(chunk, chunk))
+            has_nan |= math.isnan(block)
+            has_inf |= math.isinf(block)
+            if math.isfinite(block):
+                sums.append(block)
         return math.fsum(sums), 0.0, has_inf, has_nan
 
     def exact_squares(self) -> tuple[bytes, bytes, float]:
@@ -145,7 +161,9 @@ class Leaves:
             )
             with walk:
                 for x in walk:
-                    yield _decode(x, table).astype(np.float64)
+                    with np.errstate(invalid="ignore"):  # a signalling NaN
+                        chunk = _decode(x, table).astype(np.float64)
+                    yield chunk
 
 
 def _real(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
