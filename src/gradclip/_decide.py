@@ -90,9 +90,14 @@ def _real(name: str, value: Any) -> float:
     try:
         return float(value)
     except OverflowError:
-        # Not shown in full: Python refuses to write out integers of thousands of digits.
-        kind = type(value).__name__
-        raise ValueError(f"{name} is {kind} above 1.8e308; it must fit a float64") from None
+        raise ValueError(f"{name} is {_shown(value)}; it must fit a float64") from None
+
+
+def _shown(value: Any) -> str:
+    try:
+        return repr(value)
+    except ValueError:  # Python writes no integer of over 4300 digits
+        return f"a number of over 4300 digits, of type {type(value).__name__}"
 
 
 def decide(norm: Scaled, clip_norm: float, on_nonfinite: OnNonfinite) -> Action:

@@ -6,12 +6,13 @@ import contextlib
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, RenderableType
+    from rich.table import Table
 
 
 class CliError(Exception):
@@ -34,20 +35,30 @@ def printable(text: str) -> str:
     )
 
 
+def size(nbytes: float) -> str:
+    """A number of bytes to three digits."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if nbytes < 999.5:
+            return f"{nbytes:.3g} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.3g} TB"
+
+
 def fail(message: str, status: int) -> int:
     """Print one line on stderr and hand back the exit status."""
     print("gradclip: " + printable(" ".join(message.split())), file=sys.stderr)
     return status
 
 
-def console(*, stderr: bool = False) -> Console:
+def console(*, stderr: bool = False, endless: bool = False) -> Console:
     """A console that colours only terminals, honours NO_COLOR and never cuts piped tables."""
     try:
         from rich.console import Console
     except ImportError:
         raise need_extra("rich") from None
     stream = sys.stderr if stderr else sys.stdout
-    return Console(stderr=stderr, width=None if stream.isatty() else 10_000, highlight=False)
+    width = None if stream.isatty() and not endless else 10_000
+    return Console(stderr=stderr, width=width, highlight=False)
 
 
 def print_json(value: Any) -> None:
@@ -66,30 +77,81 @@ def _plain(value: Any) -> Any:
 
 
 def print_table(
-    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, text: int = 1
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    text: int = 1,
+    alarming: Container[int] = (),
 ) -> None:
     """Print a table; the first ``text`` columns are words, the others figures.
 
-    A row of a single cell is a heading of the rows below it.
+    A row of a single cell is a heading of the rows below it; the ``alarming`` rows are red.
     """
-    out = console()
+    styles = [
+        "red" if place in alarming else "bold" if len(row) < len(columns) else ""
+        for place, row in enumerate(rows)
+    ]
+    out, endless = console(), console(endless=True)
+    table = _table(title, columns, rows, styles, text)
+    fits = not any(columns) or endless.measure(table).maximum <= out.width
+    stacked = _stacked(endless, title, columns, rows, styles, text)
+    print(*(_lines(out, table) if fits else stacked), sep="\n")
+
+
+def _table(
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    styles: Sequence[str],
+    text: int,
+) -> Table:
     from rich import box
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(
+        title=escape(title) or None,
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 0, 0, 1),
+        pad_edge=False,
+        show_header=any(columns),
+    )
     for place, column in enumerate(columns):
-        words = place < text
-        table.add_column(
-            column, justify="left" if words else "right", overflow="fold", no_wrap=not words
-        )
-    for row in rows:
-        heading = len(row) == 1 < len(columns)
-        table.add_row(*map(escape, row), style="bold" if heading else None)
+        table.add_column(column, justify="left" if place < text else "right", overflow="fold")
+    for row, style in zip(rows, styles, strict=True):
+        table.add_row(*map(escape, row), style=style)
+    return table
+
+
+def _stacked(
+    out: Console,
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    styles: Sequence[str],
+    text: int,
+) -> Iterator[str]:
+    """The lines of a table, the first cell of each row on a line of its own above the others."""
+    from rich.text import Text
+
+    figures = _table("", columns[1:], [row[1:] for row in rows], styles, text - 1)
+    above, header, rule, *lines = _lines(out, figures)
+    yield from [title, above] if title else [above]
+    yield from [f" {columns[0]}", f"     {header}", f"     {rule}"]
+    for row, style, line in zip(rows, styles, lines, strict=False):
+        yield from _lines(out, Text(f" {row[0]}", style))
+        if len(row) > 1:
+            yield f"     {line}"
+    yield ""
+
+
+def _lines(out: Console, content: RenderableType) -> list[str]:
     # Rich would end the process with status 1 where the reader of a pipe has gone.
     with out.capture() as captured:
-        out.print(table)
-    print("\n".join(line.rstrip() for line in captured.get().splitlines()))
+        out.print(content)
+    return [line.rstrip() for line in captured.get().removesuffix("\n").split("\n")]
 
 
 @contextlib.contextmanager

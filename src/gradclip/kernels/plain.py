@@ -87,14 +87,17 @@ class Leaves:
 
     def sum_squares(self) -> tuple[float, float, bool, bool]:
         """As `_cpu.Leaves.sum_squares`."""
-        sums, has_inf, has_nan = [0.0], False, False
+        high, low, has_inf, has_nan = 0.0, 0.0, False, False
         for chunk in self._chunks(narrow=True) if self._begin() else ():
             block = float(np.dot(chunk, chunk))
             has_nan |= math.isnan(block)
             has_inf |= math.isinf(block)
             if math.isfinite(block):
-                sums.append(block)
-        return math.fsum(sums), 0.0, has_inf, has_nan
+                total = high + block  # TwoSum
+                part = total - high
+                low += (high - (total - part)) + (block - part)
+                high = total
+        return high, low, has_inf, has_nan
 
     def exact_squares(self) -> tuple[bytes, bytes, float]:
         """As `_cpu.Leaves.exact_squares`; every type goes into the wide words."""
