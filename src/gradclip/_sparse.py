@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,7 +33,7 @@ class IndexedSlices(NamedTuple):
     dense_shape: tuple[int, ...] | None = None
 
 
-def check_rows(slices: IndexedSlices, path: str) -> npt.NDArray[np.integer[Any]]:
+def check_rows(slices: IndexedSlices, path: Callable[[], str]) -> npt.NDArray[np.integer[Any]]:
     """The indices of slices, found to fit their values and their dense shape.
 
     Raises:
@@ -42,29 +42,29 @@ def check_rows(slices: IndexedSlices, path: str) -> npt.NDArray[np.integer[Any]]
     indices = np.asarray(slices.indices)
     values_shape = np.shape(slices.values)
     if indices.dtype.kind not in "iu":
-        raise ValueError(f"{path}.indices is {indices.dtype}; indices are integers")
+        raise ValueError(f"{path()}.indices is {indices.dtype}; indices are integers")
     if indices.ndim != 1 or not values_shape or values_shape[0] != indices.size:
         raise ValueError(
-            f"{path} has indices of shape {indices.shape} and values of shape {values_shape}; "
+            f"{path()} has indices of shape {indices.shape} and values of shape {values_shape}; "
             "each row of values needs one index"
         )
     if indices.size and indices.min() < 0:
-        raise ValueError(f"{path}.indices holds {indices.min()}; no row has a negative index")
+        raise ValueError(f"{path()}.indices holds {indices.min()}; no row has a negative index")
     if slices.dense_shape is None:
         return indices
     dense_shape = np.asarray(slices.dense_shape)
     if dense_shape.dtype.kind not in "iu" or dense_shape.ndim != 1 or not dense_shape.size:
         raise ValueError(
-            f"{path}.dense_shape is {slices.dense_shape!r}; it must be None or a tuple of lengths"
+            f"{path()}.dense_shape is {slices.dense_shape!r}; it must be None or a tuple of lengths"
         )
     if tuple(dense_shape[1:]) != values_shape[1:]:
         raise ValueError(
-            f"{path} has dense_shape {tuple(dense_shape.tolist())} and values of shape "
+            f"{path()} has dense_shape {tuple(dense_shape.tolist())} and values of shape "
             f"{values_shape}; they must agree after the first dimension"
         )
     if indices.size and indices.max() >= dense_shape[0]:
         raise ValueError(
-            f"{path}.indices holds {indices.max()}; dense_shape has {dense_shape[0]} rows"
+            f"{path()}.indices holds {indices.max()}; dense_shape has {dense_shape[0]} rows"
         )
     return indices
 

@@ -36,8 +36,8 @@ def flatten(t_list: Any) -> Tree:
             full[place] = leaf
         return optree.tree_unflatten(spec, full)
 
-    def path(index: int) -> str:
-        return str(optree.treespec_accessors(spec)[places[index]].codify("t_list"))
+    def path(place: int) -> str:
+        return str(optree.treespec_accessors(spec)[places[place]].codify("t_list"))
 
     leaves = [every[place] for place in places]
     return Tree(leaves, set(map(type, leaves)), rebuild, path)

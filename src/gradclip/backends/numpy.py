@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -54,7 +55,7 @@ def hold(leaves: Sequence[Any], path: Callable[[int], str], *, writable: bool) -
         if memory is not None:
             return Held(leaves, values, None, memory, writable, False)
     for place, leaf in enumerate(leaves):
-        values[place] = _values(leaf, path(place), writable=writable)
+        values[place] = _values(leaf, partial(path, place), writable=writable)
     coded = [_as_codes(array) for array in values]
     decode = [_decode_table(array.dtype) for array in values]
     memory = cpu.take(coded, decode, writable=writable)
@@ -74,14 +75,17 @@ def measure(held: Held) -> Scaled:
 
 def total(held: Held) -> tuple[Total, float, bool]:
     """The exact sum, the largest finite |x| (of a complex x, of its parts), if any is wide."""
-    shares = [share for memory in _measured(held) for share in cpu.exact_squares(memory)]
-    exact = merge(total_of(narrow, wide) for narrow, wide, _ in shares)
-    return exact, max(largest for _, _, largest in shares), held.memory.has_f64
+    exact, largest = total_of(), 0.0
+    for memory in _measured(held):
+        for narrow, wide, found in cpu.exact_squares(memory):
+            exact = merge([exact, total_of(narrow, wide)])
+            largest = max(largest, found)
+    return exact, largest, held.memory.has_f64
 
 
 def count_nonfinite(leaf: Any) -> tuple[int, int]:
     """How many elements are NaN, and how many are inf."""
-    values = _values(leaf, "leaf", writable=False)
+    values = _values(leaf, str, writable=False)
     with np.errstate(invalid="ignore"):  # a signalling NaN
         return int(np.isnan(values).sum()), int(np.isinf(values).sum())
 
@@ -132,7 +136,11 @@ def scale_(held: Held, factor: Scaled) -> None:
 
 
 def _scale(source: cpu.Leaves, target: cpu.Leaves, held: Held, factor: Scaled) -> None:
-    recode = held.decode and [_recode_table(values.dtype, factor) for values in held.values]
+    recode = None
+    if held.decode is not None:
+        dtypes = [values.dtype for values in held.values]
+        tables = {dtype: _recode_table(dtype, factor) for dtype in set(dtypes)}
+        recode = [tables[dtype] for dtype in dtypes]
     cpu.scale(source, target, *factor, recode)
 
 
@@ -154,43 +162,50 @@ def _is_sparse(leaf: Any) -> bool:
     return isinstance(leaf, IndexedSlices) or not isinstance(leaf, np.ndarray | np.generic)
 
 
-def _values(leaf: Any, path: str, *, writable: bool) -> Array:
+def _values(leaf: Any, path: Callable[[], str], *, writable: bool) -> Array:
     """The elements of a leaf as a plain array of an accepted dtype."""
     if isinstance(leaf, IndexedSlices):
         values = leaf.values
         if not isinstance(values, np.ndarray):
-            raise TypeError(f"{path}.values is {type(values).__name__}; it must be an array")
+            raise TypeError(f"{path()}.values is {type(values).__name__}; it must be an array")
         check_rows(leaf, path)
     elif _is_sparse(leaf):
         values = _scipy_values(leaf, path, writable=writable)
     else:
         values = leaf
     if isinstance(values, np.ma.MaskedArray):
-        raise TypeError(f"{path} is a masked array; fill it first: array.filled(0)")
-    _check_dtype(values.dtype, path)
+        raise TypeError(f"{path()} is a masked array; fill it first: array.filled(0)")
+    if _code_dtype(values.dtype) is None:
+        raise TypeError(f"{path()} is {values.dtype}; gradclip clips {_ACCEPTED}")
     if writable and isinstance(values, np.generic):
-        raise ValueError(f"{path} is a NumPy scalar, which cannot be written in place")
+        raise ValueError(f"{path()} is a NumPy scalar, which cannot be written in place")
     return np.asarray(values)
 
 
-def _check_dtype(dtype: np.dtype[Any], path: str) -> None:
-    if dtype.char not in "efdFD" and not _is_ml_dtype(dtype):
-        raise TypeError(f"{path} is {dtype}; gradclip clips {_ACCEPTED}")
+_code_dtypes: dict[np.dtype[Any], np.dtype[Any] | None] = {}
 
 
-def _is_ml_dtype(dtype: np.dtype[Any]) -> bool:
-    """If it is bfloat16 or a float8 that has zero and a sign."""
-    known = dtype.name == "bfloat16" or dtype.name.startswith(
-        ("float8_e3", "float8_e4", "float8_e5")
-    )
-    return known and dtype.type.__module__.partition(".")[0] == "ml_dtypes"
+def _code_dtype(dtype: np.dtype[Any]) -> np.dtype[Any] | None:
+    """The dtype to view an array in for its memory to be taken; None if it is not clipped.
+
+    The dtypes of ml_dtypes have no buffer protocol: they are taken as unsigned integers.
+    """
+    if dtype not in _code_dtypes:
+        code = dtype if dtype.char in "efdFD" else None
+        if dtype.type.__module__.partition(".")[0] == "ml_dtypes":
+            if dtype.name == "bfloat16":
+                code = np.dtype(np.uint16)
+            # Of the others, float8_e8m0fnu has neither zero nor sign: no gradient is of it.
+            elif dtype.name.startswith(("float8_e3", "float8_e4", "float8_e5")):
+                code = np.dtype(np.uint8)
+        _code_dtypes[dtype] = code
+    return _code_dtypes[dtype]
 
 
 def _as_codes(values: Array) -> Array:
-    """The array in a dtype that has the buffer protocol: ml_dtypes as unsigned integers."""
-    if not _is_ml_dtype(values.dtype):
-        return values
-    return values.view(np.uint16 if values.dtype.itemsize == 2 else np.uint8)
+    code = _code_dtype(values.dtype)
+    assert code is not None, "an array that has passed every check"
+    return values if code is values.dtype else values.view(code)
 
 
 _decode_tables: dict[np.dtype[Any], bytes] = {}
@@ -269,19 +284,19 @@ def _merged(leaf: Any, values: Array) -> Iterator[Array] | None:
     return iter([coordinates.data]) if sums is None and leaf.format == "dia" else sums
 
 
-def _scipy_values(leaf: Any, path: str, *, writable: bool) -> Array:
+def _scipy_values(leaf: Any, path: Callable[[], str], *, writable: bool) -> Array:
     if leaf.format in _IN_PLACE_FORMATS:
         _check_scipy_indices(leaf, path)
         return np.asarray(leaf.data)
     if writable:
         raise TypeError(
-            f"{path} is a {type(leaf).__name__}, which cannot be scaled in place; "
+            f"{path()} is a {type(leaf).__name__}, which cannot be scaled in place; "
             f"convert it with .tocsr(), or use clip_by_global_norm"
         )
     return np.asarray(leaf.tocoo().data)
 
 
-def _check_scipy_indices(leaf: Any, path: str) -> None:
+def _check_scipy_indices(leaf: Any, path: Callable[[], str]) -> None:
     """Hold the index arrays against the shape; SciPy's own code takes them on trust."""
     if leaf.format == "dia":
         return
@@ -292,11 +307,13 @@ def _check_scipy_indices(leaf: Any, path: str) -> None:
         begins = leaf.indptr
         stored = min(len(leaf.indices), len(leaf.data))
         if begins[0] != 0 or (np.diff(begins) < 0).any() or begins[-1] > stored:
-            raise ValueError(f"{path}.indptr does not rise from 0 to at most {stored}")
+            raise ValueError(f"{path()}.indptr does not rise from 0 to at most {stored}")
     for axis, index in axes.items():
         length = leaf.shape[axis] // (leaf.blocksize[axis] if leaf.format == "bsr" else 1)
         if index.size and (index.min() < 0 or index.max() >= length):
-            raise ValueError(f"{path} has an index out of range on axis {axis} of length {length}")
+            raise ValueError(
+                f"{path()} has an index out of range on axis {axis} of length {length}"
+            )
 
 
 def _rewrapped(held: Held, new: list[Array]) -> list[Any]:

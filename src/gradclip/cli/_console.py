@@ -11,8 +11,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
-    from rich.table import Table
+    from rich.console import Console
 
 
 class CliError(Exception):
@@ -50,15 +49,14 @@ def fail(message: str, status: int) -> int:
     return status
 
 
-def console(*, stderr: bool = False, endless: bool = False) -> Console:
-    """A console that colours only terminals, honours NO_COLOR and never cuts piped tables."""
+def console(*, stderr: bool = False) -> Console:
+    """A console that colours only terminals, honours NO_COLOR and never cuts what is piped."""
     try:
         from rich.console import Console
     except ImportError:
         raise need_extra("rich") from None
     stream = sys.stderr if stderr else sys.stdout
-    width = None if stream.isatty() and not endless else 10_000
-    return Console(stderr=stderr, width=width, highlight=False)
+    return Console(stderr=stderr, width=None if stream.isatty() else 10_000, highlight=False)
 
 
 def print_json(value: Any) -> None:
@@ -88,70 +86,47 @@ def print_table(
 
     A row of a single cell is a heading of the rows below it; the ``alarming`` rows are red.
     """
-    styles = [
-        "red" if place in alarming else "bold" if len(row) < len(columns) else ""
-        for place, row in enumerate(rows)
-    ]
-    out, endless = console(), console(endless=True)
-    table = _table(title, columns, rows, styles, text)
-    fits = not any(columns) or endless.measure(table).maximum <= out.width
-    stacked = _stacked(endless, title, columns, rows, styles, text)
-    print(*(_lines(out, table) if fits else stacked), sep="\n")
-
-
-def _table(
-    title: str,
-    columns: Sequence[str],
-    rows: Sequence[Sequence[str]],
-    styles: Sequence[str],
-    text: int,
-) -> Table:
-    from rich import box
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(
-        title=escape(title) or None,
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 0, 0, 1),
-        pad_edge=False,
-        show_header=any(columns),
-    )
-    for place, column in enumerate(columns):
-        table.add_column(column, justify="left" if place < text else "right", overflow="fold")
-    for row, style in zip(rows, styles, strict=True):
-        table.add_row(*map(escape, row), style=style)
-    return table
-
-
-def _stacked(
-    out: Console,
-    title: str,
-    columns: Sequence[str],
-    rows: Sequence[Sequence[str]],
-    styles: Sequence[str],
-    text: int,
-) -> Iterator[str]:
-    """The lines of a table, the first cell of each row on a line of its own above the others."""
+    out = console()
     from rich.text import Text
 
-    figures = _table("", columns[1:], [row[1:] for row in rows], styles, text - 1)
-    above, header, rule, *lines = _lines(out, figures)
-    yield from [title, above] if title else [above]
-    yield from [f" {columns[0]}", f"     {header}", f"     {rule}"]
-    for row, style, line in zip(rows, styles, lines, strict=False):
-        yield from _lines(out, Text(f" {row[0]}", style))
-        if len(row) > 1:
-            yield f"     {line}"
-    yield ""
-
-
-def _lines(out: Console, content: RenderableType) -> list[str]:
+    header, *lines = _laid_out([columns, *rows], text, out.width)
+    width = max(len(part) for line in (header, *lines) for part in line.split("\n"))
+    rule = (min(width, out.width) - 1) * ("-" if out.options.ascii_only else "\u2500")
     # Rich would end the process with status 1 where the reader of a pipe has gone.
     with out.capture() as captured:
-        out.print(content)
-    return [line.rstrip() for line in captured.get().removesuffix("\n").split("\n")]
+        out.print(Text(title, "italic"))
+        if any(columns):
+            out.print(Text(header, "bold"))
+            out.print(Text(f" {rule}"))
+        for place, (row, line) in enumerate(zip(rows, lines, strict=True)):
+            heading = "bold" if len(row) < len(columns) else ""
+            out.print(Text(line, "red" if place in alarming else heading), soft_wrap=True)
+    print(captured.get())
+
+
+def _laid_out(rows: Sequence[Sequence[str]], text: int, room: int) -> list[str]:
+    """Each row as a line, or as two if the first cells leave too little room for the others."""
+    from rich.cells import cell_len, set_cell_size
+
+    full = [row for row in rows if len(row) == len(rows[0])]
+    first, *widths = (max(map(cell_len, column)) for column in zip(*full, strict=True))
+    others = [
+        "  ".join(
+            set_cell_size(cell, width) if place < text else " " * (width - cell_len(cell)) + cell
+            for place, (cell, width) in enumerate(zip(row[1:], widths, strict=False), 1)
+        ).rstrip()
+        for row in rows
+    ]
+    stacked = any(rows[0]) and 1 + first + sum(width + 2 for width in widths) > room
+    lines = []
+    for row, other in zip(rows, others, strict=True):
+        if len(row) == 1:
+            lines.append(f" {row[0]}")
+        elif stacked:
+            lines.append(f" {row[0]}\n      {other}")
+        else:
+            lines.append(f" {set_cell_size(row[0], first)}  {other}")
+    return lines
 
 
 @contextlib.contextmanager
