@@ -18,8 +18,8 @@ for step in range(200):
     error = weights["slope"] * x[batch] + weights["offset"] - y[batch]
     gradients = {"slope": np.array([error @ x[batch]]) / 32, "offset": error.mean(keepdims=True)}
     norm = gradclip.clip_by_global_norm_(gradients, clip_norm=1.0, on_nonfinite="raise")
-    for name, weight in weights.items():
-        weight -= 0.1 * gradients[name]
+    for name in weights:
+        weights[name] -= 0.1 * gradients[name]
     if norm > 100:
         print(f"step {step}: the gradient's norm was {norm:.0f}, clipped to 1")
 

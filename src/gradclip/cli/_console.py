@@ -55,8 +55,9 @@ def console(*, stderr: bool = False) -> Console:
         from rich.console import Console
     except ImportError:
         raise need_extra("rich") from None
-    stream = sys.stderr if stderr else sys.stdout
-    return Console(stderr=stderr, width=None if stream.isatty() else 10_000, highlight=False)
+    if (sys.stderr if stderr else sys.stdout).isatty():
+        return Console(stderr=stderr, highlight=False)
+    return Console(stderr=stderr, highlight=False, force_terminal=False, width=10_000)
 
 
 def print_json(value: Any) -> None:

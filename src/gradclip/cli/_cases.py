@@ -1,0 +1,198 @@
+"""What ``gradclip bench`` measures: the cases, and what gradclip is held to in each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+
+from gradclip import clip_by_global_norm_, global_norm
+from gradclip._clip import survey
+from gradclip.cli import _contenders
+from gradclip.cli._contenders import Arrays, Call
+from gradclip.kernels.cpu import threads
+
+LARGE, HALF = 400_000_000, 200_000_000
+
+
+class Bar(NamedTuple):
+    """What gradclip is held to: a multiple of the time of others, or a number of units."""
+
+    limit: float
+    of: str
+
+
+class Case(NamedTuple):
+    """Systems that take turns at one job. ``systems`` is told by how much to shrink it."""
+
+    what: str
+    bars: tuple[Bar, ...]
+    systems: Callable[[int], dict[str, Call]]
+    threads: int | None = None
+
+
+class Fresh(NamedTuple):
+    """A figure that takes new processes: ``code`` prints it, in the unit of the bar.
+
+    The code that measures memory reads /proc.
+    """
+
+    what: str
+    bar: Bar
+    code: str
+    processes: int = 1
+
+
+def _normal(nbytes: int, dtype: str = "float32") -> Arrays:
+    if dtype == "bfloat16":
+        import ml_dtypes  # noqa: F401  (makes the name known)
+    generator = np.random.default_rng(0)
+    size = nbytes // np.dtype(dtype).itemsize // 4
+    drawn = np.float64 if dtype == "float64" else np.float32
+    return [generator.standard_normal(size, drawn).astype(dtype, copy=False) for _ in range(4)]
+
+
+def _large(shrink: int) -> Arrays:
+    return _normal(400_000_000 // shrink)
+
+
+def _small(shrink: int) -> Arrays:
+    return list(np.random.default_rng(0).standard_normal((1000 // shrink, 1000), np.float32))
+
+
+def _norm(dtype: str, nbytes: int, shrink: int) -> dict[str, Call]:
+    arrays = _normal(nbytes // shrink, dtype)
+    readable = arrays if dtype in ("float32", "float64") else _normal(nbytes // shrink)
+    return {
+        "gradclip": partial(global_norm, arrays),
+        "R": partial(_read, readable),
+        **_contenders.norms(arrays),
+    }
+
+
+def _exact(shrink: int) -> dict[str, Call]:
+    arrays = _large(shrink)
+    return {"gradclip": partial(survey, arrays), "R": partial(_read, arrays)}
+
+
+def _clip(make: Callable[[int], Arrays], shrink: int) -> dict[str, Call]:
+    arrays = make(shrink)
+    limit = float(global_norm(arrays))
+
+    def next_limit() -> float:
+        nonlocal limit
+        limit *= 0.999
+        return limit
+
+    return {
+        "gradclip": lambda: clip_by_global_norm_(arrays, next_limit()),
+        "R": partial(_read, arrays),
+        "S": _writer(arrays),
+        **_contenders.clips(arrays, next_limit),
+    }
+
+
+def _keep(make: Callable[[int], Arrays], shrink: int) -> dict[str, Call]:
+    arrays = make(shrink)
+    return {
+        "gradclip": partial(clip_by_global_norm_, arrays, 1e9),
+        "R": partial(_read, arrays),
+        **_contenders.clips(arrays, lambda: 1e9),
+    }
+
+
+def _read(arrays: Arrays) -> None:
+    for array in arrays:
+        np.dot(array, array)
+
+
+def _writer(arrays: Arrays) -> Call:
+    pool = ThreadPoolExecutor(threads())
+    shares = zip(*(np.array_split(array, threads()) for array in arrays), strict=True)
+
+    def write(share: Arrays) -> None:
+        for array in share:
+            np.multiply(array, array.dtype.type(1), out=array)
+
+    return partial(lambda shares: list(pool.map(write, shares)), list(shares))
+
+
+_IMPORT = """
+import numpy
+from time import perf_counter
+started = perf_counter()
+import gradclip
+print(1e3 * (perf_counter() - started))
+"""
+_FIRST_CALL = """
+import gradclip, numpy
+from time import perf_counter
+arrays = [numpy.ones(1000, numpy.float32)]
+started = perf_counter()
+gradclip.clip_by_global_norm_(arrays, 1.0)
+print(1e3 * (perf_counter() - started))
+"""
+
+
+def _memory(function: str, outputs: int) -> str:
+    return f"""
+import gradclip, numpy, re
+def megabytes(key):
+    with open("/proc/self/status") as status:
+        return int(re.search(key + r":\\s+(\\d+)", status.read())[1]) * 1024 / 1e6
+arrays = [numpy.ones({LARGE} // 4, numpy.float32)]
+before = megabytes("VmRSS")
+result = gradclip.{function}(arrays, 1.0)
+print(megabytes("VmHWM") - before - {outputs} / 1e6)
+"""
+
+
+def written(size: int, *, limit: float) -> str:
+    """Clip an array of ``size`` bytes that is mapped copy-on-write; print the kB copied."""
+    return f"""
+import gradclip, numpy, re, tempfile
+with tempfile.NamedTemporaryFile() as file:
+    file.write(numpy.ones(1000, numpy.float32).tobytes())
+    file.truncate({size})
+    array = numpy.asarray(numpy.memmap(file.name, numpy.float32, "c"))
+    gradclip.clip_by_global_norm_([array], {limit})
+    with open("/proc/self/smaps") as maps:
+        mine = [part for part in maps.read().split("VmFlags") if file.name in part]
+    print(sum(int(re.search(r"Anonymous:\\s+(\\d+)", part)[1]) for part in mine))
+"""
+
+
+_LOOP = (Bar(1 / 8, "NumPy loop"), Bar(0.25, "ms"))
+
+CASES: dict[str, Case | Fresh] = {
+    "norm-fp32": Case("norm, 400 MB fp32", (Bar(1.05, "R"),), partial(_norm, "float32", LARGE)),
+    "norm-fp64": Case("norm, 400 MB fp64", (Bar(1.05, "R"),), partial(_norm, "float64", LARGE)),
+    "norm-bf16": Case("norm, 200 MB bf16", (Bar(1.2, "R"),), partial(_norm, "bfloat16", HALF)),
+    "norm-fp16": Case("norm, 200 MB fp16", (Bar(1.3, "R"),), partial(_norm, "float16", HALF)),
+    "keep": Case(
+        "in place, nothing to clip, 400 MB fp32", (Bar(1.1, "R"),), partial(_keep, _large)
+    ),
+    "clip": Case("in place, clipping, 400 MB fp32", (Bar(1.1, "R + S"),), partial(_clip, _large)),
+    "exact": Case("exact accumulator, 400 MB fp32", (Bar(1.1, "R"),), _exact),
+    "exact-1-thread": Case(
+        "exact accumulator, 1 thread, 400 MB fp32", (Bar(1.35, "R"),), _exact, threads=1
+    ),
+    "small-keep": Case("in place, nothing to clip, 1000 x 1000", _LOOP, partial(_keep, _small)),
+    "small-clip": Case("in place, clipping, 1000 x 1000", _LOOP, partial(_clip, _small)),
+    "import": Fresh("import, beyond NumPy's own", Bar(50, "ms"), _IMPORT, 21),
+    "first-call": Fresh("first call", Bar(10, "ms"), _FIRST_CALL, 21),
+    "memory-in-place": Fresh(
+        "memory, in place, 400 MB fp32", Bar(1, "MB"), _memory("clip_by_global_norm_", 0)
+    ),
+    "memory-new": Fresh(
+        "memory beyond the outputs, 400 MB fp32",
+        Bar(1, "MB"),
+        _memory("clip_by_global_norm", LARGE),
+    ),
+    "pages-written": Fresh(
+        "written in place, nothing to clip", Bar(0, "kB"), written(LARGE, limit=1e9)
+    ),
+}

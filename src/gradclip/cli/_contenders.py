@@ -1,0 +1,88 @@
+"""The libraries that ``gradclip bench`` times beside gradclip, at the jobs of gradclip.
+
+Each gets the memory of the same arrays where it can work in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gradclip.cli._systems import import_tensorflow
+
+Arrays = list[npt.NDArray[Any]]
+Call = Callable[[], object]
+Limit = Callable[[], float]
+
+
+def norms(arrays: Arrays) -> dict[str, Call]:
+    """The global norm, by each that is installed and has the dtype."""
+    calls: dict[str, Call] = {}
+    if arrays[0].dtype in (np.float32, np.float64):
+        calls["np.linalg.norm"] = lambda: np.linalg.norm([np.linalg.norm(a) for a in arrays])
+    if find_spec("torch"):
+        import torch
+
+        tensors = _torch_tensors(arrays)
+        calls["PyTorch"] = lambda: torch.nn.utils.get_total_norm(tensors)
+    return calls
+
+
+def clips(arrays: Arrays, limit: Limit) -> dict[str, Call]:
+    """Clipping float32 arrays, by each that is installed: in place where it can."""
+    calls: dict[str, Call] = {"NumPy loop": lambda: _numpy_loop(arrays, limit())}
+    # PyTorch before TensorFlow: the other way round the two do not load into one process.
+    for module, make in (("torch", _torch), ("tensorflow", _tensorflow), ("optax", _optax)):
+        if find_spec(module):
+            calls.update(make(arrays, limit))
+    return calls
+
+
+def _numpy_loop(arrays: Arrays, limit: float) -> None:
+    norm = np.sqrt(sum(np.vdot(array, array) for array in arrays))
+    if norm > limit:
+        for array in arrays:
+            array *= limit / norm  # noqa: PLW2901
+
+
+def _torch(arrays: Arrays, limit: Limit) -> dict[str, Call]:
+    import torch
+
+    parameters = []
+    for tensor in _torch_tensors(arrays):
+        parameters.append(torch.nn.Parameter(torch.empty_like(tensor)))
+        parameters[-1].grad = tensor
+    return {"PyTorch": lambda: torch.nn.utils.clip_grad_norm_(parameters, limit())}
+
+
+def _torch_tensors(arrays: Arrays) -> list[Any]:
+    import torch
+
+    if arrays[0].dtype.name == "bfloat16":
+        return [torch.from_numpy(array.view(np.int16)).view(torch.bfloat16) for array in arrays]
+    return [torch.from_numpy(array) for array in arrays]
+
+
+def _tensorflow(arrays: Arrays, limit: Limit) -> dict[str, Call]:
+    tf = import_tensorflow()
+    tensors = [tf.constant(array) for array in arrays]
+    # Reading one number waits for what eager mode may leave to run.
+    return {"TensorFlow": lambda: float(tf.clip_by_global_norm(tensors, limit())[1])}
+
+
+def _optax(arrays: Arrays, limit: Limit) -> dict[str, Call]:
+    import jax
+    import optax
+
+    @jax.jit
+    def clip(leaves: list[Any], max_norm: float) -> list[Any]:
+        clipped: list[Any] = optax.clip_by_global_norm(max_norm).update(leaves, ())[0]
+        return clipped
+
+    leaves = [jax.numpy.array(array) for array in arrays]
+    wait: Callable[[Any], Any] = jax.block_until_ready
+    return {"optax, jit": lambda: wait(clip(leaves, limit()))}

@@ -1,0 +1,118 @@
+"""Show what gradclip runs on: versions, processor, kernel, threads, and which backends can be used.
+
+Nothing is imported to find out: "importable" says that Python finds the framework.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import platform
+from collections.abc import Iterator
+from importlib.metadata import packages_distributions, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import gradclip
+from gradclip._dispatch import backend_names
+from gradclip.cli._console import CliError, print_json, print_table
+from gradclip.kernels import cpu
+
+EXAMPLE = "gradclip env --json"
+
+_PACKAGES = (
+    "numpy",
+    "optree",
+    "ml_dtypes",
+    "scipy",
+    "torch",
+    "tensorflow",
+    "jax",
+    "optax",
+    "keras",
+)
+
+
+def add_arguments(_parser: argparse.ArgumentParser) -> None:
+    """``gradclip env`` has no options of its own."""
+
+
+def run(args: argparse.Namespace) -> int:
+    """Show the environment."""
+    found = facts()
+    if args.json:
+        print_json(found)
+    else:
+        print_table("", ("", ""), list(_rows(found)), text=2)
+    return 0
+
+
+def facts() -> dict[str, Any]:
+    """Versions, processor, kernel, threads and backends."""
+    try:
+        threads = cpu.threads()
+    except ValueError as error:
+        raise CliError(str(error)) from None
+    return {
+        "versions": {
+            "gradclip": gradclip.__version__,
+            "python": platform.python_version(),
+            **_versions(),
+        },
+        "system": platform.platform(),
+        "processor": _processor(),
+        "kernel": cpu.kernel(),
+        "kernels": _kernels(),
+        "threads": threads,
+        "threads_from": _threads_from(),
+        "backends": {name: find_spec(name) is not None for name in backend_names()},
+    }
+
+
+def _versions() -> dict[str, str | None]:
+    # A module's distribution may have another name: tensorflow comes from tensorflow_cpu too.
+    distributions = packages_distributions()
+    return {
+        name: version(distributions[name][0]) if name in distributions else None
+        for name in _PACKAGES
+    }
+
+
+def _processor() -> str:
+    """The name of the processor, as far as the system tells it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def _kernels() -> list[str]:
+    if cpu.kernel() == "numpy":
+        return ["numpy"]
+    from gradclip.kernels import _cpu
+
+    return [*_cpu.kernels()]
+
+
+def _threads_from() -> str:
+    if "GRADCLIP_NUM_THREADS" in os.environ:
+        return "GRADCLIP_NUM_THREADS"
+    return "the processors this process may use"
+
+
+def _rows(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    for name, found in facts["versions"].items():
+        yield name, found or "not installed"
+    yield "system", facts["system"]
+    yield "processor", facts["processor"]
+    if facts["kernel"] == "numpy":
+        yield "kernel", "the C kernel was not built: NumPy does its work, with the same bits"
+    else:
+        yield "kernel", f"{facts['kernel']} (of {', '.join(facts['kernels'])})"
+    yield "threads", f"{facts['threads']} ({facts['threads_from']})"
+    for name, found in facts["backends"].items():
+        yield f"backend {name}", "importable" if found else "not installed"

@@ -1,0 +1,156 @@
+"""Fixtures: backends and their variants, kernels, threads, frameworks that may be absent."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from scipy import sparse
+
+import gradclip
+from cases import Case, lay_out
+from gradclip._dispatch import backend_names
+from gradclip.kernels import cpu
+from machines import KERNELS, THREADS, machine
+
+FRAMEWORKS = {
+    "numpy": "numpy",
+    "scipy": "scipy",
+    "ml_dtypes": "ml_dtypes",
+    "torch": "torch",
+    "tensorflow": "tensorflow-cpu",
+    "jax": "jax",
+    "optax": "optax",
+}
+REQUIRE_ALL = os.environ.get("GRADCLIP_REQUIRE_ALL") == "1"
+
+
+# ---- frameworks ----
+
+
+def version(name: str) -> str | None:
+    """The version of a framework, None where it is not installed."""
+    for distribution in (FRAMEWORKS[name], name):
+        try:
+            return importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def pytest_report_header() -> list[str]:
+    found = [f"{name} {version(name) or 'absent: its tests are skipped'}" for name in FRAMEWORKS]
+    return [
+        (
+            f"gradclip {gradclip.__version__} on {sys.platform}, kernels: {', '.join(KERNELS)}; "
+            f"in use: {cpu.kernel()}, {cpu.threads()} threads"
+        ),
+        f"frameworks: {', '.join(found)}",
+    ]
+
+
+def pytest_configure() -> None:
+    """An absent framework or kernel is an error where all of them are demanded."""
+    missing = [name for name in FRAMEWORKS if version(name) is None]
+    if cpu._cpu is None:
+        missing.append("the C kernel")
+    if REQUIRE_ALL and missing:
+        raise pytest.UsageError(f"GRADCLIP_REQUIRE_ALL=1, but absent: {', '.join(missing)}")
+
+
+@pytest.fixture
+def framework() -> Callable[[str], Any]:
+    """Import a framework, or skip the test."""
+
+    def load(name: str) -> Any:
+        if version(name) is None:
+            pytest.skip(f"{name} is not installed")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return importlib.import_module(name)
+
+    return load
+
+
+# ---- backends ----
+
+
+class Adapter(NamedTuple):
+    """How tests make leaves of a backend from NumPy arrays, and read them back."""
+
+    make: Callable[[np.ndarray[Any, Any]], Any]
+    read: Callable[[Any], np.ndarray[Any, Any]]
+    writable: bool = True
+
+
+def _slices(values: np.ndarray[Any, Any]) -> gradclip.IndexedSlices:
+    return gradclip.IndexedSlices(values.copy(), np.arange(len(values))[::-1].copy())
+
+
+def _numpy_layout(layout: str) -> Adapter:
+    make = functools.partial(lay_out, layout=layout)
+    return Adapter(make, np.asarray, writable=layout not in ("readonly", "broadcast"))
+
+
+ADAPTERS: dict[str, dict[str, Adapter]] = {
+    "numpy": {
+        "numpy": _numpy_layout("contiguous"),
+        "numpy:readonly": _numpy_layout("readonly"),
+        "numpy:strided": _numpy_layout("strided"),
+        "numpy:reversed": _numpy_layout("reversed"),
+        "numpy:bigendian": _numpy_layout("bigendian"),
+        "numpy:fortran": _numpy_layout("fortran"),
+        "numpy:unaligned": _numpy_layout("unaligned"),
+        "numpy:slices": Adapter(_slices, lambda leaf: leaf.values),
+        "numpy:scipy": Adapter(sparse.coo_array, lambda leaf: leaf.toarray()),
+    },
+}
+
+
+def variants() -> list[str]:
+    """Every variant of every file in backends/; a file without an adapter is one that fails."""
+    return [variant for name in backend_names() for variant in ADAPTERS.get(name, [name])]
+
+
+@pytest.fixture(params=variants())
+def xp(request: pytest.FixtureRequest) -> Adapter:
+    backend = request.param.partition(":")[0]
+    if backend not in ADAPTERS:
+        pytest.fail(f"backends/{backend}.py has no adapter in {Path(__file__).name}")
+    return ADAPTERS[backend][request.param]
+
+
+# ---- kernels and threads ----
+
+
+@pytest.fixture(params=KERNELS)
+def kernel(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each kernel that this processor has, and the fallback in NumPy."""
+    with machine(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=THREADS, ids="{} threads".format)
+def threads(request: pytest.FixtureRequest, kernel: str, monkeypatch: pytest.MonkeyPatch) -> int:
+    """One thread and two, on each kernel."""
+    monkeypatch.setenv("GRADCLIP_NUM_THREADS", str(request.param))
+    assert cpu.kernel() == kernel
+    return int(request.param)
+
+
+# ---- cases ----
+
+
+def simple(*values: Any, clip_norm: float = 1.0, **options: Any) -> Case:
+    """A case of contiguous arrays."""
+    arrays = [np.asarray(array) for array in values]
+    return Case(arrays, ["contiguous"] * len(arrays), clip_norm, **options)

@@ -1,0 +1,64 @@
+"""Run the checks of the suite on another build of the kernel, in a process of its own."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import sys
+
+SEEN = 3
+
+
+def load(library: str) -> None:
+    """Put a build of the extension in the place of gradclip's own."""
+    name = "gradclip.kernels._cpu"
+    loader = importlib.machinery.ExtensionFileLoader(name, library)
+    spec = importlib.util.spec_from_file_location(name, library, loader=loader)
+    assert spec is not None
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    loader.exec_module(sys.modules[name])
+
+
+def check_all() -> None:
+    """What `test_bits` does on the kernel, with fewer lists."""
+    import numpy as np
+
+    import gradclip
+    import test_bits
+    from cases import DTYPES, Case, near_midpoints
+    from compare import assert_norm, check
+    from gradclip.kernels import cpu
+    from machines import machine
+    from oracle import norm
+
+    for name in ("float16", "bfloat16", "float32", "float64", "mixed"):
+        for case in test_bits.random_cases(name, 300):
+            check(case)
+    for name in ("float32", "float64"):
+        for leaves in near_midpoints(np.random.default_rng(2), DTYPES[name], 20):
+            assert_norm(gradclip.global_norm(leaves), norm(leaves)[1])
+        test_bits.check_every_spread(name)
+        with machine(cpu.kernel(), 2):
+            check(*test_bits.long_case(name))
+    for name in ("float16", "bfloat16"):
+        every = test_bits.cases.every_code(DTYPES[name])
+        check(Case([every], ["contiguous"], 0.75, use_norm=1.0))
+    check(Case([np.float64([1e300, 1e-300])], ["contiguous"], 5e-324))
+    test_bits.check_a_survey_of_what_is_not_finite()
+    test_bits.check_the_bound(test_bits.many_leaves())
+    twice = np.float32([3, 4])
+    assert gradclip.clip_by_global_norm_([twice, twice], 2.5) == 5
+    assert twice.tolist() == [1.5, 2]
+
+
+def main(library: str) -> None:
+    """Exit with `SEEN` where a check fails."""
+    load(library)
+    from gradclip.kernels import _cpu
+
+    assert _cpu.__file__ == library
+    try:
+        check_all()
+    except AssertionError as error:
+        print(error)
+        sys.exit(SEEN)

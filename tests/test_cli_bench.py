@@ -1,0 +1,149 @@
+"""`gradclip bench`: that it runs and says all it should; no test looks at a time."""
+
+from __future__ import annotations
+
+import csv
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gradclip.cli import _cases, bench, main
+
+DRAW = Path(__file__).parent.parent / "bench" / "draw.py"
+OTHERS = {"NumPy loop", "PyTorch", "TensorFlow", "optax, jit"}
+
+
+@pytest.mark.slow
+def test_quick_has_every_row(framework: Any) -> None:
+    for name in ("torch", "tensorflow", "jax", "optax"):
+        framework(name)
+    command = [sys.executable, "-m", "gradclip", "bench", "--quick", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    found = json.loads(done.stdout)
+    assert {"date", "processor", "memory_gb", "threads", "kernel", "versions"} <= {
+        *found["machine"]
+    }
+    systems: dict[str, set[str]] = {}
+    for row in found["rows"]:
+        assert isinstance(row["value"], float)
+        assert row["bar"] is row["met"] is None
+        systems.setdefault(row["case"], set()).add(row["system"])
+    assert list(systems) == list(_cases.CASES)
+    norms = {"gradclip", "R", "PyTorch"}
+    timed = {
+        "norm-fp32": norms | {"np.linalg.norm"},
+        "norm-fp64": norms | {"np.linalg.norm"},
+        "norm-bf16": norms,
+        "norm-fp16": norms,
+        "keep": {"gradclip", "R"} | OTHERS,
+        "clip": {"gradclip", "R", "S"} | OTHERS,
+        "exact": {"gradclip", "R"},
+        "exact-1-thread": {"gradclip", "R"},
+        "small-keep": {"gradclip", "R"} | OTHERS,
+        "small-clip": {"gradclip", "R", "S"} | OTHERS,
+    }
+    assert systems == {name: timed.get(name, {"gradclip"}) for name in _cases.CASES}
+
+
+def row(case: str, system: str, value: float, **more: Any) -> dict[str, Any]:
+    unit = _cases.CASES[case].bars[0].of
+    found = dict.fromkeys(("bar", "met")) | {"value": value, "unit": unit} | more
+    return {"case": case, "system": system, "median_s": 0.001, "min_s": 0.001} | found
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made-up figures, in no time."""
+    rows = {
+        "norm-fp32": [
+            row("norm-fp32", "gradclip", 0.98, bar=1.05, met=True),
+            row("norm-fp32", "R", 1.0),
+        ],
+        "small-keep": [row("small-keep", "gradclip", 0.5, bar=0.125, met=False)],
+    }
+    monkeypatch.setattr(
+        bench, "_in_process", lambda names, *_args, **_more: [rows[name] for name in names]
+    )
+
+
+ARGUMENTS = ["bench", "--case", "small-keep", "norm-fp32"]
+
+
+@pytest.mark.usefixtures("measured")
+def test_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(ARGUMENTS) == 0
+    out, err = capsys.readouterr()
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    assert "norm, 400 MB fp32" in lines
+    assert "gradclip 1.000 1.000 0.98 R 1.05 R met" in lines
+    assert "gradclip 1.000 1.000 0.5 NumPy loop 0.125 NumPy loop MISSED" in lines
+    assert lines.index("norm, 400 MB fp32") < lines.index("in place, nothing to clip, 1000 x 1000")
+    assert any(line.startswith("processor: ") for line in lines)
+    assert not err
+
+
+@pytest.mark.usefixtures("measured")
+def test_csv_is_appended_to_and_drawn(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results, picture = tmp_path / "results.csv", tmp_path / "bench.png"
+    for _ in range(2):
+        assert main([*ARGUMENTS, "--csv", str(results), "--json"]) == 0
+        assert len(json.loads(capsys.readouterr().out)["rows"]) == 3
+    with results.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["system"] for row in rows] == 2 * ["gradclip", "R", "gradclip"]
+    assert rows[0]["value"] == "0.98"
+    assert rows[0]["processor"]
+    assert "numpy" in rows[0]["versions"]
+    monkeypatch.setattr(sys, "argv", [str(DRAW), str(results), str(picture)])
+    runpy.run_path(str(DRAW), run_name="__main__")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--quick", "--csv", "x.csv"], "--quick measures nothing to keep; leave out --csv"),
+        (["--csv", "/nowhere/x.csv"], "/nowhere/x.csv: No such file or directory"),
+        (["--case", "speed"], "argument --case: invalid choice: 'speed'"),
+    ],
+)
+def test_usage(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith(f"gradclip: {message}")
+    assert err.count("\n") == 1
+    assert not out
+
+
+def test_a_dead_process_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    assert main(["bench", "--quick", "--case", "exact"]) == 1
+    assert capsys.readouterr().err == "gradclip: the measuring process ended with status 1\n"
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="reads /proc")
+@pytest.mark.parametrize(("limit", "expected"), [(1e9, "0"), (1.0, "4096")])
+def test_pages_written_are_seen(limit: float, expected: str) -> None:
+    code = _cases.written(2**22, limit=limit)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == expected
+
+
+def test_systems_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "PAUSE", 0.0)
+    monkeypatch.setattr(bench, "BATCH", 0.0)
+    calls: list[str] = []
+    systems = {name: lambda name=name: calls.append(name) for name in "abc"}
+    seconds = bench.timings(systems, 3)
+    assert "".join(calls) == "aabbcc" + "abc" + "bca" + "cab"
+    assert {name: len(each) for name, each in seconds.items()} == {"a": 3, "b": 3, "c": 3}

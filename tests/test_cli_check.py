@@ -1,0 +1,201 @@
+"""`gradclip check`: its verdicts, its exit status, and its referee."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+
+import oracle
+from gradclip import _exact
+from gradclip._dispatch import backend_names
+from gradclip._exact import Scaled
+from gradclip.cli import _referee, _systems, check, main
+
+SHORT = 10**5
+
+
+@pytest.fixture
+def only_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No framework but NumPy, and none of the longer lists."""
+
+    def absent() -> Any:
+        raise ImportError
+
+    frameworks = {**dict.fromkeys(_systems.FRAMEWORKS, absent), "numpy": _systems._numpy}
+    monkeypatch.setattr(_systems, "FRAMEWORKS", frameworks)
+    short = [
+        hard
+        for hard in check.hard_lists(10)
+        if sum(_referee.values(leaf).size for leaf in hard.make()) < SHORT
+    ]
+    monkeypatch.setattr(check, "hard_lists", lambda _log2_size: short)
+
+
+def results(output: str) -> dict[tuple[str, str], dict[str, Any]]:
+    parsed = json.loads(output)
+    return {(result["list"], result["system"]): result for result in parsed["results"]}
+
+
+def test_every_backend_is_checked() -> None:
+    assert set(backend_names()) <= set(_systems.FRAMEWORKS)
+
+
+@pytest.mark.usefixtures("only_numpy")
+def test_passes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check"]) == 0
+    out, err = capsys.readouterr()
+    assert "gradclip is exact on every list" in out
+    assert [line for line in out.splitlines() if line.startswith("not installed: ")] == [
+        "not installed: torch",
+        "not installed: tensorflow",
+        "not installed: jax",
+    ]
+    assert "refused rows listed twice (ValueError)" in out
+    assert max(map(len, out.splitlines())) <= 80
+    assert not err
+
+
+@pytest.mark.usefixtures("only_numpy")
+def test_passes_without_the_c_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gradclip.kernels.cpu._cpu", None)
+    monkeypatch.setattr("gradclip.kernels.cpu._warned", True)
+    assert main(["check", "--json"]) == 0
+
+
+@pytest.mark.usefixtures("only_numpy")
+def test_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "--json"]) == 0
+    out = capsys.readouterr().out
+    assert json.loads(out)["exact"] is True
+    assert json.loads(out)["not_installed"] == ["torch", "tensorflow", "jax"]
+    found = results(out)
+    assert found["3-4-5", "gradclip numpy"]["norm"] == 5.0
+    assert all(result["exact"] for result in found.values() if result["ours"])
+    assert {result["ours"] for result in found.values()} == {True, False}
+
+
+def factor_one_ulp_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gradclip import _decide
+
+    right = _decide.factor
+
+    def wrong(norm: Scaled, clip_norm: float) -> Scaled:
+        significand, exponent = right(norm, clip_norm)
+        return Scaled(math.nextafter(significand, 0), exponent)
+
+    monkeypatch.setattr(_decide, "factor", wrong)
+
+
+def certificate_without_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_exact, "_BOUND", 0.0)
+
+
+def in_place_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gradclip.backends.numpy.scale_", lambda *_args: None)
+
+
+@pytest.mark.usefixtures("only_numpy")
+@pytest.mark.parametrize(
+    ("break_it", "found_by"),
+    [
+        (factor_one_ulp_off, "fp64 2 of 1e200"),
+        (certificate_without_bound, "just above a tie"),
+        (in_place_does_nothing, "3-4-5"),
+    ],
+)
+def test_fails_where_gradclip_is_wrong(
+    break_it: Any,
+    found_by: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    break_it(monkeypatch)
+    assert main(["check"]) == 1
+    out = capsys.readouterr().out
+    assert f"NOT EXACT: gradclip numpy, {found_by}: " in out
+    assert "gradclip is exact" not in out
+
+
+@pytest.mark.usefixtures("only_numpy")
+def test_fails_where_gradclip_raises(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_args: Any) -> Any:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("gradclip.backends.numpy.measure", broken)
+    assert main(["check", "--json"]) == 1
+    found = results(capsys.readouterr().out)
+    assert found["3-4-5", "gradclip numpy"]["fate"] == "refused: ZeroDivisionError"
+
+
+@pytest.mark.slow
+def test_known_faults_of_others_show(framework: Any) -> None:
+    for name in ("torch", "tensorflow", "jax", "optax"):
+        framework(name)
+    command = [sys.executable, "-m", "gradclip", "check", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    found = results(done.stdout)
+    assert json.loads(done.stdout)["not_installed"] == []
+    fates = {
+        (name, system): found[name, system]["fate"]
+        for name in ("[1e20, 1e20]", "3-4-5, limit 5", "nothing to clip", "rows listed twice")
+        for system in ("NumPy loop", "PyTorch", "TensorFlow", "optax")
+    }
+    assert fates["[1e20, 1e20]", "NumPy loop"] == "zeroed"
+    assert fates["[1e20, 1e20]", "PyTorch"] == "zeroed"
+    assert fates["[1e20, 1e20]", "TensorFlow"] == "NaN"
+    assert fates["[1e20, 1e20]", "optax"] == "zeroed"
+    assert fates["3-4-5, limit 5", "PyTorch"] == "changed"
+    assert fates["nothing to clip", "TensorFlow"] == "changed"
+    assert fates["rows listed twice", "PyTorch"] == "refused: NotImplementedError"
+    assert found["bf16 500 x 256", "optax"]["relative"] < -0.05
+    assert abs(found["2^24 of 1.1", "PyTorch"]["relative"]) > 1e-3
+    assert found["rows listed twice", "TensorFlow"]["relative"] < -0.1
+    assert not any(result["ulp"] for result in found.values() if result["ours"])
+
+
+# ---- the referee ----
+
+
+@pytest.mark.parametrize("name", ["float32", "float64"])
+def test_referee_agrees_with_the_oracle(name: str) -> None:
+    generator = np.random.default_rng(5)
+    for scale in (1e-44, 1e-20, 1.0, 1e15):
+        array = (generator.standard_normal(50) * scale).astype(name)
+        _, expected = oracle.norm([array])
+        square = _referee.exact_square([array])
+        assert float(_referee.rounded_root(square, _referee.FORMATS[name])) == expected
+        limit = float(expected) / 3
+        truth = _referee.truth([array], limit)
+        clipped = oracle.clip([array], limit)
+        assert clipped.leaves is not None
+        assert _referee.same_bits(truth.outputs, clipped.leaves)
+        assert truth.clipped is not clipped.kept
+
+
+def test_referee_rounds_ties_to_even() -> None:
+    single = _referee.FORMATS["float32"]
+    ulp = Fraction(1, 2**23)
+    for below in (Fraction(1), 1 + ulp):
+        midpoint = below + ulp / 2
+        even = below if below == 1 else below + ulp
+        assert _referee.rounded_root(midpoint**2, single) == even
+        assert _referee.rounded_root(midpoint**2 + Fraction(1, 2**400), single) == below + ulp
+        assert _referee.rounded_root(midpoint**2 - Fraction(1, 2**400), single) == below
+
+
+def test_error_counts_units_of_the_last_place() -> None:
+    assert _referee.error(np.float32(1 + 3 * 2.0**-23), Fraction(1)) == (3.0, 3 * 2.0**-23)
+    assert _referee.error(np.float64(1 - 2.0**-53), Fraction(1)) == (-0.5, -(2.0**-53))
+    assert _referee.error(np.float32(math.inf), Fraction(1)) == (math.inf, math.inf)
+    assert _referee.error(np.float32(math.inf), Fraction(2) ** 300) == (0.0, 0.0)
+    assert _referee.error(np.float16(0), Fraction(0)) == (0.0, 0.0)

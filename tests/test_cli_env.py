@@ -1,0 +1,89 @@
+"""``gradclip env``: what it says of versions, kernels, threads and backends."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+
+import cli_files
+import gradclip
+from cli_files import run_main
+from gradclip._dispatch import backend_names
+from gradclip.kernels import cpu
+
+
+def report() -> dict[str, Any]:
+    status, out, err = run_main("env", "--json")
+    assert (status, err) == (0, "")
+    found: dict[str, Any] = json.loads(out)
+    return found
+
+
+def test_versions() -> None:
+    found = report()["versions"]
+    assert found["gradclip"] == gradclip.__version__
+    assert found["python"] == platform.python_version()
+    assert found["numpy"] == np.__version__
+    assert found["optree"] == importlib.metadata.version("optree")
+
+
+def test_the_kernel_and_its_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRADCLIP_NUM_THREADS", "3")
+    found = report()
+    assert found["kernel"] == cpu.kernel()
+    assert found["kernel"] in found["kernels"]
+    assert (found["threads"], found["threads_from"]) == (3, "GRADCLIP_NUM_THREADS")
+    monkeypatch.delenv("GRADCLIP_NUM_THREADS")
+    found = report()
+    assert found["threads"] == cpu.threads()
+    assert found["threads_from"] == "the processors this process may use"
+
+
+def test_without_the_c_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "_cpu", None)
+    found = report()
+    assert (found["kernel"], found["kernels"]) == ("numpy", ["numpy"])
+    assert "the C kernel was not built: NumPy does its work" in run_main("env")[1]
+
+
+def test_backends(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert list(report()["backends"]) == backend_names()
+    monkeypatch.setattr("gradclip.cli.env.backend_names", lambda: ["numpy", "no_such_framework"])
+    assert report()["backends"] == {"numpy": True, "no_such_framework": False}
+    assert "backend no_such_framework  not installed" in run_main("env")[1]
+
+
+def test_no_framework_is_imported() -> None:
+    code = (
+        "import sys; from gradclip.cli import main; main(['env']); "
+        "assert not {'torch', 'jax', 'tensorflow', 'keras', 'optax'} & set(sys.modules)"
+    )
+    assert cli_files.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_the_table_names_everything() -> None:
+    status, out, err = run_main("env")
+    assert (status, err) == (0, "")
+    for name in (*report()["versions"], "system", "processor", "kernel", "threads"):
+        assert f"\n {name} " in out
+
+
+def test_a_wrong_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRADCLIP_NUM_THREADS", "0")
+    message = "gradclip: GRADCLIP_NUM_THREADS is '0'; it must be a number above 0\n"
+    assert run_main("env") == (2, "", message)
+
+
+def test_the_version_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    from gradclip.cli import main
+
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"gradclip {gradclip.__version__}\n"

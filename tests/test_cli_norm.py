@@ -1,0 +1,469 @@
+"""``gradclip norm``: figures, formats, text, damaged files, memory."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pickle
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import cli_files
+import gradclip
+from cli_files import random, run_main, run_on_terminal, run_process, save
+from gradclip.cli import _files
+
+INDEX = "model.safetensors.index.json"
+
+
+def report(*paths: Path) -> dict[str, Any]:
+    status, out, err = run_main("norm", "--json", *paths)
+    assert (status, err) == (0, "")
+    found: dict[str, Any] = json.loads(out)
+    return found
+
+
+def check(path: Path) -> None:
+    """Hold every figure of a file against the arrays in it."""
+    arrays = cli_files.load(path)
+    found = report(path)
+    whole = gradclip.global_norm(list(arrays.values()))
+    assert (found["norm"], found["norm_dtype"]) == (float(whole), whole.dtype.name)
+    assert {tensor["name"] for tensor in found["tensors"]} == set(arrays)
+    for tensor in found["tensors"]:
+        array = arrays[tensor["name"]]
+        norm = gradclip.global_norm(array)
+        assert (tensor["norm"], tensor["norm_dtype"]) == (float(norm), norm.dtype.name)
+        assert tensor["shape"] == list(array.shape)
+        wide = array.astype(np.complex128 if array.dtype.kind == "c" else np.float64)
+        assert tensor["largest"] == np.abs(wide).max(initial=0)
+        assert (tensor["nan"], tensor["inf"]) == (0, 0)
+        assert tensor["share"] == pytest.approx(float(norm) ** 2 / float(whole) ** 2, rel=1e-6)
+
+
+# ---- figures ----
+
+
+@pytest.fixture(params=[_files.PIECE, 64], ids="pieces of {}".format)
+def _pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_files, "PIECE", request.param)
+
+
+@pytest.mark.usefixtures("_pieces")
+@pytest.mark.parametrize("dtype", cli_files.NUMPY_DTYPES)
+def test_npy_and_npz(tmp_path: Path, dtype: str) -> None:
+    array = random(dtype, 17, 31)
+    check(save(tmp_path / "a.npy", {"a": array}))
+    check(save(tmp_path / "f.npy", {"a": np.asfortranarray(array)}))
+    check(save(tmp_path / "a.npz", {"a": array, "b": random(dtype, 5), "c/d": random("f4", 7)}))
+
+
+@pytest.mark.usefixtures("_pieces")
+@pytest.mark.parametrize("code", cli_files.SAFETENSORS_DTYPES)
+@pytest.mark.parametrize("name", ["a.safetensors", INDEX])
+def test_safetensors(tmp_path: Path, name: str, code: str) -> None:
+    dtype = cli_files.numpy_dtype(code)
+    arrays = {"a": random(dtype, 17, 31), "b": random(dtype, 5), "c": random("f4", 3)}
+    check(save(tmp_path / name, arrays))
+
+
+@pytest.mark.parametrize("name", ["a.npz", "a.safetensors"])
+def test_scalars_and_empty_arrays(tmp_path: Path, name: str) -> None:
+    arrays = {"scalar": np.array(3.0), "empty": np.zeros((0, 4), "f4"), "also": np.array([4.0])}
+    check(save(tmp_path / name, arrays))
+
+
+def test_compressed_npz(tmp_path: Path) -> None:
+    np.savez_compressed(tmp_path / "a.npz", a=random("f4", 1000), b=np.zeros(10**5))
+    check(tmp_path / "a.npz")
+
+
+def test_a_header_that_leaves_the_data_unaligned(tmp_path: Path) -> None:
+    text = b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}   '
+    raw = len(text).to_bytes(8, "little") + text + np.float32([3, 4]).tobytes()
+    (tmp_path / "a.safetensors").write_bytes(raw)
+    assert len(raw) % 4
+    assert report(tmp_path / "a.safetensors")["norm"] == 5
+
+
+def test_several_files_have_one_norm(tmp_path: Path) -> None:
+    paths = [
+        save(tmp_path / "a.npy", {"a": random("f8", 100)}),
+        save(tmp_path / "b.npz", {"a": random("f4", 100), "b": random("c8", 100)}),
+        save(tmp_path / "c.safetensors", {"a": random(ml_dtypes.bfloat16, 100)}),
+    ]
+    leaves = [array for path in paths for array in cli_files.load(path).values()]
+    found = report(*paths)
+    assert found["norm"] == float(gradclip.global_norm(leaves))
+    assert [tensor["file"] for tensor in found["tensors"]] == [
+        str(paths[place]) for place in (0, 1, 1, 2)
+    ]
+    assert math.fsum(tensor["share"] for tensor in found["tensors"]) == pytest.approx(1)
+
+
+def test_counts_of_nan_and_inf(tmp_path: Path) -> None:
+    nan, inf = math.nan, math.inf
+    real = np.float32([nan, inf, -inf, 3, -4])
+    parts = [complex(nan, inf), complex(inf, 1), complex(inf, -inf), complex(1, nan), 3 + 4j]
+    path = save(tmp_path / "a.npz", {"real": real, "complex": np.array(parts, np.complex64)})
+    found = report(path)
+    assert (found["norm"], found["nan"], found["inf"]) == ("nan", 3, 4)
+    assert [(t["norm"], t["nan"], t["inf"]) for t in found["tensors"]] == [
+        ("nan", 1, 2),
+        ("nan", 2, 2),
+    ]
+    assert [t["largest"] for t in found["tensors"]] == [4, 5]
+    assert [t["share"] for t in found["tensors"]] == [None, None]
+
+
+def test_a_norm_too_large_for_its_dtype_is_inf_without_any_inf(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.npy", {"a": np.full(4, 3e38, np.float32)})
+    found = report(path)
+    assert (found["norm"], found["inf"], found["tensors"][0]["share"]) == ("inf", 0, 1.0)
+
+
+def test_a_norm_of_zero_has_no_shares(tmp_path: Path) -> None:
+    found = report(save(tmp_path / "a.npy", {"a": np.zeros(4)}))
+    assert (found["norm"], found["tensors"][0]["share"]) == (0, None)
+
+
+def test_what_is_not_counted_is_listed(tmp_path: Path) -> None:
+    arrays = {
+        "step": np.array(7),
+        "mask": np.array([True]),
+        "word": np.array(["ä"]),
+        "w": np.array([3.0, 4]),
+        "long": np.ones(1, np.longdouble),
+        "bf16": np.ones(2, ml_dtypes.bfloat16),
+    }
+    path = save(tmp_path / "a.npz", arrays)
+    found = report(path)
+    assert found["norm"] == 5
+    assert {t["name"]: t["counted"] for t in found["tensors"]} == dict.fromkeys(arrays, False) | {
+        "w": True
+    }
+    _, out, _ = run_main("norm", path)
+    assert out.splitlines()[-3:] == [
+        "global norm 5.0 (float64) of 1 tensor, 16 bytes",
+        "not counted: 3 tensors, 13 bytes, no floating point (<U1, bool, int64)",
+        "not counted: 2 tensors, 20 bytes, a dtype gradclip cannot read (float128, |V2)",
+    ]
+
+
+def test_a_dtype_of_the_library_that_gradclip_does_not_clip_is_listed(tmp_path: Path) -> None:
+    raw = {"e8m0": np.ones(4, ml_dtypes.float8_e8m0fnu), "w": np.array([3.0, 4])}
+    text = json.dumps(
+        {
+            "e8m0": {"dtype": "F8_E8M0", "shape": [4], "data_offsets": [0, 4]},
+            "w": {"dtype": "F64", "shape": [2], "data_offsets": [4, 20]},
+        }
+    ).encode()
+    parts = [len(text).to_bytes(8, "little"), text, *(array.tobytes() for array in raw.values())]
+    (tmp_path / "a.safetensors").write_bytes(b"".join(parts))
+    found = report(tmp_path / "a.safetensors")
+    assert [(t["dtype"], t["counted"]) for t in found["tensors"]] == [
+        ("F8_E8M0", False),
+        ("float64", True),
+    ]
+
+
+def test_a_file_of_no_tensors(tmp_path: Path) -> None:
+    found = report(save(tmp_path / "a.safetensors", {}))
+    assert (found["norm"], found["norm_dtype"], found["tensors"]) == (0, "float32", [])
+
+
+# ---- text ----
+
+
+def test_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save(Path("a.npz"), {"head": np.float32([[3, 0]]), "step": np.array(7), "t": np.float32([4])})
+    assert run_main("norm", "a.npz") == (0, TABLE, "")
+
+
+TABLE = """\
+
+ tensor  dtype     shape  norm  share %  largest  NaN  inf
+ ─────────────────────────────────────────────────────────
+ head    float32     1x2   3.0    36.00        3    0    0
+ step    int64    scalar     -        -        -    -    -
+ t       float32       1   4.0    64.00        4    0    0
+
+global norm 5.0 (float32) of 2 tensors, 12 bytes
+not counted: 1 tensor, 8 bytes, no floating point (int64)
+"""
+
+
+def test_the_table_of_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save(Path("a.npz"), {"w": np.float32([3])})
+    save(Path("b.npy"), {"w": np.float64([4])})
+    save(Path(INDEX), {"v": np.float32([math.nan]), "w": np.float32([12])})
+    _, out, _ = run_main("norm", "a.npz", "b.npy", INDEX)
+    assert out == SEVERAL
+
+
+SEVERAL = """\
+
+ tensor  dtype    shape  norm  share %  largest  NaN  inf
+ ────────────────────────────────────────────────────────
+ a.npz
+   w     float32      1   3.0        -        3    0    0
+ b.npy   float64      1   4.0        -        4    0    0
+ m-0.safetensors
+   v     float32      1   nan        -        0    1    0
+ m-1.safetensors
+   w     float32      1  12.0        -       12    0    0
+
+global norm nan (float64) of 4 tensors, 20 bytes
+"""
+
+
+def test_names_are_shown_as_they_are_but_for_control_characters(tmp_path: Path) -> None:
+    name = "[red]ä\x1b[31m\n\u202e😀"
+    path = save(tmp_path / "a.safetensors", {name: np.float32([1])})
+    _, out, _ = run_main("norm", path)
+    assert " [red]ä\\x1b[31m\\n\\u202e😀 " in out
+    assert "\x1b" not in out
+    assert report(path)["tensors"][0]["name"] == name
+
+
+def test_names_in_an_encoding_that_cannot_write_them(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.safetensors", {"ä": np.float32([1])})
+    done = run_process("norm", path, PYTHONIOENCODING="ascii", PYTHONUTF8="0")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "\\xe4" in done.stdout
+
+
+def test_no_escapes_in_a_pipe(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.npy", {"a": np.float32([math.nan])})
+    done = run_process("norm", path, FORCE_COLOR="1")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "\x1b" not in done.stdout
+
+
+def test_a_terminal_has_a_bar_and_colour(tmp_path: Path) -> None:
+    status, seen = run_on_terminal("norm", save(tmp_path / "a.npy", {"a": np.float32([math.nan])}))
+    assert status == 0
+    assert "measuring" in seen
+    assert "\x1b[31m" in seen
+    assert "global norm nan (float32) of 1 tensor, 4 bytes" in seen
+
+
+def test_no_color(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.npy", {"a": np.float32([math.nan])})
+    _, seen = run_on_terminal("norm", path, NO_COLOR="1")
+    assert "\x1b[31m" not in seen
+    assert "\x1b[38" not in seen
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_the_table_fits_the_terminal(tmp_path: Path, columns: int) -> None:
+    names = [f"model.layers.{n}.self_attention.query.weight" for n in range(3)]
+    path = save(tmp_path / "m.safetensors", {name: random("f4", 256, 256) for name in names})
+    _, seen = run_on_terminal("norm", path, columns=columns, NO_COLOR="1")
+    table = seen.partition("tensor")[2].replace("\x1b[1m", "").replace("\x1b[0m", "")
+    assert max(map(len, table.splitlines())) <= columns
+    assert all(name in table for name in names)
+
+
+@pytest.mark.slow
+def test_a_reader_that_has_gone_is_no_error(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.npz", {f"{n}": np.ones(1) for n in range(1500)})
+    with subprocess.Popen(
+        cli_files.command("norm", path), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.read(1)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
+def test_output_to_a_full_disk(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.npy", {"a": np.ones(1)})
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            cli_files.command("norm", path), stdout=full, stderr=subprocess.PIPE, check=False
+        )
+    assert (done.returncode, done.stderr) == (2, b"gradclip: No space left on device\n")
+
+
+# ---- without extras ----
+
+
+def test_without_rich_there_is_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "rich"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setitem(sys.modules, "rich", None)
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    path = save(tmp_path / "a.npy", {"a": np.array([3.0, 4])})
+    assert report(path)["norm"] == 5
+    message = "gradclip: rich is not installed; pip install 'gradclip[cli]' brings it\n"
+    assert run_main("norm", path) == (2, "", message)
+
+
+@pytest.mark.parametrize("module", ["safetensors", "ml_dtypes"])
+def test_without_a_format_s_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str
+) -> None:
+    path = save(tmp_path / "a.safetensors", {"a": np.ones(1, ml_dtypes.bfloat16)})
+    monkeypatch.setitem(sys.modules, module, None)
+    message = f"gradclip: {module} is not installed; pip install 'gradclip[cli]' brings it\n"
+    assert run_main("norm", path) == (2, "", message)
+
+
+# ---- errors ----
+
+
+def _npy(array: Any = (1.0, 2.0), **options: Any) -> bytes:
+    path = Path(options.pop("folder")) / "raw.npy"
+    np.save(path, array, **options)
+    return path.read_bytes()
+
+
+def test_missing_folder_and_unknown(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").touch()
+    (tmp_path / "d.npy").mkdir()
+    formats = ".npy, .npz, .safetensors and .safetensors.index.json files"
+    for name, message in {
+        "no.npy": "No such file or directory",
+        "d.npy": "is no regular file",
+        "a.txt": f"is of another format; gradclip reads {formats}",
+    }.items():
+        path = tmp_path / name
+        assert run_main("norm", path) == (2, "", f"gradclip: {path}: {message}\n")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_one_may_not_read(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.npy", {"a": np.ones(1)})
+    path.chmod(0)
+    assert run_main("norm", path) == (2, "", f"gradclip: {path}: Permission denied\n")
+
+
+def test_damaged_npy(tmp_path: Path) -> None:
+    good = _npy(folder=tmp_path)
+    objects = _npy(np.array([{}], object), folder=tmp_path, allow_pickle=True)
+    path = tmp_path / "a.npy"
+    for raw, message in {
+        good[:-1]: "holds 15 bytes of data; float64 of shape (2,) takes 16",
+        good + good: "holds 160 bytes of data; float64 of shape (2,) takes 16",
+        good.replace(b"(2,)", b"(-2,)"): "has the shape (-2,)",
+        objects: "holds pickled Python objects, which gradclip does not load",
+    }.items():
+        path.write_bytes(raw)
+        assert run_main("norm", path) == (2, "", f"gradclip: {path}: {message}\n")
+
+
+def test_damaged_npz(tmp_path: Path) -> None:
+    path = tmp_path / "a.npz"
+    good = _npy(folder=tmp_path)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("w.npy", good[:-1])
+    message = "w.npy: holds 15 bytes of data; float64 of shape (2,) takes 16"
+    assert run_main("norm", path) == (2, "", f"gradclip: {path}: {message}\n")
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("w.npy", good)
+    path.write_bytes(path.read_bytes().replace(good, good[:-1] + b"x"))
+    message = "Bad CRC-32 for file 'w.npy'"
+    assert run_main("norm", path) == (2, "", f"gradclip: {path}: {message}\n")
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("w.npy", good)
+        with pytest.warns(UserWarning, match="Duplicate"):
+            archive.writestr("w.npy", good)
+    assert run_main("norm", path) == (2, "", f"gradclip: {path}: has two members of one name\n")
+
+
+def test_damaged_index(tmp_path: Path) -> None:
+    path = tmp_path / INDEX
+    save(tmp_path / "m.safetensors", {"a": np.ones(1), "b": np.ones(1)})
+    for weights, message in {
+        "[]": "has no weight_map of tensors to files",
+        '{"a": 1}': "has no weight_map of tensors to files",
+        '{"a": "../m.safetensors"}': "names '../m.safetensors', which is no .safetensors file "
+        "beside it",
+        '{"a": "m.safetensors"}': "and m.safetensors differ on whether 'b' is in it",
+    }.items():
+        path.write_text(f'{{"weight_map": {weights}}}')
+        assert run_main("norm", path) == (2, "", f"gradclip: {path}: {message}\n")
+    path.write_text('{"weight_map": {"a": "n.safetensors"}}')
+    missing = tmp_path / "n.safetensors"
+    assert run_main("norm", path) == (2, "", f"gradclip: {missing}: No such file or directory\n")
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npz", ".safetensors", ".safetensors.index.json"])
+@pytest.mark.parametrize("raw", [b"", b"garbage", pickle.dumps({}), b"\xff" * 99, b"[" * 10**5])
+def test_garbage(tmp_path: Path, suffix: str, raw: bytes) -> None:
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(raw)
+    status, out, err = run_main("norm", path)
+    assert (status, out) == (2, "")
+    assert err.startswith(f"gradclip: {path}: ")
+    assert err.count("\n") == 1
+
+
+def test_a_file_given_twice(tmp_path: Path) -> None:
+    path = save(tmp_path / INDEX, {"a": np.ones(1), "b": np.ones(1)})
+    shard = tmp_path / "m-1.safetensors"
+    message = f"{shard} is given twice, by itself or by an index, and counts once"
+    assert run_main("norm", path, shard) == (2, "", f"gradclip: {message}\n")
+
+
+def test_a_wrong_number_of_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRADCLIP_NUM_THREADS", "many")
+    path = save(tmp_path / "a.npy", {"a": np.ones(1)})
+    message = "GRADCLIP_NUM_THREADS is 'many'; it must be a number above 0"
+    assert run_main("norm", path) == (2, "", f"gradclip: {message}\n")
+
+
+@pytest.mark.parametrize("arguments", [[], ["norm"], ["nrom"], ["norm", "--jsno", "a.npy"]])
+def test_wrong_usage_takes_one_line(arguments: list[str]) -> None:
+    status, out, err = run_main(*arguments)
+    assert (status, out) == (2, "")
+    assert err.startswith("gradclip: ")
+    assert err.endswith("--help\n")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["norm", "clip", "env"])
+def test_help_has_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run_main_help(name)
+    assert stopped.value.code == 0
+    assert f"example: gradclip {name}" in capsys.readouterr().out
+
+
+def run_main_help(name: str) -> None:
+    from gradclip.cli import main
+
+    main([name, "--help"])
+
+
+# ---- memory ----
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/status tells the peak")
+def test_a_large_file_takes_little_memory(tmp_path: Path) -> None:
+    path = cli_files.sparse_npy(tmp_path / "a.npy", 3 * 2**28)
+    assert cli_files.peak_memory("norm", "--json", path) < 200e6
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/status tells the peak")
+def test_a_large_compressed_file_takes_little_memory(tmp_path: Path) -> None:
+    array = cli_files.sparse_npy(tmp_path / "a.npy", 2**27)
+    with zipfile.ZipFile(tmp_path / "a.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.write(array, "a.npy")
+    assert cli_files.peak_memory("norm", "--json", tmp_path / "a.npz") < 300e6

@@ -1,0 +1,288 @@
+"""The suite sees what it is there to see: each mutation of gradclip makes a check of it fail."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+
+import mutant
+import test_bits
+import test_spec
+from cases import Case
+from compare import check
+from conftest import simple
+from gradclip import _clip, _decide, _exact
+from gradclip._decide import Fill, Scale
+from gradclip._exact import FLOAT64, Scaled
+from gradclip.backends import numpy as backend
+from gradclip.kernels import cpu
+from host import HAS_MXCSR, flush_to_zero, run_python
+
+SOURCES = Path(cpu.__file__).parent
+
+
+# ---- mutations of the Python code ----
+
+true_factor, true_root, true_decide = _decide.factor, _exact.root, _decide.decide
+true_total_of, true_measure = _exact.total_of, backend.measure
+
+
+def factor_one_ulp_up(norm: Scaled, clip_norm: float) -> Scaled:
+    factor = true_factor(norm, clip_norm)
+    return Scaled(math.nextafter(factor.significand, 2), factor.exponent)
+
+
+def factor_one_single_ulp_up(norm: Scaled, clip_norm: float) -> Scaled:
+    factor = true_factor(norm, clip_norm)
+    return Scaled(float(np.nextafter(np.float32(factor.significand), 2)), factor.exponent)
+
+
+def factor_with_eps(norm: Scaled, clip_norm: float) -> Scaled:
+    return true_factor(Scaled.of(float(norm) + 1e-6), clip_norm)
+
+
+def factor_in_single_precision(norm: Scaled, clip_norm: float) -> Scaled:
+    return Scaled.of(float(np.float32(float(true_factor(norm, clip_norm)))))
+
+
+def factor_with_the_limit_of_float64(norm: Scaled, clip_norm: float) -> Scaled:
+    return Scaled.of(float(true_factor(norm, clip_norm)))
+
+
+def total_one_unit_up(*words: bytes) -> Any:
+    total = true_total_of(*words)
+    total[0] += 1
+    return total
+
+
+def root_with_ties_away(integer: int, unit: int, to: Any) -> Scaled:
+    return true_root(integer + 1, unit, to) if integer else true_root(integer, unit, to)
+
+
+def root_rounded_twice(integer: int, unit: int, to: Any) -> Scaled:
+    once = true_root(integer, unit, FLOAT64)
+    return once if to == FLOAT64 else _exact._round24(float(once))
+
+
+def measure_with_the_limit_of_the_dtype(held: Any) -> Scaled:
+    return Scaled.of(float(backend.scalar(true_measure(held), held)))
+
+
+def decide_to_multiply_by_one(norm: Scaled, *limits: Any) -> Any:
+    action = true_decide(norm, *limits)
+    return Scale(Scaled(0.5, 1)) if action == _decide.Keep() else action
+
+
+def decide_to_keep_at_nearly_the_limit(norm: Scaled, clip_norm: float, policy: Any) -> Any:
+    return true_decide(norm, clip_norm * (1 + 1e-15), policy)
+
+
+def decide_to_fill_with_zero(*arguments: Any) -> Any:
+    action = true_decide(*arguments)
+    return Fill(0.0) if isinstance(action, Fill) else action
+
+
+def copies_in_c_order(held: Any) -> list[Any]:
+    return [values.copy(order="C") for values in held.values]
+
+
+def check_random_float32() -> None:
+    for case in test_bits.random_cases("float32", 50):
+        check(case)
+
+
+def check_random_float64() -> None:
+    for case in test_bits.random_cases("float64", 50):
+        check(case)
+
+
+def check_ties() -> None:
+    for name in ("float32", "float64"):
+        dtype = test_bits.DTYPES[name]
+        for leaves in test_bits.cases.exact_ties(np.random.default_rng(1), dtype, 10):
+            check(Case(leaves, ["contiguous"] * 2, math.inf))
+
+
+def check_midpoints() -> None:
+    for leaves in test_bits.beyond_doubt("float32"):
+        check(Case(leaves, ["contiguous"] * len(leaves), math.inf))
+
+
+def check_overflowing_norm() -> None:
+    check(simple(np.full(4, 3e38, np.float32), clip_norm=1.0))
+
+
+def check_tiny_factor() -> None:
+    check(simple(np.float64([1e300, 1e-300]), clip_norm=5e-324))
+
+
+def check_a_kept_signalling_nan() -> None:
+    values = np.array([0x7FA00000, 0x3F800000], np.uint32).view(np.float32)
+    check(simple(values, clip_norm=1.0, use_norm=1.0))
+
+
+def check_at_the_limit() -> None:
+    test_bits.check_at_limits([np.float64([3, 4])])
+
+
+def check_nan_policy() -> None:
+    check(simple(np.float32([np.nan, 1])))
+
+
+def check_fortran_order() -> None:
+    check(Case([np.ones((2, 3))], ["fortran"], math.inf))
+
+
+def check_duplicate_rows() -> None:
+    test_spec.check_sparse(test_spec.with_duplicates(np.float32), 0.7)
+
+
+def check_flush_to_zero() -> None:
+    for case, wanted in test_spec.delicate():
+        with flush_to_zero():
+            found = test_spec.outcomes(case)
+        test_spec.assert_outcomes(found, case, wanted)
+
+
+MUTATIONS: dict[str, tuple[Any, str, Any, Callable[[], None]]] = {
+    "factor one ulp up": (_decide, "factor", factor_one_ulp_up, check_random_float64),
+    "factor one ulp of float32 up": (
+        _decide,
+        "factor",
+        factor_one_single_ulp_up,
+        check_random_float32,
+    ),
+    "eps added to the norm": (_decide, "factor", factor_with_eps, check_random_float64),
+    "factor in float32": (_decide, "factor", factor_in_single_precision, check_random_float64),
+    "factor as a float64": (
+        _decide,
+        "factor",
+        factor_with_the_limit_of_float64,
+        check_tiny_factor,
+    ),
+    "total one unit up": (backend, "total_of", total_one_unit_up, check_ties),
+    "ties away from zero": (_exact, "root", root_with_ties_away, check_ties),
+    "root rounded twice": (_exact, "root", root_rounded_twice, check_midpoints),
+    "certificate without a bound": (_exact, "_BOUND", 0.0, check_midpoints),
+    "norm with the limit of its dtype": (
+        backend,
+        "measure",
+        measure_with_the_limit_of_the_dtype,
+        check_overflowing_norm,
+    ),
+    "always multiply": (_clip, "decide", decide_to_multiply_by_one, check_a_kept_signalling_nan),
+    "kept a little above the limit": (
+        _clip,
+        "decide",
+        decide_to_keep_at_nearly_the_limit,
+        check_at_the_limit,
+    ),
+    "zero for NaN": (_clip, "decide", decide_to_fill_with_zero, check_nan_policy),
+    "copies in C order": (backend, "copied", copies_in_c_order, check_fortran_order),
+    "rows not merged": (backend, "merged_rows", lambda *_: None, check_duplicate_rows),
+    "the host's settings kept": (
+        _clip,
+        "ieee_arithmetic",
+        contextlib.nullcontext,
+        check_flush_to_zero,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_mutation_is_seen(name: str) -> None:
+    module, attribute, mutated, noticing = MUTATIONS[name]
+    if noticing is check_flush_to_zero and not HAS_MXCSR:
+        pytest.skip("only x86-64 Linux: the layout of fenv_t is known")
+    noticing()
+    with mock.patch.object(module, attribute, mutated), pytest.raises(AssertionError):
+        noticing()
+
+
+# ---- mutations of the C code ----
+
+C_MUTATIONS = {
+    "a wider window for float32": ("cpu.c", "F32_SPREAD = 26", "F32_SPREAD = 60"),
+    "a wider window for float64": ("cpu.c", "F64_SPREAD = 22", "F64_SPREAD = 40"),
+    "no carry": ("cpu.c", "words[j + 1] += up;", ""),
+    "no low part": (
+        "cpu.c",
+        "sum->low += (sum->high - (high - part)) + (block - part);",
+        "(void)part;",
+    ),
+    "a wrong low part": ("cpu.c", "+ (block - part);", "- (block - part);"),
+    "blocks across chunks": (
+        "cpu.c",
+        "if (length > walk->end - walk->at) length = walk->end - walk->at;",
+        "",
+    ),
+    "no tail": ("cpu_blocks.h", "i < n; i++", "i < (n & ~1); i++"),
+    "bfloat16 ties away": ("cpu.c", "bits + 0x7fff + (bits >> 16 & 1)", "bits + 0x8000"),
+    "float16 ties away": ("cpu.c", "+ 0xfff + (magnitude >> 13 & 1)", "+ 0x1000"),
+    "bytes not swapped": ("cpu.c", "leaf->swap ? size - 1 - b : b", "b"),
+    "scaled twice": ("cpumodule.c", "leaves[i].size = 0;", ";"),
+    "inf counted as NaN": ("cpu.c", "+= magnitude > infinite;", "+= magnitude >= infinite;"),
+    "a number on the edge left out": ("cpu_blocks.h", "magnitude >= from", "magnitude > from"),
+    "a power of two left out": ("cpu.c", "blocks->scale_f64(out, n, factor->shift, out);", ""),
+}
+
+
+@contextlib.contextmanager
+def built(folder: Path, mutation: tuple[str, str, str] | None) -> Iterator[Path]:
+    """The kernel, compiled from changed sources."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler")
+    for source in [*SOURCES.glob("*.c"), *SOURCES.glob("*.h")]:
+        shutil.copy(source, folder)
+    if mutation:
+        name, old, new = mutation
+        text = (folder / name).read_text()
+        assert old in text, f"{name} has changed: mend this mutation"
+        (folder / name).write_text(text.replace(old, new))
+    library = folder / "_cpu.so"
+    flags = "-shared -fPIC -std=c11 -O1 -fopenmp-simd -ffp-contract=off -fno-trapping-math -w"
+    subprocess.run(
+        [
+            compiler,
+            *flags.split(),
+            "-DPy_LIMITED_API=0x030B0000",
+            f"-I{sysconfig.get_paths()['include']}",
+            *map(str, folder.glob("*.c")),
+            "-lm",
+            "-o",
+            str(library),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    yield library
+
+
+def outcome(library: Path) -> Any:
+    return run_python("import mutant; mutant.main(sys.argv[1])", str(library))
+
+
+@pytest.mark.slow
+def test_the_kernel_itself_passes(tmp_path: Path) -> None:
+    with built(tmp_path, None) as library:
+        done = outcome(library)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", C_MUTATIONS)
+def test_a_mutation_of_the_kernel_is_seen(name: str, tmp_path: Path) -> None:
+    with built(tmp_path, C_MUTATIONS[name]) as library:
+        done = outcome(library)
+    assert done.returncode == mutant.SEEN, done.stderr

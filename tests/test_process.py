@@ -1,0 +1,422 @@
+"""Threads, forks, exits, leaks, imports, memory."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import mmap
+import os
+import shutil
+import sys
+import threading
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from scipy import sparse
+
+import gradclip
+import oracle
+from cases import Case
+from compare import assert_leaves, assert_norm, check, expected_of
+from conftest import simple
+from gradclip.kernels import cpu
+from host import run_python
+from machines import machine
+
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+def repeated(dtype: Any, count: int, seed: int) -> np.ndarray[Any, Any]:
+    """A long array of few different numbers, which the oracle is quick with."""
+    few = np.random.default_rng(seed).standard_normal(97).astype(dtype)
+    return np.resize(few, count)
+
+
+@pytest.fixture
+def two_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRADCLIP_NUM_THREADS", "2")
+
+
+# ---- threads ----
+
+
+@pytest.mark.parametrize("number_of_threads", [1, 2, 3])
+def test_eight_python_threads_at_once(
+    number_of_threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRADCLIP_NUM_THREADS", str(number_of_threads))
+    dtypes = [np.float32, np.float64, np.float16, ml_dtypes.bfloat16]
+    work = [
+        simple(repeated(dtype, 300_000, seed), repeated(dtype, 1000, seed), clip_norm=1.0 + seed)
+        for seed, dtype in enumerate(2 * dtypes)
+    ]
+    expected = [expected_of(case) for case in work]
+    monkeypatch.setattr(cpu, "_BYTES_PER_THREAD", 1)
+    start = threading.Barrier(8)
+
+    def one(case: Case, wanted: oracle.Clipped) -> None:
+        start.wait()
+        for _ in range(4):
+            check(case, wanted)
+
+    with ThreadPoolExecutor(8) as pool:
+        for done in [pool.submit(one, *job) for job in zip(work, expected, strict=True)]:
+            done.result()
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_eight_python_threads_read_one_list() -> None:
+    values = [repeated(np.float32, 700_000, 1), repeated(np.float32, 700_000, 2)]
+    wanted = expected_of(simple(*values, clip_norm=2.0))
+    with ThreadPoolExecutor(8) as pool:
+        for clipped, norm in pool.map(
+            lambda _: gradclip.clip_by_global_norm(values, 2.0), range(16)
+        ):
+            assert_norm(norm, wanted.norm)
+            assert_leaves(clipped, wanted)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_other_python_threads_run_while_a_kernel_does() -> None:
+    leaves = [np.ones(1 << 24, np.float32)]
+    finished = threading.Event()
+    ticks = 0
+
+    def measure() -> None:
+        gradclip.global_norm(leaves)
+        finished.set()
+
+    thread = threading.Thread(target=measure)
+    thread.start()
+    while not finished.is_set():
+        ticks += 1
+    thread.join()
+    assert ticks > 100
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("function", ["measure", "clip", "clip in place"])
+def test_memory_is_let_go_when_a_call_returns(function: str) -> None:
+    """A mapping cannot be closed while anybody, on any thread, holds a view of it."""
+    for _ in range(100):
+        mapping = mmap.mmap(-1, 4 << 20)
+        leaves = [np.frombuffer(mapping, np.float32)]
+        if function == "measure":
+            gradclip.global_norm(leaves)
+        elif function == "clip":
+            gradclip.clip_by_global_norm(leaves, 1.0, 2.0)
+        else:
+            gradclip.clip_by_global_norm_(leaves, 1.0, 2.0)
+        leaves.clear()
+        mapping.close()
+
+
+def test_memory_is_let_go_after_an_error() -> None:
+    mapping = mmap.mmap(-1, 4096)
+    with contextlib.suppress(TypeError):
+        gradclip.global_norm([np.frombuffer(mapping, np.float32), np.arange(3)])
+    gc.collect()
+    mapping.close()
+
+
+# ---- processes ----
+
+FORK = """
+    import os, threading, time, warnings
+    import workers
+    warnings.simplefilter("ignore", DeprecationWarning)
+    os.environ["GRADCLIP_NUM_THREADS"] = "2"
+    assert workers.big_call() == workers.ANSWER
+    stop = threading.Event()
+    def keep_busy():
+        while not stop.is_set():
+            workers.big_call()
+    others = [threading.Thread(target=keep_busy) for _ in range(2 * {busy})]
+    for other in others:
+        other.start()
+    for _ in range(5):
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if workers.big_call() == workers.ANSWER else 1)
+        deadline = time.monotonic() + 30
+        while os.waitpid(child, os.WNOHANG) == (0, 0):
+            assert time.monotonic() < deadline, "the child hangs"
+            time.sleep(0.01)
+        assert workers.big_call() == workers.ANSWER
+    stop.set()
+    for other in others:
+        other.join()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("busy", [False, True], ids=["idle parent", "parent busy on two threads"])
+def test_after_a_fork(busy: bool) -> None:
+    done = run_python(FORK.format(busy=busy))
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_in_a_worker_of_multiprocessing(method: str) -> None:
+    code = """
+        import multiprocessing, os, warnings
+        import workers
+        warnings.simplefilter("ignore", DeprecationWarning)
+        os.environ["GRADCLIP_NUM_THREADS"] = "2"
+        workers.big_call()
+        with multiprocessing.get_context(sys.argv[1]).Pool(2) as pool:
+            assert pool.map(workers.big_call, range(6)) == [workers.ANSWER] * 6
+    """
+    done = run_python(code, method)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("warm", [False, True])
+def test_at_the_exit_of_the_interpreter(warm: bool) -> None:
+    code = """
+        import atexit, os
+        import workers
+        os.environ["GRADCLIP_NUM_THREADS"] = "2"
+        if sys.argv[1] == "True":
+            workers.big_call()
+        atexit.register(lambda: print(workers.big_call() == workers.ANSWER))
+    """
+    done = run_python(code, str(warm))
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "True", "")
+
+
+@pytest.mark.slow
+def test_in_a_thread_that_outlives_the_main_one() -> None:
+    code = """
+        import os, threading, time
+        import workers
+        os.environ["GRADCLIP_NUM_THREADS"] = "2"
+        def late():
+            threading.main_thread().join()
+            print(workers.big_call() == workers.ANSWER)
+        threading.Thread(target=late).start()
+    """
+    done = run_python(code)
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "True", "")
+
+
+# ---- leaks ----
+
+
+def one_round() -> int:
+    """Calls of every kind; returns how many."""
+    leaf = np.float32([3, 4])
+    gradclip.clip_by_global_norm_([leaf], 2.5)
+    gradclip.clip_by_global_norm({"a": leaf, "b": (np.float64([1]), None)}, 1.0)
+    gradclip.clip_by_global_norm([np.array([3, 4], ml_dtypes.bfloat16)], math_inf)
+    gradclip.global_norm([np.array([1], ml_dtypes.float8_e4m3fn)])
+    gradclip.clip_by_global_norm([gradclip.IndexedSlices(leaf, np.array([1, 1]))], 1.0)
+    gradclip.clip_by_global_norm_([leaf[::-1], leaf], 1e-3)
+    gradclip.clip_by_global_norm_([np.float32([np.nan])], 1.0)
+    for wrong in ([np.arange(2)], [leaf, 3], [np.broadcast_to(leaf, (2, 2))]):
+        with contextlib.suppress(TypeError, ValueError):
+            gradclip.clip_by_global_norm_(wrong, 1.0)
+    return 10
+
+
+math_inf = float("inf")
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+
+@on_linux
+@pytest.mark.slow
+@pytest.mark.parametrize("number_of_threads", [1, 2])
+def test_100_000_calls_leak_nothing(number_of_threads: int) -> None:
+    def rounds(calls: int) -> None:
+        while calls > 0:
+            calls -= one_round()
+
+    def in_use() -> tuple[int, int]:
+        gc.collect()
+        references = getattr(sys, "gettotalrefcount", int)()
+        return sys.getallocatedblocks(), references
+
+    with machine(cpu.kernel(), number_of_threads):
+        rounds(5000)
+        blocks, references = in_use()
+        memory = resident()
+        rounds(100_000)
+        more_blocks, more_references = in_use()
+        assert resident() - memory < 1 << 20
+        assert more_blocks - blocks < 500
+        assert more_references - references < 500
+
+
+@pytest.mark.slow
+def test_memory_that_python_counts_does_not_grow() -> None:
+    def grown_to(rounds: int) -> int:
+        for _ in range(rounds):
+            one_round()
+        gc.collect()
+        return tracemalloc.get_traced_memory()[0]
+
+    tracemalloc.start()
+    try:
+        # Free lists and caches of names fill up first.
+        before, after = grown_to(1500), grown_to(300)
+    finally:
+        tracemalloc.stop()
+    assert after - before < 300 * 28
+
+
+# ---- memory ----
+
+PEAK = r"""
+    import ml_dtypes, os, re, warnings
+    import numpy as np
+    import gradclip
+    warnings.simplefilter("ignore")
+    os.environ["GRADCLIP_NUM_THREADS"] = "2"
+
+    def status(field):
+        return int(re.search(field + r":\s+(\d+) kB", open("/proc/self/status").read())[1]) << 10
+
+    dtype, layout, call, argument = sys.argv[1:]
+    dtype = getattr(ml_dtypes, dtype, None) or np.dtype(dtype)
+    argument = float(argument)
+    def run(leaf):
+        if call == "in place":
+            return gradclip.clip_by_global_norm_([leaf], argument)
+        return gradclip.clip_by_global_norm([leaf], argument)
+    def make(count):
+        room = np.ones(2 * count if layout == "strided" else count, dtype)
+        return room[::2] if layout == "strided" else room
+    run(make(4 << 20))
+    leaf = make(20 << 20)
+    before = status("VmHWM")
+    assert before - status("VmRSS") < 1 << 19
+    kept = run(leaf)
+    print(status("VmHWM") - before - (0 if call == "in place" else leaf.nbytes))
+"""
+
+
+@on_linux
+@pytest.mark.slow
+@pytest.mark.parametrize("argument", ["1.0", "inf"])
+@pytest.mark.parametrize("call", ["in place", "out of place"])
+@pytest.mark.parametrize(
+    ("dtype", "layout"),
+    [
+        ("float32", "contiguous"),
+        ("float64", "contiguous"),
+        ("float16", "contiguous"),
+        ("bfloat16", "contiguous"),
+        ("float8_e4m3fn", "contiguous"),
+        ("complex64", "contiguous"),
+        (">f4", "contiguous"),
+        ("float32", "strided"),
+    ],
+)
+def test_a_call_takes_under_one_megabyte_beyond_its_outputs(
+    dtype: str, layout: str, call: str, argument: str
+) -> None:
+    done = run_python(PEAK, dtype, layout, call, argument)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 1 << 20
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, ml_dtypes.bfloat16])
+def test_what_python_counts_is_the_outputs(dtype: Any) -> None:
+    leaf = np.ones(3 << 20, dtype)
+    for call, most in (
+        (lambda: gradclip.clip_by_global_norm_([leaf], 1.0), 0),
+        (lambda: gradclip.clip_by_global_norm([leaf], 1.0), leaf.nbytes),
+        (lambda: gradclip.clip_by_global_norm([leaf], math_inf), leaf.nbytes),
+        (lambda: gradclip.global_norm([leaf]), 0),
+    ):
+        tracemalloc.start()
+        try:
+            call()
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert peak < most + (1 << 20)
+
+
+def test_a_long_sparse_leaf_with_rows_to_add_takes_little_memory() -> None:
+    rows = np.arange(200_000) % 1000
+    values = np.ones((rows.size, 16), np.float32)
+    slices = gradclip.IndexedSlices(values, rows)
+    tracemalloc.start()
+    try:
+        gradclip.clip_by_global_norm_([slices], 1.0)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < values.nbytes
+
+
+def test_a_sparse_matrix_is_copied_once() -> None:
+    matrix = sparse.csr_array(np.ones((1000, 1000), np.float32))
+    tracemalloc.start()
+    try:
+        kept = gradclip.clip_by_global_norm([matrix], 1.0)
+        left = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert kept[1] == 1000
+    assert left < matrix.data.nbytes + matrix.indices.nbytes + matrix.indptr.nbytes + (1 << 20)
+
+
+# ---- imports ----
+
+HEAVY = (
+    "torch",
+    "tensorflow",
+    "jax",
+    "jaxlib",
+    "scipy",
+    "ml_dtypes",
+    "rich",
+    "matplotlib",
+    "keras",
+)
+
+
+def heavy_modules_after(code: str, path: Path | None = None) -> list[str]:
+    """Which of the heavy modules a new interpreter has imported."""
+    env = {**os.environ, "PYTHONPATH": str(path)} if path else None
+    done = run_python(f"{code}\nprint(*[name for name in {HEAVY} if name in sys.modules])", env=env)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+USE = """
+import numpy as np, gradclip
+leaf = np.float32([3, 4])
+gradclip.clip_by_global_norm([leaf, gradclip.IndexedSlices(leaf, np.array([1, 1]))], 1.0)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("code", ["import gradclip", USE], ids=["import", "use"])
+def test_no_framework_is_imported(code: str) -> None:
+    assert heavy_modules_after(code) == []
+
+
+@pytest.mark.slow
+def test_a_framework_that_gradclip_imported_would_be_seen(tmp_path: Path) -> None:
+    copy = tmp_path / "gradclip"
+    shutil.copytree(Path(gradclip.__file__).parent, copy)
+    code = f"import gradclip; assert gradclip.__file__.startswith({str(tmp_path)!r})"
+    assert heavy_modules_after(code, tmp_path) == []
+    with (copy / "_tree.py").open("a") as source:
+        source.write("\nimport scipy\n")
+    assert heavy_modules_after(code, tmp_path) == ["scipy"]
