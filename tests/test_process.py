@@ -272,7 +272,7 @@ def test_memory_that_python_counts_does_not_grow() -> None:
         before, after = grown_to(1500), grown_to(300)
     finally:
         tracemalloc.stop()
-    assert after - before < 300 * 28
+    assert after - before < 10 * 3000  # fewer bytes for each call than any object has
 
 
 # ---- memory ----

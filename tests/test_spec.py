@@ -6,6 +6,7 @@ import collections
 import fractions
 import inspect
 import math
+import operator
 import re
 import signal
 import tracemalloc
@@ -382,11 +383,8 @@ def test_a_limit_may_be_a_scalar_of_another_framework(
     name: str, framework: Callable[[str], Any]
 ) -> None:
     module = framework(name)
-    make = {
-        "torch": module.tensor,
-        "jax": module.numpy.asarray,
-        "tensorflow": module.constant,
-    }[name]
+    path = {"torch": "tensor", "jax": "numpy.asarray", "tensorflow": "constant"}[name]
+    make = operator.attrgetter(path)(module)
     assert clip_by_global_norm(three_four(), make(2.5))[0] == [1.5, 2]
     assert clip_by_global_norm(three_four(), 2.5, make(5.0))[0] == [1.5, 2]
     for wrong in (True, 1j):
@@ -754,11 +752,8 @@ def test_a_masked_array_is_refused_with_the_way_out() -> None:
 @pytest.mark.parametrize("name", ["torch", "jax", "tensorflow"])
 def test_leaves_of_two_frameworks(name: str, framework: Callable[[str], Any]) -> None:
     module = framework(name)
-    make = {"torch": "ones", "tensorflow": "ones", "jax": "numpy.ones"}[name]
-    function: Any = module
-    for part in make.split("."):
-        function = getattr(function, part)
-    other = function((2,))
+    path = {"torch": "ones", "jax": "numpy.ones", "tensorflow": "ones"}[name]
+    other = operator.attrgetter(path)(module)((2,))
     leaves = [np.float32([3]), other]
     with pytest.raises(TypeError) as caught:
         clip_by_global_norm(leaves, 1.0)
