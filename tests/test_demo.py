@@ -19,9 +19,9 @@ def test_backpropagation_gives_the_slope_of_the_loss(monkeypatch):
         direction = rng.standard_normal(weights.shape)
         losses = []
         for step in (1e-6, -2e-6):
-            weights += step * direction
+            np.add(weights, step * direction, out=weights)
             losses.append(demo.loss_and_gradients(network, codes[:-1], codes[1:])[0])
-        weights += 1e-6 * direction
+        np.add(weights, 1e-6 * direction, out=weights)
         slope = (losses[0] - losses[1]) / 2e-6
         assert slope == pytest.approx((gradient * direction).sum(), rel=1e-5, abs=1e-8)
 
