@@ -1,6 +1,22 @@
 """The native kernel. Everything else about the package stands in pyproject.toml."""
 
+import platform
+
 from setuptools import Extension, setup
+
+FLAGS = [
+    "-std=c11",
+    "-O3",
+    "-fopenmp-simd",
+    # Contraction would change which roundings happen; fma is asked for by name where meant.
+    "-ffp-contract=off",
+    "-fno-trapping-math",
+    "-fno-math-errno",
+]
+if platform.machine() in ("x86_64", "AMD64"):
+    # GCC 12 may keep values in MMX registers and leave the x87 unit, which shares them, unusable:
+    # the caller's next long double is NaN.
+    FLAGS.append("-mno-mmx")
 
 setup(
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
@@ -10,15 +26,7 @@ setup(
             sources=["src/gradclip/kernels/cpumodule.c", "src/gradclip/kernels/cpu.c"],
             depends=["src/gradclip/kernels/cpu.h", "src/gradclip/kernels/cpu_blocks.h"],
             define_macros=[("Py_LIMITED_API", "0x030B0000")],
-            # Contraction would change which roundings happen; fma is asked for by name where meant.
-            extra_compile_args=[
-                "-std=c11",
-                "-O3",
-                "-fopenmp-simd",
-                "-ffp-contract=off",
-                "-fno-trapping-math",
-                "-fno-math-errno",
-            ],
+            extra_compile_args=FLAGS,
             py_limited_api=True,
             # Without a C compiler the install still succeeds; the NumPy path gives the same bits.
             optional=True,

@@ -25,30 +25,38 @@ static double NAME(sum_bf16)(const uint16_t *x, int n) {
 
 static double NAME(sum_f16)(const uint16_t *x, int n) {
     double sum = 0;
-    int16_t top = 0, bottom = INT16_MAX;
+    uint32_t subnormals = 0;
+    uint16_t top = 0, bottom = UINT16_MAX;
 #pragma omp simd reduction(max : top) reduction(min : bottom)
     for (int i = 0; i < n; i++) {
-        int16_t magnitude = (int16_t)(x[i] & 0x7fff);
-        int16_t nonzero = magnitude ? magnitude : INT16_MAX;
+        uint16_t magnitude = x[i] & 0x7fff;
+        uint16_t before = (uint16_t)(magnitude - 1); /* a zero wraps and drops out */
         top = magnitude > top ? magnitude : top;
-        bottom = nonzero < bottom ? nonzero : bottom;
+        bottom = before < bottom ? before : bottom;
     }
-    if (top < 0x7c00 && bottom >= 0x400) {
-        /* All normal or zero: read as float32 with the exponent left as it is, each is its value
-         * times 2^-112. (A subnormal would do too, but costs some processors 100 cycles.) */
-#pragma omp simd reduction(+ : sum)
-        for (int i = 0; i < n; i++) {
-            double v = float_of((uint32_t)(x[i] & 0x7fff) << 13);
-            sum = SQUARE_ADD(v, sum);
-        }
-        return sum * 0x1p224;
+    if (top >= 0x7c00) { /* Inf or NaN */
+        for (int i = 0; i < n; i++) sum += (double)float_of_half(x[i]) * float_of_half(x[i]);
+        return sum;
     }
+    /* Read as float32 with the exponent left as it is, a normal half is its value times 2^-112. A
+     * subnormal would do too, but costs some processors 100 cycles, so those are apart: they are
+     * whole multiples of 2^-24, and the sum of a block's squares of them fits 32 bits. */
 #pragma omp simd reduction(+ : sum)
     for (int i = 0; i < n; i++) {
-        double v = float_of_half(x[i]);
+        int16_t magnitude = (int16_t)(x[i] & 0x7fff);
+        uint16_t normal = (uint16_t)(magnitude < 0x400 ? 0 : magnitude);
+        double v = float_of((uint32_t)normal << 13);
         sum = SQUARE_ADD(v, sum);
     }
-    return sum;
+    sum *= 0x1p224;
+    if (bottom >= 0x3ff) return sum;
+#pragma omp simd reduction(+ : subnormals)
+    for (int i = 0; i < n; i++) {
+        int16_t magnitude = (int16_t)(x[i] & 0x7fff);
+        int16_t subnormal = magnitude < 0x400 ? magnitude : 0;
+        subnormals += (uint32_t)(subnormal * subnormal);
+    }
+    return sum + subnormals * 0x1p-48;
 }
 
 static void NAME(load_bf16)(const uint16_t *x, int n, float *out) {
