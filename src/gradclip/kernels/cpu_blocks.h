@@ -1,6 +1,5 @@
 /* The loops over one block of contiguous elements. cpu.c includes this file once for each set of
- * instructions, with NAME(x) giving each copy its own names and FMA telling if fma is one
- * instruction. Plain loops: the compiler turns them into vectors. */
+ * instructions. Plain loops: the compiler turns them into vectors. */
 
 /* Sum of squares in float64, in any order: relative error below (n + 1) * 2^-53. */
 static double NAME(sum_f32)(const float *x, int n) {
@@ -23,50 +22,27 @@ static double NAME(sum_bf16)(const uint16_t *x, int n) {
     return sum;
 }
 
-static double NAME(sum_f16)(const uint16_t *x, int n) {
-    double sum = 0;
-    uint32_t subnormals = 0;
-    uint16_t top = 0, bottom = UINT16_MAX;
-#pragma omp simd reduction(max : top) reduction(min : bottom)
-    for (int i = 0; i < n; i++) {
-        uint16_t magnitude = x[i] & 0x7fff;
-        uint16_t before = (uint16_t)(magnitude - 1); /* a zero wraps and drops out */
-        top = magnitude > top ? magnitude : top;
-        bottom = before < bottom ? before : bottom;
-    }
-    if (top >= 0x7c00) { /* Inf or NaN */
-        for (int i = 0; i < n; i++) sum += (double)float_of_half(x[i]) * float_of_half(x[i]);
-        return sum;
-    }
-    /* Read as float32 with the exponent left as it is, a normal half is its value times 2^-112. A
-     * subnormal would do too, but costs some processors 100 cycles, so those are apart: they are
-     * whole multiples of 2^-24, and the sum of a block's squares of them fits 32 bits. */
-#pragma omp simd reduction(+ : sum)
-    for (int i = 0; i < n; i++) {
-        int16_t magnitude = (int16_t)(x[i] & 0x7fff);
-        uint16_t normal = (uint16_t)(magnitude < 0x400 ? 0 : magnitude);
-        double v = float_of((uint32_t)normal << 13);
-        sum = SQUARE_ADD(v, sum);
-    }
-    sum *= 0x1p224;
-    if (bottom >= 0x3ff) return sum;
-#pragma omp simd reduction(+ : subnormals)
-    for (int i = 0; i < n; i++) {
-        int16_t magnitude = (int16_t)(x[i] & 0x7fff);
-        int16_t subnormal = magnitude < 0x400 ? magnitude : 0;
-        subnormals += (uint32_t)(subnormal * subnormal);
-    }
-    return sum + subnormals * 0x1p-48;
-}
-
 static void NAME(load_bf16)(const uint16_t *x, int n, float *out) {
 #pragma omp simd
     for (int i = 0; i < n; i++) out[i] = float_of((uint32_t)x[i] << 16);
 }
 
 static void NAME(load_f16)(const uint16_t *x, int n, float *out) {
+    int done = CONVERT_HALVES(x, n, out);
 #pragma omp simd
-    for (int i = 0; i < n; i++) out[i] = float_of_half(x[i]);
+    for (int i = done; i < n; i++) out[i] = float_of_half(x[i]);
+}
+
+/* By pieces, so that some are computed on while others are on their way from memory. */
+static double NAME(sum_f16)(const uint16_t *x, int n) {
+    ALIGNED float piece[PIECE];
+    double sum = 0;
+    for (int i = 0; i < n; i += PIECE) {
+        int length = n - i < PIECE ? n - i : PIECE;
+        NAME(load_f16)(x + i, length, piece);
+        sum += NAME(sum_f32)(piece, length);
+    }
+    return sum;
 }
 
 /* One pass of the exact sum. Adding c1 = 2^52 u1 rounds squares to multiples of u1, and what that
@@ -180,24 +156,30 @@ static void NAME(scale_bf16)(const uint16_t *x, int n, float c, uint16_t *out) {
     for (int i = 0; i < n; i++) out[i] = bfloat_of(float_of((uint32_t)x[i] << 16) * c);
 }
 
-static void NAME(scale_f16)(const uint16_t *x, int n, float c, uint16_t *out) {
-#pragma omp simd
-    for (int i = 0; i < n; i++) out[i] = half_of(float_of_half(x[i]) * c);
-}
-
 static void NAME(store_bf16)(const float *x, int n, uint16_t *out) {
 #pragma omp simd
     for (int i = 0; i < n; i++) out[i] = bfloat_of(x[i]);
 }
 
 static void NAME(store_f16)(const float *x, int n, uint16_t *out) {
+    int done = CONVERT_TO_HALVES(x, n, out);
 #pragma omp simd
-    for (int i = 0; i < n; i++) out[i] = half_of(x[i]);
+    for (int i = done; i < n; i++) out[i] = half_of(x[i]);
+}
+
+static void NAME(scale_f16)(const uint16_t *x, int n, float c, uint16_t *out) {
+    ALIGNED float piece[PIECE];
+    for (int i = 0; i < n; i += PIECE) {
+        int length = n - i < PIECE ? n - i : PIECE;
+        NAME(load_f16)(x + i, length, piece);
+        NAME(scale_f32)(piece, length, c, piece);
+        NAME(store_f16)(piece, length, out + i);
+    }
 }
 
 static const blocks_t NAME(blocks) = {
-    NAME(sum_f32),    NAME(sum_bf16),  NAME(sum_f16),    NAME(load_bf16),      NAME(load_f16),
-    NAME(window_f32), NAME(window_f64), NAME(select_f32), NAME(select_f64),    NAME(scale_f32),
-    NAME(scale_f32_wide), NAME(scale_f64), NAME(scale_bf16), NAME(scale_f16), NAME(store_bf16),
+    NAME(sum_f32),        NAME(sum_bf16),   NAME(sum_f16),    NAME(load_bf16),  NAME(load_f16),
+    NAME(window_f32),     NAME(window_f64), NAME(select_f32), NAME(select_f64), NAME(scale_f32),
+    NAME(scale_f32_wide), NAME(scale_f64),  NAME(scale_bf16), NAME(scale_f16),  NAME(store_bf16),
     NAME(store_f16),
 };
