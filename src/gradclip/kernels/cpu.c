@@ -42,6 +42,12 @@ typedef struct {
     void (*store_f16)(const float *, int, uint16_t *);
 } blocks_t;
 
+#if defined(__GNUC__)
+#define PREFETCH(address) __builtin_prefetch(address)
+#else
+#define PREFETCH(address) ((void)(address))
+#endif
+
 /* ---- one number ---- */
 
 static inline uint32_t bits_of(float x) {
@@ -272,6 +278,9 @@ static int next_block(list_t *list, walk_t *walk) {
     if (length > most) length = most;
     walk->length = (int)length;
     walk->at += length;
+    /* The processor reads ahead within an array, not on to the next: that is asked for here. */
+    if (length == leaf->size - walk->begin && walk->leaf + 1 < list->count)
+        for (int line = 0; line < 8; line++) PREFETCH(leaf[1].data + 64 * line);
     return 1;
 }
 

@@ -24,8 +24,8 @@ try:
 except ImportError:
     _cpu = None  # type: ignore[assignment]
 
-# Handing work to a thread that sleeps takes 60 us, in which one thread reads about 1 MB.
-_BYTES_PER_THREAD = 1 << 20
+# Handing work to a thread that sleeps takes 60 us, in which one thread reads about 2 MB.
+_BYTES_PER_THREAD = 1 << 21
 
 T = TypeVar("T")
 
