@@ -35,9 +35,9 @@ EXAMPLE = "gradclip bench --case clip small-clip"
 REPEATS, QUICK_REPEATS, QUICK_SHRINK = 21, 3, 20
 # A call this short, in seconds, is repeated in a row.
 BATCH = 0.01
-# The helper threads of a system wait for more work for some time before they sleep, at the cost
-# of the next system: those of OpenBLAS 2^26 cycles. So wait longer, in seconds.
-PAUSE = 0.05
+# The helper threads of a system spin for some time before they sleep, at the cost of the next
+# system: so wait, in steps of so many seconds, until this process takes no processor time.
+PAUSE = 0.02
 
 Row = dict[str, Any]
 PACKAGES = ("gradclip", "python", "numpy", "torch", "tensorflow", "jax", "optax")
@@ -167,10 +167,17 @@ def timings(systems: Mapping[str, Call], repeats: int) -> dict[str, list[float]]
         start = repeat % len(systems)
         for system in [*systems][start:] + [*systems][:start]:
             gc.collect()
-            time.sleep(PAUSE)
+            _wait_until_idle()
             seconds[system].append(_seconds(systems[system], batches[system]))
     gc.unfreeze()
     return seconds
+
+
+def _wait_until_idle() -> None:
+    before = -math.inf
+    while time.process_time() - before > PAUSE / 10:
+        before = time.process_time()
+        time.sleep(PAUSE)
 
 
 def _seconds(call: Call, times: int) -> float:
