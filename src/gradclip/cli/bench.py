@@ -36,8 +36,8 @@ REPEATS, QUICK_REPEATS, QUICK_SHRINK = 21, 3, 20
 # A call this short, in seconds, is repeated in a row.
 BATCH = 0.01
 # The helper threads of a system spin for some time before they sleep, at the cost of the next
-# system: so wait, in steps of so many seconds, until this process takes no processor time.
-PAUSE = 0.02
+# system: so wait, in pauses of so many seconds, until this process takes no processor time.
+PAUSE, PAUSES = 0.02, 50
 
 Row = dict[str, Any]
 PACKAGES = ("gradclip", "python", "numpy", "torch", "tensorflow", "jax", "optax")
@@ -174,10 +174,11 @@ def timings(systems: Mapping[str, Call], repeats: int) -> dict[str, list[float]]
 
 
 def _wait_until_idle() -> None:
-    before = -math.inf
-    while time.process_time() - before > PAUSE / 10:
+    for _ in range(PAUSES):
         before = time.process_time()
         time.sleep(PAUSE)
+        if time.process_time() - before < PAUSE / 10:
+            return
 
 
 def _seconds(call: Call, times: int) -> float:
