@@ -76,7 +76,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     axes.set_xlabel(
         "time, log scale: shorter is faster. Red: what gradclip is held to.\n"
         f"{about['processor']}, {about['threads']} threads, {about['kernel']} kernel, "
-        f"{about['date'][:10]}. {about['versions']}",
+        f"{about['date'][:10]}.\n{about['versions']}",
         size=7,
         color=NOTE,
     )
