@@ -100,6 +100,36 @@ def test_other_python_threads_run_while_a_kernel_does() -> None:
 
 
 @pytest.mark.usefixtures("two_threads")
+@on_linux
+def test_helpers_wake_on_other_processors_than_the_one_that_asks() -> None:
+    everywhere = os.sched_getaffinity(0)
+    if len(everywhere) < 2:
+        pytest.skip("one processor")
+    leaves = [np.ones(1 << 21, np.float32)]
+    try:
+        for here in sorted(everywhere)[:2]:
+            gradclip.global_norm(leaves)  # starts the helpers
+            os.sched_setaffinity(0, {here})
+            os.sched_setaffinity(0, everywhere)
+            gradclip.global_norm(leaves)
+            assert cpu._helpers
+            allowed = [os.sched_getaffinity(helper) for helper in cpu._helpers]
+            assert all(len(processors) == len(everywhere) - 1 for processors in allowed)
+    finally:
+        os.sched_setaffinity(0, everywhere)
+
+
+def test_a_sandbox_that_forbids_to_choose_processors_only_costs_time(
+    monkeypatch: pytest.MonkeyPatch, two_threads: None
+) -> None:
+    def forbid(*_: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "sched_setaffinity", forbid)
+    assert gradclip.global_norm([np.ones(1 << 22, np.float32)]) == 2048
+    assert two_threads is None
+
+
 @pytest.mark.parametrize("function", ["measure", "clip", "clip in place"])
 def test_memory_is_let_go_when_a_call_returns(function: str) -> None:
     """A mapping cannot be closed while anybody, on any thread, holds a view of it."""

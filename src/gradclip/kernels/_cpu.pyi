@@ -1,24 +1,6 @@
-from typing import Any, final
+from typing import Any
 
-@final
-class Leaves:
-    @property
-    def nbytes(self) -> int: ...
-    @property
-    def has_f64(self) -> bool: ...
-    def rewind(self) -> None: ...
-    def sum_squares(self) -> tuple[float, float, bool, bool]: ...
-    def exact_squares(self) -> tuple[bytes, bytes, float]: ...
-    def scale(
-        self,
-        source: Any,
-        narrow: float,
-        narrow_wide: float,
-        wide: float,
-        shift: float,
-        recode: list[bytes | None] | None,
-        /,
-    ) -> None: ...
+from gradclip.kernels.cpu import Leaves
 
 def take(
     arrays: list[Any], writable: bool, decode: list[bytes | None] | None, /

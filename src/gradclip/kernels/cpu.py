@@ -231,7 +231,8 @@ def _keep_helpers_off_this_processor() -> None:
     if sys.platform == "linux":
         others = os.sched_getaffinity(0) - {_libc.sched_getcpu()}
         for helper in _helpers if others else ():
-            os.sched_setaffinity(helper, others)
+            with contextlib.suppress(OSError):  # a sandbox that forbids it: only slower
+                os.sched_setaffinity(helper, others)
 
 
 def _forget_threads() -> None:
