@@ -196,7 +196,8 @@ def threads() -> int:
     return int(wanted)
 
 
-_lock = threading.Lock()
+# Reentrant: a signal handler or finaliser may clip while this thread asks for help.
+_lock = threading.RLock()
 _queue: SimpleQueue[Callable[[], None]] = SimpleQueue()
 _helpers: list[int] = []  # their native thread ids
 
@@ -237,7 +238,7 @@ def _keep_helpers_off_this_processor() -> None:
 
 def _forget_threads() -> None:
     global _lock, _queue, _helpers
-    _lock, _queue, _helpers = threading.Lock(), SimpleQueue(), []
+    _lock, _queue, _helpers = threading.RLock(), SimpleQueue(), []
 
 
 # A forked child has none of its parent's threads.
