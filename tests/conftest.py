@@ -19,6 +19,7 @@ from scipy import sparse
 import gradclip
 from cases import Case, lay_out
 from gradclip._dispatch import backend_names
+from gradclip.cli import _files
 from gradclip.kernels import cpu
 from machines import KERNELS, THREADS, machine
 
@@ -154,3 +155,11 @@ def simple(*values: Any, clip_norm: float = 1.0, **options: Any) -> Case:
     """A case of contiguous arrays."""
     arrays = [np.asarray(array) for array in values]
     return Case(arrays, ["contiguous"] * len(arrays), clip_norm, **options)
+
+
+# ---- files ----
+
+
+@pytest.fixture(params=[_files.PIECE, 64], ids="pieces of {}".format)
+def _pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_files, "PIECE", request.param)

@@ -3,7 +3,6 @@
 Run by test_sanitize.py: ``python fuzz_kernel.py KERNEL.so ROUNDS SEED``.
 """
 
-import importlib.util
 import os
 import sys
 import warnings
@@ -11,23 +10,12 @@ import warnings
 import ml_dtypes
 import numpy as np
 
+from builds import load_instead
+
 DTYPES = [
     *map(np.dtype, ["f2", "f4", "f8", "c8", "c16", ">f2", ">f4", ">f8", ">c8", ">c16"]),
     *map(np.dtype, [ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2]),
 ]
-
-
-def load_kernel(path):
-    """Put the module at ``path`` in the place of gradclip's own, before gradclip is imported."""
-    name = "gradclip.kernels._cpu"
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sys.modules[name] = module
-    import gradclip.kernels
-
-    gradclip.kernels._cpu = module
-    return module
 
 
 def random_array(rng):
@@ -73,7 +61,7 @@ def _bytes(array):
 
 
 def main(path, rounds, seed):
-    kernel = load_kernel(path)
+    kernel = load_instead(path)
     import gradclip
     from gradclip.kernels import cpu
 

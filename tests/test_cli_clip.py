@@ -24,7 +24,6 @@ import pytest
 import cli_files
 import gradclip
 from cli_files import load, random, run_main, run_on_terminal, same, save
-from gradclip.cli import _files
 
 INDEX = "model.safetensors.index.json"
 
@@ -84,11 +83,6 @@ def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
 
 
 # ---- bits ----
-
-
-@pytest.fixture(params=[_files.PIECE, 64], ids="pieces of {}".format)
-def _pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_files, "PIECE", request.param)
 
 
 @pytest.mark.usefixtures("_pieces")

@@ -19,7 +19,6 @@ import pytest
 import cli_files
 import gradclip
 from cli_files import random, run_main, run_on_terminal, run_process, save
-from gradclip.cli import _files
 
 INDEX = "model.safetensors.index.json"
 
@@ -50,11 +49,6 @@ def check(path: Path) -> None:
 
 
 # ---- figures ----
-
-
-@pytest.fixture(params=[_files.PIECE, 64], ids="pieces of {}".format)
-def _pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_files, "PIECE", request.param)
 
 
 @pytest.mark.usefixtures("_pieces")

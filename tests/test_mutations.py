@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-import shutil
-import subprocess
-import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,7 @@ import pytest
 import mutant
 import test_bits
 import test_spec
+from builds import build
 from cases import Case
 from compare import check
 from conftest import simple
@@ -28,9 +26,6 @@ from gradclip._exact import FLOAT64, Scaled
 from gradclip.backends import numpy as backend
 from gradclip.kernels import cpu
 from host import HAS_MXCSR, flush_to_zero, run_python
-
-SOURCES = Path(cpu.__file__).parent
-
 
 # ---- mutations of the Python code ----
 
@@ -326,52 +321,18 @@ C_MUTATIONS = {
 }
 
 
-@contextlib.contextmanager
-def built(folder: Path, mutation: tuple[str, str, str] | None) -> Iterator[Path]:
-    """The kernel, compiled from changed sources."""
-    compiler = shutil.which("cc")
-    if compiler is None:
-        pytest.skip("no C compiler")
-    for source in [*SOURCES.glob("*.c"), *SOURCES.glob("*.h")]:
-        shutil.copy(source, folder)
-    if mutation:
-        name, old, new = mutation
-        text = (folder / name).read_text()
-        assert old in text, f"{name} has changed: mend this mutation"
-        (folder / name).write_text(text.replace(old, new))
-    library = folder / "_cpu.so"
-    flags = "-shared -fPIC -std=c11 -O1 -fopenmp-simd -ffp-contract=off -fno-trapping-math -w"
-    subprocess.run(
-        [
-            compiler,
-            *flags.split(),
-            "-DPy_LIMITED_API=0x030B0000",
-            f"-I{sysconfig.get_paths()['include']}",
-            *map(str, folder.glob("*.c")),
-            "-lm",
-            "-o",
-            str(library),
-        ],
-        check=True,
-        capture_output=True,
-    )
-    yield library
-
-
 def outcome(library: Path) -> Any:
     return run_python("import mutant; mutant.main(sys.argv[1])", str(library))
 
 
 @pytest.mark.slow
 def test_the_kernel_itself_passes(tmp_path: Path) -> None:
-    with built(tmp_path, None) as library:
-        done = outcome(library)
+    done = outcome(build(tmp_path))
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", C_MUTATIONS)
 def test_a_mutation_of_the_kernel_is_seen(name: str, tmp_path: Path) -> None:
-    with built(tmp_path, C_MUTATIONS[name]) as library:
-        done = outcome(library)
+    done = outcome(build(tmp_path, change=C_MUTATIONS[name]))
     assert done.returncode == mutant.SEEN, done.stderr

@@ -158,9 +158,7 @@ def global_norm(
     """
     with ieee_arithmetic():
         _no_group(group)
-        tree = flatten(t_list)
-        backend = backend_of(tree.leaves, tree.kinds, tree.path)
-        held = backend.hold(tree.leaves, tree.path, writable=False)
+        _, backend, held = _held(t_list, writable=False)
         return backend.scalar(backend.measure(held), held)
 
 
@@ -191,9 +189,7 @@ class Survey(NamedTuple):
 def survey(t_list: Any) -> Survey:
     """Measure leaves in one pass."""
     with ieee_arithmetic():
-        tree = flatten(t_list)
-        backend = backend_of(tree.leaves, tree.kinds, tree.path)
-        held = backend.hold(tree.leaves, tree.path, writable=False)
+        _, backend, held = _held(t_list, writable=False)
         return Survey(*backend.total(held))
 
 
@@ -210,9 +206,8 @@ def together(surveys: Iterable[Survey]) -> Survey:
 def act_(t_list: Any, action: Action) -> None:
     """Carry out what has been decided for the whole on some of its leaves, where they lie."""
     with ieee_arithmetic():
-        tree = flatten(t_list)
-        backend = backend_of(tree.leaves, tree.kinds, tree.path)
-        _act_(backend, backend.hold(tree.leaves, tree.path, writable=True), action)
+        _, backend, held = _held(t_list, writable=True)
+        _act_(backend, held, action)
 
 
 def _act_(backend: Backend, held: Any, action: Action) -> None:
@@ -221,6 +216,13 @@ def _act_(backend: Backend, held: Any, action: Action) -> None:
             backend.scale_(held, factor)
         case Fill(value):
             backend.fill_(held, value)
+
+
+def _held(t_list: Any, *, writable: bool) -> tuple[Tree, Backend, Any]:
+    """Take a nest apart, and have its backend check and hold the leaves."""
+    tree = flatten(t_list)
+    backend = backend_of(tree.leaves, tree.kinds, tree.path)
+    return tree, backend, backend.hold(tree.leaves, tree.path, writable=writable)
 
 
 def _decided(
@@ -237,9 +239,7 @@ def _decided(
     check_on_nonfinite(on_nonfinite)
     measured = None if use_norm is None else check_use_norm(use_norm)
     _no_group(group)
-    tree = flatten(t_list)
-    backend = backend_of(tree.leaves, tree.kinds, tree.path)
-    held = backend.hold(tree.leaves, tree.path, writable=writable)
+    tree, backend, held = _held(t_list, writable=writable)
     if measured is None:
         measured = backend.measure(held)
     action = decide(measured, limit, on_nonfinite)

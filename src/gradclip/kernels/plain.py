@@ -126,7 +126,7 @@ class Leaves:
         """As `_cpu.Leaves.scale`."""
         if not self._begin():
             return
-        direct = np.finfo(np.float32).smallest_normal <= narrow < math.inf
+        direct = narrow >= np.finfo(np.float32).smallest_normal
         tables = recode or [None] * len(self._arrays)
         for old, new, table in zip(source._arrays, self._arrays, tables, strict=True):
             if new is None or not new.size:
