@@ -29,6 +29,8 @@ FRAMEWORKS = {
     "ml_dtypes": "ml_dtypes",
     "torch": "torch",
     "tensorflow": "tensorflow-cpu",
+    "keras": "keras",
+    "sklearn": "scikit-learn",
     "jax": "jax",
     "optax": "optax",
 }
@@ -46,6 +48,10 @@ def version(name: str) -> str | None:
         except importlib.metadata.PackageNotFoundError:
             continue
     return None
+
+
+if version("torch") is not None:
+    import torch  # noqa: F401  (before TensorFlow: the other way round the two do not load)
 
 
 def pytest_report_header() -> list[str]:
@@ -91,6 +97,8 @@ class Adapter(NamedTuple):
     make: Callable[[np.ndarray[Any, Any]], Any]
     read: Callable[[Any], np.ndarray[Any, Any]]
     writable: bool = True
+    clip: Callable[..., Any] = gradclip.clip_by_global_norm
+    new_type: Callable[[Any], type] = type  # of what comes back for a leaf
 
 
 def _slices(values: np.ndarray[Any, Any]) -> gradclip.IndexedSlices:
@@ -102,7 +110,60 @@ def _numpy_layout(layout: str) -> Adapter:
     return Adapter(make, np.asarray, writable=layout not in ("readonly", "broadcast"))
 
 
+def _tensorflow() -> Any:
+    return importlib.import_module("tensorflow")
+
+
+def _tensor(values: np.ndarray[Any, Any]) -> Any:
+    return _tensorflow().constant(values)
+
+
+def _tensor_slices(values: np.ndarray[Any, Any]) -> Any:
+    tf = _tensorflow()
+    return tf.IndexedSlices(tf.constant(values), tf.range(len(values))[::-1])
+
+
+@functools.cache
+def _in_a_graph(jit_compile: bool, on_nonfinite: str) -> Any:
+    tf = _tensorflow()
+    clip = functools.partial(gradclip.clip_by_global_norm, on_nonfinite=on_nonfinite)
+    return tf.function(clip, jit_compile=jit_compile, autograph=False)
+
+
+def _graph(jit_compile: bool) -> Callable[..., Any]:
+    def clip(leaves: list[Any], clip_norm: float, on_nonfinite: str = "nan") -> Any:
+        limit = _tensorflow().constant(clip_norm, "float64")
+        return _in_a_graph(jit_compile, on_nonfinite)(leaves, limit)
+
+    return clip
+
+
+def _tensor_values(leaf: Any) -> np.ndarray[Any, Any]:
+    return np.asarray(getattr(leaf, "values", leaf).numpy())
+
+
+def _type_of_a_tensor(_: Any) -> type:
+    return type(_tensor(np.float32(0)))
+
+
 ADAPTERS: dict[str, dict[str, Adapter]] = {
+    "tensorflow": {
+        "tensorflow": Adapter(_tensor, _tensor_values, writable=False),
+        "tensorflow:variable": Adapter(
+            lambda values: _tensorflow().Variable(values),
+            _tensor_values,
+            new_type=_type_of_a_tensor,
+        ),
+        "tensorflow:slices": Adapter(_tensor_slices, _tensor_values, writable=False),
+        "tensorflow:graph": Adapter(_tensor, _tensor_values, False, _graph(jit_compile=False)),
+        "tensorflow:graph-slices": Adapter(
+            _tensor_slices, _tensor_values, False, _graph(jit_compile=False)
+        ),
+        "tensorflow:xla": Adapter(_tensor, _tensor_values, False, _graph(jit_compile=True)),
+        "tensorflow:xla-slices": Adapter(
+            _tensor_slices, _tensor_values, False, _graph(jit_compile=True)
+        ),
+    },
     "numpy": {
         "numpy": _numpy_layout("contiguous"),
         "numpy:readonly": _numpy_layout("readonly"),
@@ -117,9 +178,11 @@ ADAPTERS: dict[str, dict[str, Adapter]] = {
 }
 
 
-def variants() -> list[str]:
+def variants() -> list[Any]:
     """Every variant of every file in backends/; a file without an adapter is one that fails."""
-    return [variant for name in backend_names() for variant in ADAPTERS.get(name, [name])]
+    names = [variant for name in backend_names() for variant in ADAPTERS.get(name, [name])]
+    # XLA takes seconds to compile.
+    return [pytest.param(name, marks=[pytest.mark.slow] * (":xla" in name)) for name in names]
 
 
 @pytest.fixture(params=variants())
@@ -127,6 +190,8 @@ def xp(request: pytest.FixtureRequest) -> Adapter:
     backend = request.param.partition(":")[0]
     if backend not in ADAPTERS:
         pytest.fail(f"backends/{backend}.py has no adapter in {Path(__file__).name}")
+    if version(backend) is None:
+        pytest.skip(f"{backend} is not installed")
     return ADAPTERS[backend][request.param]
 
 

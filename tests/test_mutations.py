@@ -20,7 +20,7 @@ from builds import build
 from cases import Case
 from compare import check
 from conftest import simple
-from gradclip import _clip, _decide, _exact, clip_by_global_norm
+from gradclip import _clip, _decide, _exact, _host, clip_by_global_norm
 from gradclip._decide import Fill, Scale
 from gradclip._exact import FLOAT64, Scaled
 from gradclip.backends import numpy as backend
@@ -173,7 +173,7 @@ MUTATIONS: dict[str, tuple[Any, str, Any, Callable[[], None]]] = {
         factor_with_the_limit_of_float64,
         check_tiny_factor,
     ),
-    "total one unit up": (backend, "total_of", total_one_unit_up, check_ties),
+    "total one unit up": (_host, "total_of", total_one_unit_up, check_ties),
     "ties away from zero": (_exact, "root", root_with_ties_away, check_ties),
     "root rounded twice": (_exact, "root", root_rounded_twice, check_midpoints),
     "certificate without a bound": (_exact, "_BOUND", 0.0, check_midpoints),

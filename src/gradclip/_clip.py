@@ -19,7 +19,7 @@ from gradclip._decide import (
 )
 from gradclip._dispatch import backend_of
 from gradclip._exact import FLOAT32, FLOAT64, Scaled, Total, counts, merge, norm, square
-from gradclip._protocol import Backend
+from gradclip._protocol import Backend, Plain
 from gradclip._tree import Tree, flatten
 from gradclip.kernels.cpu import ieee_arithmetic
 
@@ -28,7 +28,7 @@ def clip_by_global_norm(
     t_list: Any,
     clip_norm: Any,
     use_norm: Any = None,
-    name: str | None = None,  # noqa: ARG001  (names graph operations in TensorFlow)
+    name: str | None = None,
     *,
     on_nonfinite: OnNonfinite = "nan",
     group: Any = None,
@@ -73,18 +73,18 @@ def clip_by_global_norm(
     >>> print(clipped, norm)
     [array([1.5]), array([2.])] 5.0
     """
+    check_on_nonfinite(on_nonfinite)
+    _no_group(group)
     with ieee_arithmetic():
-        tree, backend, held, measured, action = _decided(
-            t_list, clip_norm, use_norm, on_nonfinite, group, writable=False
-        )
-        match action:
-            case Scale(factor):
-                leaves = backend.scaled(held, factor)
-            case Fill(value):
-                leaves = backend.filled(held, value)
-            case Keep():
-                leaves = backend.copied(held)
-        return tree.rebuild(leaves), backend.scalar(measured, held)
+        tree, backend = _opened(t_list)
+        recorder = backend.recorder([*tree.leaves, clip_norm, use_norm])
+        if recorder is None:
+            limit, given = _checked(clip_norm, use_norm)
+            leaves, norm, _ = _clipped(tree, backend, limit, given, on_nonfinite)
+        else:
+            plain = _plain(tree, backend)
+            leaves, norm = recorder.clip(tree, plain, clip_norm, use_norm, on_nonfinite, name)
+        return tree.rebuild(leaves), norm
 
 
 def clip_by_global_norm_(
@@ -119,17 +119,20 @@ def clip_by_global_norm_(
     >>> print(clip_by_global_norm_([gradient], 2.5), gradient)
     5.0 [1.5 2. ]
     """
+    check_on_nonfinite(on_nonfinite)
+    _no_group(group)
     with ieee_arithmetic():
-        _, backend, held, measured, action = _decided(
-            t_list, clip_norm, use_norm, on_nonfinite, group, writable=True
-        )
+        limit, given = _checked(clip_norm, use_norm)
+        tree, backend = _opened(t_list)
+        held = backend.hold(tree.leaves, tree.path, writable=True)
+        measured, action = _decided(tree, backend, held, limit, given, on_nonfinite)
         _act_(backend, held, action)
         return backend.scalar(measured, held)
 
 
 def global_norm(
     t_list: Any,
-    name: str | None = None,  # noqa: ARG001  (names graph operations in TensorFlow)
+    name: str | None = None,
     *,
     group: Any = None,
 ) -> Any:
@@ -156,9 +159,13 @@ def global_norm(
     >>> print(global_norm({"w": np.float32([[3, 0], [0, 4]]), "b": None}))
     5.0
     """
+    _no_group(group)
     with ieee_arithmetic():
-        _no_group(group)
-        _, backend, held = _held(t_list, writable=False)
+        tree, backend = _opened(t_list)
+        recorder = backend.recorder(tree.leaves)
+        if recorder is not None:
+            return recorder.norm(tree, _plain(tree, backend), name)
+        held = backend.hold(tree.leaves, tree.path, writable=False)
         return backend.scalar(backend.measure(held), held)
 
 
@@ -189,8 +196,8 @@ class Survey(NamedTuple):
 def survey(t_list: Any) -> Survey:
     """Measure leaves in one pass."""
     with ieee_arithmetic():
-        _, backend, held = _held(t_list, writable=False)
-        return Survey(*backend.total(held))
+        tree, backend = _opened(t_list)
+        return Survey(*backend.total(backend.hold(tree.leaves, tree.path, writable=False)))
 
 
 def together(surveys: Iterable[Survey]) -> Survey:
@@ -206,8 +213,8 @@ def together(surveys: Iterable[Survey]) -> Survey:
 def act_(t_list: Any, action: Action) -> None:
     """Carry out what has been decided for the whole on some of its leaves, where they lie."""
     with ieee_arithmetic():
-        _, backend, held = _held(t_list, writable=True)
-        _act_(backend, held, action)
+        tree, backend = _opened(t_list)
+        _act_(backend, backend.hold(tree.leaves, tree.path, writable=True), action)
 
 
 def _act_(backend: Backend, held: Any, action: Action) -> None:
@@ -218,34 +225,67 @@ def _act_(backend: Backend, held: Any, action: Action) -> None:
             backend.fill_(held, value)
 
 
-def _held(t_list: Any, *, writable: bool) -> tuple[Tree, Backend, Any]:
-    """Take a nest apart, and have its backend check and hold the leaves."""
+def _opened(t_list: Any) -> tuple[Tree, Backend]:
+    """Take a nest apart, and find who serves its leaves."""
     tree = flatten(t_list)
-    backend = backend_of(tree.leaves, tree.kinds, tree.path)
-    return tree, backend, backend.hold(tree.leaves, tree.path, writable=writable)
+    return tree, backend_of(tree.leaves, tree.kinds, tree.path)
+
+
+def _checked(clip_norm: Any, use_norm: Any) -> tuple[float, Scaled | None]:
+    """The limit, and the norm if it was given."""
+    return check_clip_norm(clip_norm), None if use_norm is None else check_use_norm(use_norm)
 
 
 def _decided(
-    t_list: Any,
-    clip_norm: Any,
-    use_norm: Any,
+    tree: Tree,
+    backend: Backend,
+    held: Any,
+    limit: float,
+    given: Scaled | None,
     on_nonfinite: OnNonfinite,
-    group: Any,
-    *,
-    writable: bool,
-) -> tuple[Tree, Backend, Any, Scaled, Keep | Fill | Scale]:
-    """Everything up to the first write."""
-    limit = check_clip_norm(clip_norm)
-    check_on_nonfinite(on_nonfinite)
-    measured = None if use_norm is None else check_use_norm(use_norm)
-    _no_group(group)
-    tree, backend, held = _held(t_list, writable=writable)
-    if measured is None:
-        measured = backend.measure(held)
+) -> tuple[Scaled, Keep | Fill | Scale]:
+    """The norm, and what is to be done: everything up to the first write."""
+    measured = backend.measure(held) if given is None else given
     action = decide(measured, limit, on_nonfinite)
     if isinstance(action, Raise):
-        raise FloatingPointError(_offenders(tree, backend, measured, given=use_norm is not None))
-    return tree, backend, held, measured, action
+        raise FloatingPointError(_offenders(tree, backend, measured, given=given is not None))
+    return measured, action
+
+
+def _clipped(
+    tree: Tree,
+    backend: Backend,
+    limit: float,
+    given: Scaled | None,
+    on_nonfinite: OnNonfinite,
+) -> tuple[list[Any], Any, Scaled]:
+    """New leaves, and the norm: as a scalar of their framework, and without a limit."""
+    held = backend.hold(tree.leaves, tree.path, writable=False)
+    measured, action = _decided(tree, backend, held, limit, given, on_nonfinite)
+    match action:
+        case Scale(factor):
+            leaves = backend.scaled(held, factor)
+        case Fill(value):
+            leaves = backend.filled(held, value)
+        case Keep():
+            leaves = backend.copied(held)
+    return leaves, backend.scalar(measured, held), measured
+
+
+def _plain(tree: Tree, backend: Backend) -> Plain:
+    """Clipping as it is done where nothing records it, for a recorder to call."""
+
+    def clip(
+        leaves: list[Any], limit: float, use_norm: float | None, on_nonfinite: OnNonfinite
+    ) -> tuple[list[Any], Any, float]:
+        given = None if use_norm is None else Scaled.of(use_norm)
+        with ieee_arithmetic():
+            clipped, norm, measured = _clipped(
+                tree._replace(leaves=leaves), backend, limit, given, on_nonfinite
+            )
+            return clipped, norm, float(measured)
+
+    return clip
 
 
 def _offenders(tree: Tree, backend: Backend, measured: Scaled, *, given: bool) -> str:
@@ -264,4 +304,4 @@ def _offenders(tree: Tree, backend: Backend, measured: Scaled, *, given: bool) -
 
 def _no_group(group: Any) -> None:
     if group is not None:
-        raise NotImplementedError(f"group is {group!r}; NumPy arrays take no group yet")
+        raise NotImplementedError(f"group is {group!r}; no backend takes a group yet")

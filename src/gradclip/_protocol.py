@@ -6,6 +6,33 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from gradclip._exact import Scaled, Total
+from gradclip._tree import Tree
+
+# Clip leaves that nothing records: (leaves, clip_norm, use_norm, on_nonfinite) to the new leaves,
+# the norm as a scalar of their framework, and as a float64.
+Plain = Callable[[list[Any], float, float | None, Any], tuple[list[Any], Any, float]]
+
+
+class Recorder(Protocol):
+    """Clips where a graph or a gradient tape records what becomes of the leaves."""
+
+    def clip(
+        self,
+        tree: Tree,
+        plain: Plain,
+        clip_norm: Any,
+        use_norm: Any,
+        on_nonfinite: Any,
+        name: str | None,
+    ) -> tuple[list[Any], Any]:
+        """New leaves and the norm; either limit may be a traced value.
+
+        Raises:
+            TypeError, ValueError: as far as they can be known at the time of tracing.
+        """
+
+    def norm(self, tree: Tree, plain: Plain, name: str | None) -> Any:
+        """The global norm."""
 
 
 class Backend(Protocol):
@@ -14,6 +41,9 @@ class Backend(Protocol):
     ``hold`` makes every check, so nothing has been written when an error is raised, and after it
     none can come.
     """
+
+    def recorder(self, values: Sequence[Any]) -> Recorder | None:
+        """Who clips in place of this flow, if what becomes of the values is being recorded."""
 
     def hold(self, leaves: Sequence[Any], path: Callable[[int], str], *, writable: bool) -> Any:
         """Check the leaves and take hold of their memory.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, ValuesView
+from collections.abc import Callable, Iterator, Sequence, ValuesView
 from typing import Any, NamedTuple
 
 import optree
@@ -11,12 +11,13 @@ from gradclip._sparse import IndexedSlices
 
 
 class Tree(NamedTuple):
-    """The leaves of a nest that are not None, their types, the way back, and their paths."""
+    """The leaves of a nest that are not None, their types, the way back, paths and places."""
 
     leaves: list[Any]
     kinds: set[type]
     rebuild: Callable[[list[Any]], Any]
     path: Callable[[int], str]
+    places: Sequence[int]  # of each leaf among all, with those that are None
 
 
 def flatten(t_list: Any) -> Tree:
@@ -26,7 +27,7 @@ def flatten(t_list: Any) -> Tree:
     if type(t_list) is list:
         kinds = set(map(type, t_list))
         if _are_leaves(kinds, t_list):
-            return Tree(t_list, kinds, list, "t_list[{}]".format)
+            return Tree(t_list, kinds, list, "t_list[{}]".format, range(len(t_list)))
     every, spec = optree.tree_flatten(t_list, is_leaf=_is_slices, none_is_leaf=True)
     places = [place for place, leaf in enumerate(every) if leaf is not None]
 
@@ -40,7 +41,7 @@ def flatten(t_list: Any) -> Tree:
         return str(optree.treespec_accessors(spec)[places[place]].codify("t_list"))
 
     leaves = [every[place] for place in places]
-    return Tree(leaves, set(map(type, leaves)), rebuild, path)
+    return Tree(leaves, set(map(type, leaves)), rebuild, path, places)
 
 
 def _are_leaves(kinds: set[type], items: list[Any]) -> bool:

@@ -120,6 +120,37 @@ def _writer(arrays: Arrays) -> Call:
     return partial(lambda shares: list(pool.map(write, shares)), list(shares))
 
 
+def _normal_tensors(shapes: list[tuple[int, ...]], shrink: int) -> Arrays:
+    generator = np.random.default_rng(0)
+    kept = shapes[: max(1, len(shapes) // shrink)]
+    return [generator.standard_normal(shape, np.float32) for shape in kept]
+
+
+_LARGE_SHAPES = [(5_000_000,)] * 10
+_SMALL_SHAPES = [(1000,)] * 1000
+_GPT2_BLOCK = [(768,), (768,), (768, 2304), (2304,), (768, 768), (768,)] + [
+    (768,),
+    (768,),
+    (768, 3072),
+    (3072,),
+    (3072, 768),
+    (768,),
+]
+_GPT2_SHAPES = [(50257, 768), (1024, 768), *(_GPT2_BLOCK * 12), (768,), (768,)]
+
+
+def _tensorflow(
+    shapes: list[tuple[int, ...]], graph: bool, clipping: bool, shrink: int
+) -> dict[str, Call]:
+    arrays = _normal_tensors(shapes, shrink)
+    limit = float(global_norm(arrays)) * (0.5 if clipping else 2)
+    return _contenders.tensorflow_clips(arrays, limit, graph=graph)
+
+
+def _tensorflow_trace(shrink: int) -> dict[str, Call]:
+    return _contenders.tensorflow_traces(3000 // shrink)
+
+
 _IMPORT = """
 import numpy
 from time import perf_counter
@@ -182,6 +213,49 @@ CASES: dict[str, Case | Fresh] = {
     ),
     "small-keep": Case("in place, nothing to clip, 1000 x 1000", _LOOP, partial(_keep, _small)),
     "small-clip": Case("in place, clipping, 1000 x 1000", _LOOP, partial(_clip, _small)),
+    "tf-eager-keep": Case(
+        "TensorFlow eager, nothing to clip, 200 MB",
+        (Bar(0.35, "TensorFlow"),),
+        partial(_tensorflow, _LARGE_SHAPES, False, False),
+    ),
+    "tf-eager-clip": Case(
+        "TensorFlow eager, clipping, 200 MB",
+        (Bar(0.9, "TensorFlow"),),
+        partial(_tensorflow, _LARGE_SHAPES, False, True),
+    ),
+    "tf-small-keep": Case(
+        "TensorFlow eager, nothing to clip, 1000 x 1000",
+        (Bar(0.1, "TensorFlow"),),
+        partial(_tensorflow, _SMALL_SHAPES, False, False),
+    ),
+    "tf-small-clip": Case(
+        "TensorFlow eager, clipping, 1000 x 1000",
+        (Bar(0.35, "TensorFlow"),),
+        partial(_tensorflow, _SMALL_SHAPES, False, True),
+    ),
+    "tf-graph-keep": Case(
+        "tf.function, nothing to clip, 200 MB",
+        (Bar(1.1, "TensorFlow"),),
+        partial(_tensorflow, _LARGE_SHAPES, True, False),
+    ),
+    "tf-graph-clip": Case(
+        "tf.function, clipping, 200 MB",
+        (Bar(1.1, "TensorFlow"),),
+        partial(_tensorflow, _LARGE_SHAPES, True, True),
+    ),
+    "tf-gpt2-keep": Case(
+        "tf.function, nothing to clip, GPT-2: 148 tensors",
+        (Bar(1.1, "TensorFlow"),),
+        partial(_tensorflow, _GPT2_SHAPES, True, False),
+    ),
+    "tf-gpt2-clip": Case(
+        "tf.function, clipping, GPT-2: 148 tensors",
+        (Bar(1.1, "TensorFlow"),),
+        partial(_tensorflow, _GPT2_SHAPES, True, True),
+    ),
+    "tf-trace": Case(
+        "tf.function, tracing 3000 tensors", (Bar(0.5, "TensorFlow"),), _tensorflow_trace
+    ),
     "import": Fresh("import, beyond NumPy's own", Bar(50, "ms"), _IMPORT, 21),
     "first-call": Fresh("first call", Bar(10, "ms"), _FIRST_CALL, 21),
     "memory-in-place": Fresh(

@@ -86,3 +86,44 @@ def _optax(arrays: Arrays, limit: Limit) -> dict[str, Call]:
     leaves = [jax.numpy.array(array) for array in arrays]
     wait: Callable[[Any], Any] = jax.block_until_ready
     return {"optax, jit": lambda: wait(clip(leaves, limit()))}
+
+
+def tensorflow_clips(arrays: Arrays, limit: float, *, graph: bool) -> dict[str, Call]:
+    """Clipping tensors by gradclip and by TensorFlow, if it is installed."""
+    if not find_spec("tensorflow"):
+        return {}
+    tf = _import_tensorflow_after_torch()
+    from gradclip.tensorflow import clip_by_global_norm
+
+    tensors = [tf.constant(array) for array in arrays]
+
+    def call(clip: Callable[..., Any]) -> Call:
+        if graph:
+            clip = tf.function(clip, autograph=False)
+        # The limit is a tensor, as TensorFlow takes it to be: it traces a number anew.
+        bound = tf.constant(limit, tf.float32)
+        return lambda: float(clip(tensors, bound)[1])
+
+    return {"gradclip": call(clip_by_global_norm), "TensorFlow": call(tf.clip_by_global_norm)}
+
+
+def tensorflow_traces(count: int) -> dict[str, Call]:
+    """Tracing a tf.function that clips so many tensors, if TensorFlow is installed."""
+    if not find_spec("tensorflow"):
+        return {}
+    tf = _import_tensorflow_after_torch()
+    from gradclip.tensorflow import clip_by_global_norm
+
+    specs = [tf.TensorSpec([10], tf.float32) for _ in range(count)]
+
+    def call(clip: Callable[..., Any]) -> Call:
+        return lambda: tf.function(clip, autograph=False).get_concrete_function(specs, 1.0)
+
+    return {"gradclip": call(clip_by_global_norm), "TensorFlow": call(tf.clip_by_global_norm)}
+
+
+def _import_tensorflow_after_torch() -> Any:
+    """TensorFlow; after PyTorch, as the other way round the two do not load into one process."""
+    if find_spec("torch"):
+        import torch  # noqa: F401
+    return import_tensorflow()

@@ -120,7 +120,8 @@ def _measure(name: str, quick: bool) -> list[Row]:
         case.systems(QUICK_SHRINK if quick else 1), QUICK_REPEATS if quick else REPEATS
     )
     medians = {system: median(each) for system, each in seconds.items()}
-    yardsticks = {**medians, "R + S": medians["R"] + medians.get("S", 0.0), "ms": 1e-3}
+    both = medians.get("R", 0.0) + medians.get("S", 0.0)
+    yardsticks = {**medians, "R + S": both, "ms": 1e-3}
     return [
         _row(name, system, medians[system] / yardsticks[bar.of], bar, quick)
         | {"median_s": medians[system], "min_s": min(seconds[system])}

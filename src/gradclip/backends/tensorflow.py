@@ -1,0 +1,427 @@
+"""TensorFlow: eager tensors, variables, tensors of a graph, and tf.IndexedSlices of them.
+
+Eager tensors on the CPU go through the host's kernels, without a copy. So does a graph on the CPU,
+by a callback. Under XLA and on other devices the same bits come from TensorFlow's own operations.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+from tensorflow.python.eager import record
+from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
+
+from gradclip import _host
+from gradclip._decide import check_clip_norm, check_use_norm
+from gradclip._exact import Scaled
+from gradclip._host import Array, Held, measure, total
+from gradclip._protocol import Plain
+from gradclip._sparse import IndexedSlices, check_rows, merged_rows
+from gradclip._tree import Tree
+from gradclip.kernels import traced
+from gradclip.kernels.tensorflow import Operations, grouped, pulled_back
+
+__all__ = [
+    "copied",
+    "count_nonfinite",
+    "fill_",
+    "filled",
+    "hold",
+    "measure",
+    "recorder",
+    "scalar",
+    "scale_",
+    "scaled",
+    "total",
+]
+
+_ACCEPTED = "float16, bfloat16, float8, float32, float64 and complex tensors"
+_Slices = (tf.IndexedSlices, IndexedSlices)
+_HOST = "/job:localhost/replica:0/task:0/device:CPU:0"
+
+
+# ---- eager ----
+
+
+def hold(leaves: Sequence[Any], path: Callable[[int], str], *, writable: bool) -> Held:
+    """Check the leaves and take hold of their memory.
+
+    Raises:
+        TypeError: a leaf is of another dtype or type than those clipped; with ``writable``, it is
+            no variable.
+        ValueError: slices are malformed.
+    """
+    if writable:
+        leaves = _distinct_variables(leaves, path)
+    if all(type(leaf) is tf.__internal__.EagerTensor and leaf.dtype in _NATIVE for leaf in leaves):
+        held = _host.hold_plain(leaves, list(map(_memory, leaves)), writable=False)
+        if held is not None:
+            return held
+    values = [_values(leaf, partial(path, place)) for place, leaf in enumerate(leaves)]
+    merged = _merged if any(isinstance(leaf, _Slices) for leaf in leaves) else None
+    return _host.hold(leaves, values, merged, path, writable=False)
+
+
+def count_nonfinite(leaf: Any) -> tuple[int, int]:
+    """How many elements are NaN, and how many are inf."""
+    return _host.nonfinite(_values(leaf, str))
+
+
+def scalar(value: Scaled, held: Held) -> Any:
+    """The norm as a tensor, where the first leaf is."""
+    with tf.device(_tensor(held.leaves[0]).device if held.leaves else None):
+        return tf.constant(_host.scalar(value, held))
+
+
+def copied(held: Held) -> list[Any]:
+    """The leaves themselves: no tensor can be changed."""
+    return [
+        tf.convert_to_tensor(leaf) if isinstance(leaf, tf.Variable) else leaf
+        for leaf in held.leaves
+    ]
+
+
+def filled(held: Held, value: float) -> list[Any]:
+    """New leaves, every element ``value``."""
+    return _written(held, lambda new: _host.fill(new, value))
+
+
+def scaled(held: Held, factor: Scaled) -> list[Any]:
+    """New leaves, every element multiplied."""
+    return _written(held, lambda new: _host.scale(held, new, factor))
+
+
+def fill_(held: Held, value: float) -> None:
+    """Put ``value`` into every element of variables."""
+    _assign(held, filled(held, value))
+
+
+def scale_(held: Held, factor: Scaled) -> None:
+    """Multiply every element of variables."""
+    _assign(held, scaled(held, factor))
+
+
+def _assign(held: Held, new: list[Any]) -> None:
+    for variable, value in zip(held.leaves, new, strict=True):
+        variable.assign(value)
+
+
+_NATIVE = {tf.float16, tf.float32, tf.float64, tf.complex64, tf.complex128}
+
+
+def _distinct_variables(leaves: Sequence[Any], path: Callable[[int], str]) -> list[Any]:
+    """The leaves, each once.
+
+    Raises:
+        TypeError: one is no variable.
+    """
+    for place, leaf in enumerate(leaves):
+        if not isinstance(leaf, tf.Variable):
+            raise TypeError(
+                f"{path(place)} is {type(leaf).__name__}, which cannot be written in place, as a "
+                "tf.Variable can; clip_by_global_norm returns new tensors"
+            )
+    return list({id(leaf): leaf for leaf in leaves}.values())
+
+
+def _tensor(leaf: Any) -> Any:
+    """What holds the elements of a leaf."""
+    return leaf.values if isinstance(leaf, _Slices) else leaf
+
+
+def _values(leaf: Any, path: Callable[[], str]) -> Array:
+    """The elements of a leaf as an array of the same memory."""
+    tensor = _checked(leaf, path)
+    values = _memory(tf.convert_to_tensor(tensor))
+    if isinstance(leaf, _Slices):
+        shape = None if leaf.dense_shape is None else tuple(np.asarray(leaf.dense_shape).tolist())
+        check_rows(IndexedSlices(values, np.asarray(leaf.indices), shape), path)
+    return values
+
+
+def _checked(leaf: Any, path: Callable[[], str]) -> Any:
+    """What holds the elements, of a dtype that is clipped."""
+    tensor = _tensor(leaf)
+    dtype = getattr(tensor, "dtype", None)
+    if not isinstance(dtype, tf.DType):
+        raise TypeError(f"{path()} is {type(tensor).__name__}; gradclip clips {_ACCEPTED}")
+    if _host.code_dtype(np.dtype(dtype.as_numpy_dtype)) is None:
+        raise TypeError(f"{path()} is {dtype.name}; gradclip clips {_ACCEPTED}")
+    return tensor
+
+
+def _memory(tensor: Any) -> Array:
+    """The memory of an eager tensor as an array; of float8, which has no such view, a copy."""
+    if tensor.dtype in _NATIVE:
+        return np.asarray(memoryview(tensor))
+    if tensor.dtype == tf.bfloat16:
+        codes: Array = np.asarray(memoryview(tf.bitcast(tensor, tf.uint16)))
+        return codes.view(tf.bfloat16.as_numpy_dtype)
+    copy: Array = np.asarray(tensor.numpy())
+    return copy
+
+
+def _merged(leaf: Any, values: Array) -> Iterator[Array] | None:
+    if not isinstance(leaf, _Slices):
+        return None
+    return merged_rows(values, np.asarray(leaf.indices))
+
+
+class _Writable:
+    """Memory of a tensor that nobody else has seen yet."""
+
+    def __init__(self, array: Array) -> None:
+        address, _ = array.__array_interface__["data"]
+        self.__array_interface__ = {**array.__array_interface__, "data": (address, False)}
+        self.owner = array
+
+
+def _written(held: Held, write: Callable[[list[Array]], None]) -> list[Any]:
+    """New leaves, their elements written by ``write``."""
+    new, arrays, shapes = [], [], {}
+    # TensorFlow's allocator, unlike NumPy's, hands out memory that has been in use before: none of
+    # its pages has to be mapped and cleared first.
+    with tf.device(_HOST):
+        for values in held.values:
+            if values.shape not in shapes:
+                shapes[values.shape] = tf.constant(values.shape, tf.int32)
+            code = _host.code_dtype(values.dtype)
+            tensor = tf.raw_ops.Empty(shape=shapes[values.shape], dtype=tf.as_dtype(code))
+            new.append(tensor)
+            arrays.append(np.asarray(_Writable(np.asarray(memoryview(tensor)))).view(values.dtype))
+        write(arrays)
+        for place, array in enumerate(arrays):
+            if array.itemsize == 1:
+                new[place] = tf.constant(array)  # TensorFlow casts no bits to float8
+            elif new[place].dtype == tf.uint16:
+                new[place] = tf.bitcast(new[place], tf.bfloat16)
+    return [_rewrap(leaf, tensor) for leaf, tensor in zip(held.leaves, new, strict=True)]
+
+
+def _rewrap(leaf: Any, tensor: Any) -> Any:
+    """A leaf with new elements, where the old ones were."""
+    device = _tensor(leaf).device
+    if device not in (tensor.device, ""):
+        with tf.device(device):
+            tensor = tf.identity(tensor)
+    return _with_values(leaf, tensor)
+
+
+def _with_values(leaf: Any, tensor: Any) -> Any:
+    if isinstance(leaf, tf.IndexedSlices):
+        return tf.IndexedSlices(tensor, leaf.indices, leaf.dense_shape)
+    return leaf._replace(values=tensor) if isinstance(leaf, IndexedSlices) else tensor
+
+
+# ---- recorded: in a graph, under a gradient tape, on another device ----
+
+
+def recorder(values: Sequence[Any]) -> _Recorder | None:
+    """Who clips where a graph or a gradient tape records, or the tensors are elsewhere."""
+    if tf.executing_eagerly() and not record.could_possibly_record() and _on_host(values):
+        return None
+    return _Recorder()
+
+
+def _on_host(values: Sequence[Any]) -> bool:
+    """If the host's kernels can reach all tensors."""
+    if all(device.device_type == "CPU" for device in tf.config.list_logical_devices()):
+        return True
+    devices = (getattr(_tensor(value), "device", "CPU") for value in values)
+    return all("CPU" in device for device in devices)
+
+
+class _Recorder:
+    """Clips by operations that a graph and a gradient tape know."""
+
+    def clip(
+        self,
+        tree: Tree,
+        plain: Plain,
+        clip_norm: Any,
+        use_norm: Any,
+        on_nonfinite: Any,
+        name: str | None,
+    ) -> tuple[list[Any], Any]:
+        """New leaves and the norm, by operations named as those of tf.clip_by_global_norm."""
+        limit = _scalar("clip_norm", clip_norm, check_clip_norm)
+        given = [] if use_norm is None else [_scalar("use_norm", use_norm, check_use_norm)]
+        call = _Call.of(tree, plain, on_nonfinite)
+        if given:
+            with tf.name_scope(name or "clip_by_global_norm") as scope:
+                norm, _, *new = _recorded(call, limit, given)
+                return _named(tree, new, scope), norm
+        with tf.name_scope(name or "global_norm"):
+            norm, _, *new = _recorded(call, limit, given)
+            norm = tf.identity(norm, name="global_norm")
+        with tf.name_scope(name or "clip_by_global_norm") as scope:
+            return _named(tree, new, scope), norm
+
+    def norm(self, tree: Tree, plain: Plain, name: str | None) -> Any:
+        """The global norm, by an operation named as that of tf.linalg.global_norm."""
+        call = _Call.of(tree, plain, "keep")
+        with tf.name_scope(name or "global_norm"):
+            norm, *_ = _recorded(call, tf.constant(np.inf, tf.float64), [])
+            return tf.identity(norm, name="global_norm")
+
+
+def _named(tree: Tree, new: list[Any], scope: str) -> list[Any]:
+    """The leaves with new elements, each beside the old ones and named by its place."""
+    leaves = []
+    for place, leaf, tensor in zip(tree.places, tree.leaves, new, strict=True):
+        with _beside(_tensor(leaf)):
+            named = tf.identity(tensor, name=f"{scope}_{place}")
+        leaves.append(_with_values(leaf, named))
+    return leaves
+
+
+def _beside(tensor: Any) -> contextlib.AbstractContextManager[Any]:
+    """Where operations are placed that go with a tensor's own."""
+    if tf.executing_eagerly():
+        return tf.device(tensor.device)  # type: ignore[no-any-return]
+    graph = tf.compat.v1.get_default_graph()
+    return graph.colocate_with(tf.convert_to_tensor(tensor).op)  # type: ignore[no-any-return]
+
+
+def _scalar(name: str, value: Any, check: Callable[[Any], Any]) -> Any:
+    """A limit as a tensor; checked, where its value is known."""
+    if not tf.is_tensor(value) or (tf.executing_eagerly() and not tf.is_symbolic_tensor(value)):
+        check(value)
+        return value if tf.is_tensor(value) else tf.constant(float(value), tf.float64)
+    if not value.dtype.is_floating:
+        raise TypeError(f"{name} is a tensor of {value.dtype.name}; it must be a real number")
+    if not value.shape.is_compatible_with(()):
+        raise ValueError(f"{name} is a tensor of shape {value.shape}; it must be a scalar")
+    return tf.convert_to_tensor(value)
+
+
+class _Call(NamedTuple):
+    """One call: its leaves, as tensors in a row, and how to clip such leaves."""
+
+    tree: Tree
+    plain: Plain
+    policy: Any
+    tensors: list[Any]  # of each leaf its values, of slices then the indices and the dense shape
+
+    @classmethod
+    def of(cls, tree: Tree, plain: Plain, policy: Any) -> _Call:
+        """A call on the leaves of a tree."""
+        tensors = []
+        for place, leaf in enumerate(tree.leaves):
+            tensors.append(tf.convert_to_tensor(_checked(leaf, partial(tree.path, place))))
+            if isinstance(leaf, _Slices):
+                shape = () if leaf.dense_shape is None else (leaf.dense_shape,)
+                tensors += [tf.convert_to_tensor(part) for part in (leaf.indices, *shape)]
+        return cls(tree, plain, policy, tensors)
+
+    @property
+    def dtype(self) -> Any:
+        """That of the norm."""
+        wide = any(tensor.dtype in (tf.float64, tf.complex128) for tensor in self.tensors)
+        return tf.float64 if wide else tf.float32
+
+    def on_host(self, tensors: Sequence[Any], limit: Any, given: Sequence[Any]) -> list[Any]:
+        """Norm, norm as float64, and new values, of eager tensors."""
+        use_norm = max(float(given[0]), 0.0) if given else None
+        leaves, norm, wide = self.plain(
+            [_leaf(parts) for parts in grouped(tensors)],
+            max(float(limit), 0.0),
+            use_norm,
+            self.policy,
+        )
+        return [norm, tf.constant(wide, tf.float64), *map(_tensor, leaves)]
+
+    def by_callback(self, tensors: Sequence[Any], limit: Any, given: Sequence[Any]) -> list[Any]:
+        """The same in a graph on the CPU."""
+        parts = grouped(tensors)
+        dtypes = [self.dtype, tf.float64, *(values.dtype for values, *_ in parts)]
+
+        def clip(*inputs: Any) -> list[Any]:
+            return self.on_host(inputs[: len(tensors)], *_limits(inputs[len(tensors) :]))
+
+        inputs = [*tensors, limit, *given]
+        # tf.gradients finds the gradient by the label, a tape by what it is told.
+        label = {"EagerPyFunc": _label(self.policy, given)}
+        graph = tf.compat.v1.get_default_graph()
+        with graph.gradient_override_map(label), record.stop_recording():
+            results = tf.py_function(clip, inputs, dtypes)
+        for result, shape in zip(results, [(), (), *(p[0].shape for p in parts)], strict=True):
+            result.set_shape(shape)
+        pull_back = partial(pulled_back, tensors, limit, given, self.policy, results[1])
+        record.record_operation("GradclipClip", results, inputs, lambda *d: pull_back(d))
+        return results  # type: ignore[no-any-return]
+
+    def by_operations(self, tensors: Sequence[Any], limit: Any, given: Sequence[Any]) -> list[Any]:
+        """The same by TensorFlow's own operations."""
+        return traced.clip(
+            Operations(),
+            [(parts[0], parts[1] if len(parts) > 1 else None) for parts in grouped(tensors)],
+            limit,
+            given[0] if given else None,
+            self.policy,
+        )
+
+
+def _limits(inputs: Sequence[Any]) -> tuple[Any, Sequence[Any]]:
+    return inputs[0], inputs[1:]
+
+
+def _leaf(parts: list[Any]) -> Any:
+    return parts[0] if len(parts) == 1 else tf.IndexedSlices(*parts)
+
+
+def _recorded(call: _Call, limit: Any, given: list[Any]) -> list[Any]:
+    """Norm, norm as float64, and new values, with their gradient."""
+    in_graph = not tf.executing_eagerly()
+    elsewhere = not _on_host(call.tensors) or (in_graph and _compiles())
+    if call.policy == "raise" and (in_graph or elsewhere):
+        raise ValueError(
+            'on_nonfinite is "raise"; what is traced, or on another device, cannot raise: '
+            'choose "nan", "zero" or "keep"'
+        )
+    if in_graph and not elsewhere:
+        return call.by_callback(call.tensors, limit, given)
+    compute = call.by_operations if elsewhere else call.on_host
+
+    @tf.custom_gradient  # type: ignore[untyped-decorator]
+    def run(*inputs: Any) -> tuple[list[Any], Callable[..., list[Any]]]:
+        tensors, limits = inputs[: len(call.tensors)], _limits(inputs[len(call.tensors) :])
+
+        def gradient(*changes: Any) -> list[Any]:
+            again = call._replace(tensors=list(tensors), policy="keep")
+            wide = _recorded(again, tf.constant(np.inf, tf.float64), [])[1]
+            return pulled_back(tensors, *limits, call.policy, wide, changes)
+
+        return compute(tensors, *limits), gradient
+
+    return run(*call.tensors, limit, *given)  # type: ignore[no-any-return]
+
+
+def _compiles() -> bool:
+    """If the graph is one that XLA compiles, or is placed on devices that are no CPU."""
+    return bool(GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())) or not all(
+        device.device_type == "CPU" for device in tf.config.list_logical_devices()
+    )
+
+
+def _label(policy: Any, given: Sequence[Any]) -> str:
+    return f"GradclipClip_{policy}_{'given' if given else 'measured'}"
+
+
+def _register(policy: str, given: int) -> None:
+    @tf.RegisterGradient(_label(policy, [None] * given))  # type: ignore[untyped-decorator]
+    def gradient(operation: Any, *changes: Any) -> list[Any]:
+        inputs = list(operation.inputs)
+        count = len(inputs) - 1 - given
+        limits = _limits(inputs[count:])
+        return pulled_back(inputs[:count], *limits, policy, operation.outputs[1], changes)
+
+
+for _policy in ("nan", "zero", "keep"):
+    for _given in (0, 1):
+        _register(_policy, _given)

@@ -1,0 +1,835 @@
+"""TensorFlow: the backend in eager mode, graphs and XLA, and the door `gradclip.tensorflow`."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import inspect
+import re
+import textwrap
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import cases
+import gradclip
+import oracle
+from cases import Case, random_case
+from compare import assert_leaves, assert_norm, assert_same_bits, expected_of
+from conftest import version
+from host import run_python
+
+if version("tensorflow") is None:
+    pytest.skip("tensorflow is not installed", allow_module_level=True)
+import tensorflow as tf
+
+import gradclip.tensorflow as gtf
+from gradclip.backends import tensorflow as backend
+from gradclip.kernels import tensorflow as kernel
+
+XLA = pytest.param("xla", marks=pytest.mark.slow)  # compiling takes seconds
+MODES = ["eager", "graph", XLA]
+FLOATS = [
+    tf.float16,
+    tf.bfloat16,
+    tf.float32,
+    tf.float64,
+    tf.complex64,
+    tf.complex128,
+]
+FLOAT8 = [tf.dtypes.experimental.float8_e5m2, tf.dtypes.experimental.float8_e4m3fn]
+
+
+def raises(error: type[Exception], text: str) -> Any:
+    """The error with exactly this text."""
+    return pytest.raises(error, match=f"^{re.escape(text)}$")
+
+
+def run(mode: str, function: Callable[..., Any], *args: Any) -> Any:
+    """Call a function in eager mode, in a graph or compiled."""
+    if mode != "eager":
+        function = tf.function(function, jit_compile=mode == "xla", autograph=False)
+    return function(*args)
+
+
+def numpy_of(leaves: list[Any]) -> list[Any]:
+    return [
+        None if leaf is None else np.asarray(getattr(leaf, "values", leaf).numpy())
+        for leaf in leaves
+    ]
+
+
+def assert_as_numpy(clipped: list[Any], norm: Any, values: list[Any], clip_norm: float) -> None:
+    """Every bit is that of gradclip on NumPy arrays."""
+    wanted, wanted_norm = gradclip.clip_by_global_norm(values, clip_norm)
+    assert_norm(norm.numpy()[()], wanted_norm)
+    for new, array in zip(numpy_of(clipped), wanted, strict=True):
+        assert_same_bits(new, array, nan_payload=False)
+
+
+# ---- the front door: signature, containers, names ----
+
+
+@pytest.mark.parametrize("name", ["clip_by_global_norm", "global_norm"])
+def test_the_signature_is_that_of_tensorflow(name: str) -> None:
+    theirs = getattr(tf, name, None) or getattr(tf.linalg, name)
+    ours = inspect.signature(getattr(gtf, name)).parameters.values()
+    assert [(p.name, p.default, p.kind) for p in ours] == [
+        (p.name, p.default, p.kind) for p in inspect.signature(theirs).parameters.values()
+    ]
+
+
+def test_the_reference_examples_print_what_tensorflow_prints() -> None:
+    t_list = [
+        tf.constant([1, 2, 3, 4], dtype=tf.float64),
+        tf.constant([5, 6, 7, 8], dtype=tf.float64),
+    ]
+    given = {"clip_norm": 0.8, "use_norm": tf.constant(1.0, tf.float64)}
+    for options in (given, {"clip_norm": 0.8}):
+        assert str(gtf.clip_by_global_norm(t_list, **options)) == str(
+            tf.clip_by_global_norm(t_list, **options)
+        )
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_any_sequence_goes_in_and_a_list_comes_out(mode: str) -> None:
+    tensor = tf.constant([3.0, 4.0])
+    for t_list in ([tensor, None], (tensor, None)):
+        for clip in (tf.clip_by_global_norm, gtf.clip_by_global_norm):
+            clipped, _ = run(mode, lambda clip=clip, t_list=t_list: clip(t_list, 1.0))
+            assert isinstance(clipped, list)
+            assert clipped[1] is None
+
+
+def test_what_converts_to_a_tensor_is_converted() -> None:
+    t_list = [3.0, [0.0, 4.0], np.float32([[12]]), tf.Variable([0.0])]
+    clipped, norm = gtf.clip_by_global_norm(t_list, 6.5)
+    theirs, _ = tf.clip_by_global_norm(t_list, 6.5)
+    assert norm == 13
+    assert [type(new) for new in clipped] == [type(new) for new in theirs]
+    assert [new.numpy().tolist() for new in clipped] == [1.5, [0, 2], [[6]], [0]]
+
+
+@pytest.mark.parametrize(
+    "t_list", [tf.constant([3.0]), iter([]), {"a": 1}, "abc", 3.0, None, {1.0}, np.ones(2)]
+)
+def test_what_is_no_sequence(t_list: Any) -> None:
+    text = f"t_list is {type(t_list).__name__}; it must be a sequence of tensors"
+    for clip in (lambda t: gtf.clip_by_global_norm(t, 1.0), gtf.global_norm):
+        with raises(TypeError, text):
+            clip(t_list)
+    with pytest.raises(TypeError, match="sequence"):
+        tf.clip_by_global_norm(t_list, 1.0)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("t_list", [[], [None], [None, None], ()], ids=repr)
+def test_an_empty_list(mode: str, t_list: Any) -> None:
+    clipped, norm = run(mode, lambda: gtf.clip_by_global_norm(t_list, 1.0))
+    assert clipped == list(t_list)
+    assert norm.dtype == tf.float32
+    assert norm == 0
+    assert run(mode, lambda: gtf.global_norm(t_list)) == 0
+
+
+def names(clip: Callable[..., Any], **options: Any) -> list[Any]:
+    """Names and colocation of every output of two calls in a graph."""
+    found = []
+    with tf.Graph().as_default():
+        placeholder = tf.compat.v1.placeholder
+        slices = tf.IndexedSlices(
+            placeholder(tf.float32, [4, 2], "values"),
+            placeholder(tf.int64, [4], "indices"),
+            tf.constant([9, 2]),
+        )
+        t_list = [
+            placeholder(tf.float32, [2, 3], "a"),
+            None,
+            placeholder(tf.float32, [4], "b"),
+            slices,
+        ]
+        for _ in range(2):
+            clipped, norm = clip(t_list, placeholder(tf.float32, [], "c"), **options)
+            assert clipped[3].indices is slices.indices
+            assert clipped[3].dense_shape is slices.dense_shape
+            tensors = [clipped[0], clipped[2], clipped[3].values]
+            found.append([(new.name, new.op.get_attr("_class"), new.shape) for new in tensors])
+            found.append(norm.name)
+    return found
+
+
+@pytest.mark.parametrize("options", [{}, {"name": "foo"}])
+def test_names_and_colocation_in_a_graph_are_those_of_tensorflow(options: Any) -> None:
+    assert names(gtf.clip_by_global_norm, **options) == names(tf.clip_by_global_norm, **options)
+
+
+def norm_names(function: Callable[..., Any], **options: Any) -> list[str]:
+    with tf.Graph().as_default():
+        return [function([tf.constant([1.0])], **options).name for _ in range(2)]
+
+
+@pytest.mark.parametrize("options", [{}, {"name": "foo"}])
+def test_names_of_the_norm_in_a_graph_are_those_of_tensorflow(options: Any) -> None:
+    assert norm_names(gtf.global_norm, **options) == norm_names(tf.linalg.global_norm, **options)
+
+
+def test_a_given_norm_comes_back_itself() -> None:
+    given = tf.constant(2.0)
+    for clip in (tf.clip_by_global_norm, gtf.clip_by_global_norm):
+        assert clip([tf.constant([3.0])], 1.0, given)[1] is given
+
+
+# ---- TensorFlow's edge cases: (what, TensorFlow gives, gradclip gives) ----
+
+NAN, INF = float("nan"), float("inf")
+EDGES: dict[str, tuple[Any, Any, Any, Any]] = {
+    # name: (t_list, clip_norm, outputs of TensorFlow, outputs of gradclip)
+    "finite squares that overflow": ([3e30, 4e30], 1.0, [NAN, NAN], [0.59999996, 0.8]),
+    "subnormal numbers": ([1e-40, 0], 1.0, [0, 0], [np.float32(1e-40), 0]),
+    "an infinite limit": ([3, 4], INF, [NAN, NAN], [3, 4]),
+    "inf": ([INF, 1], 1.0, [NAN, NAN], [NAN, NAN]),
+    "NaN": ([NAN, 1], 1.0, [NAN, NAN], [NAN, NAN]),
+    "at the limit": ([3, 4], 5.0, [3, 4], [3, 4]),
+    "below the limit": ([3, 4], 8.0, [3, 4], [3, 4]),
+    "zeros": ([0, 0], 1.0, [NAN, NAN], [0, 0]),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", EDGES)
+def test_edge_cases(name: str, mode: str) -> None:
+    values, clip_norm, theirs, ours = EDGES[name]
+
+    def call(clip: Any) -> Any:
+        return run(mode, lambda x: clip([x], clip_norm)[0][0], tf.constant(values, tf.float32))
+
+    assert_same_bits(call(gtf.clip_by_global_norm).numpy(), np.float32(ours), nan_payload=False)
+    if name == "zeros":  # TensorFlow: 0 * min(1/0, 1/1) is 0 here, and its gradient NaN
+        theirs = [0, 0]
+    found = call(tf.clip_by_global_norm).numpy()
+    assert np.allclose(found, theirs, rtol=1e-6, atol=0, equal_nan=True)
+
+
+def test_dtypes_that_differ_and_the_norms_dtype() -> None:
+    mixed = [tf.constant([3.0]), tf.constant([4.0], tf.float16)]
+    with pytest.raises(Exception, match="float"):
+        tf.clip_by_global_norm(mixed, 1.0)
+    clipped, norm = gtf.clip_by_global_norm(mixed, 2.5)
+    assert [new.dtype for new in clipped] == [tf.float32, tf.float16]
+    assert norm.dtype == tf.float32
+    half = [tf.constant([3.0, 4.0], tf.float16)]
+    assert tf.clip_by_global_norm(half, 1.0)[1].dtype == tf.float16
+    assert gtf.clip_by_global_norm(half, 1.0)[1].dtype == tf.float32
+    assert gtf.global_norm([tf.constant([3.0, 4.0], tf.complex128)]).dtype == tf.float64
+
+
+def test_limits_that_tensorflow_takes() -> None:
+    x = [tf.constant([3.0, 4.0])]
+    for clip_norm in (-1.0, 0.0, NAN, tf.constant(-1.0), tf.constant(0.0)):
+        tf.clip_by_global_norm(x, clip_norm)
+        text = f"clip_norm is {clip_norm!r}; it must be above 0 (inf: only measure)"
+        with raises(ValueError, text):
+            gtf.clip_by_global_norm(x, clip_norm)
+    vector = tf.constant([1.0, 2.0])
+    assert tf.clip_by_global_norm(x, vector)[0][0].shape == (2,)
+    text = f"clip_norm is {vector!r} of shape (2,); it must be a scalar"
+    with raises(ValueError, text):
+        gtf.clip_by_global_norm(x, vector)
+    with pytest.raises(AttributeError):
+        tf.clip_by_global_norm(x, 1.0, 2.0)
+    clipped, norm = gtf.clip_by_global_norm(x, 1.0, 2.0)
+    assert (clipped[0].numpy().tolist(), float(norm), norm.dtype) == ([1.5, 2], 2, tf.float32)
+    with raises(ValueError, "use_norm is -1; a norm is never negative"):
+        gtf.clip_by_global_norm(x, 1.0, -1)
+
+
+@pytest.mark.parametrize("limit", ["1", True, 1j, None, tf.constant(1j), tf.constant(True)])
+def test_limits_that_are_no_numbers(limit: Any) -> None:
+    with pytest.raises(TypeError, match=r"^clip_norm is .*; it must be a real number$"):
+        gtf.clip_by_global_norm([tf.constant([3.0])], limit)
+
+
+@pytest.mark.parametrize("dtype", [tf.int32, tf.bool, tf.string, tf.uint8, tf.int64])
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+def test_tensors_that_are_not_clipped(dtype: Any, mode: str) -> None:
+    leaf = tf.cast(tf.constant([1]), dtype) if dtype != tf.string else tf.constant(["a"])
+    text = (
+        f"t_list[2] is {dtype.name}; gradclip clips float16, bfloat16, float8, float32, float64 "
+        "and complex tensors"
+    )
+    with raises(TypeError, text):
+        run(mode, lambda: gtf.clip_by_global_norm([tf.constant([1.0]), None, leaf], 1.0))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_random_lists_are_clipped_as_by_tensorflow(mode: str) -> None:
+    """Where no edge case is, the two agree to TensorFlow's rounding."""
+    rng = np.random.default_rng(1)
+
+    def both(t_list: Any, clip_norm: Any) -> Any:
+        return [
+            clip(t_list, clip_norm) for clip in (tf.clip_by_global_norm, gtf.clip_by_global_norm)
+        ]
+
+    both_in_mode = both
+    if mode != "eager":
+        both_in_mode = tf.function(both, jit_compile=mode == "xla", autograph=False)
+    for factor in (0.3, 0.9, 1.1, 3):
+        t_list: list[Any] = [tf.constant(rng.standard_normal((5, 7)), tf.float32), None]
+        t_list.append(tf.constant(rng.standard_normal(())))
+        t_list[2] = tf.cast(t_list[2], tf.float32)
+        rows = tf.constant(rng.standard_normal((4, 3)), tf.float32)
+        t_list.append(tf.IndexedSlices(rows, tf.constant([7, 1, 0, 5]), tf.constant([9, 3])))
+        limit = tf.constant(factor * float(tf.linalg.global_norm(t_list)), tf.float32)
+        theirs, ours = both_in_mode(t_list, limit)
+        for a, b in zip(
+            numpy_of([*theirs[0], theirs[1]]), numpy_of([*ours[0], ours[1]]), strict=True
+        ):
+            if a is None:
+                assert b is None
+            else:
+                assert (a.dtype, a.shape) == (b.dtype, b.shape)
+                np.testing.assert_allclose(a, b, rtol=1e-6)
+        assert isinstance(ours[0][3], tf.IndexedSlices)
+        assert ours[0][3].dense_shape.numpy().tolist() == [9, 3]
+
+
+# ---- bits ----
+
+SHAPES = [(3, 5), (), (7,), (0,), (130, 64), (4096,)]
+
+
+@functools.cache
+def clip_in(mode: str) -> Callable[..., Any]:
+    if mode == "eager":
+        return gradclip.clip_by_global_norm
+    compiled = tf.function(gradclip.clip_by_global_norm, jit_compile=mode == "xla", autograph=False)
+    return lambda t_list, clip_norm: compiled(t_list, tf.constant(clip_norm, tf.float64))
+
+
+def bit_lists(dtypes: list[Any]) -> Iterator[tuple[list[Any], float]]:
+    """Lists of fixed shapes: numbers of every size, and those that break something."""
+    rng = np.random.default_rng(len(dtypes))
+    for scale in (1.0, 1e-40, 1e30, 1e-20, 1e200, 1e-310, 2.0**-24):
+        values = []
+        for dtype in dtypes:
+            for shape in SHAPES:
+                with np.errstate(all="ignore"):
+                    x = rng.standard_normal(shape) * scale
+                    if dtype.is_complex:
+                        x = x + 1j * rng.standard_normal(shape) * scale
+                    x = np.asarray(x).astype(dtype.as_numpy_dtype)
+                x[~np.isfinite(x)] = 1
+                values.append(x)
+        norm = float(np.float64(gradclip.global_norm(values)))
+        limit = norm if 0 < norm < INF else 1.0
+        for factor in (0.37, 1e-30, 1.0, 2.0):
+            if 0 < limit * factor < INF:
+                yield values, limit * factor
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "dtypes", [[d] for d in FLOATS] + [[tf.float32, tf.float16], FLOATS], ids=str
+)
+def test_bits_are_those_of_numpy(dtypes: list[Any], mode: str) -> None:
+    for values, clip_norm in bit_lists(dtypes):
+        clipped, norm = clip_in(mode)([tf.constant(x) for x in values], clip_norm)
+        assert_as_numpy(clipped, norm, values, clip_norm)
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+@pytest.mark.parametrize("dtype", [*FLOATS, *FLOAT8], ids=str)
+def test_random_cases_against_the_oracle(dtype: Any, mode: str) -> None:
+    rng = np.random.default_rng(7)
+    for _ in range(60 if mode == "eager" else 15):
+        case = random_case(rng, [np.dtype(dtype.as_numpy_dtype)])
+        if case.on_nonfinite == "raise":
+            case = case._replace(on_nonfinite="nan")
+        expected = expected_of(case)
+        leaves = [tf.constant(values) for values in case.values]
+
+        def clip(leaves: list[Any], case: Case = case) -> Any:
+            return gradclip.clip_by_global_norm(
+                leaves, case.clip_norm, case.use_norm, on_nonfinite=case.on_nonfinite
+            )
+
+        clipped, norm = run(mode, clip, leaves)
+        assert_norm(np.asarray(norm)[()], expected.norm)
+        assert_leaves(numpy_of(clipped), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [tf.float16, tf.bfloat16, tf.float32, tf.float64], ids=str)
+def test_norms_beside_a_midpoint_under_xla(dtype: Any) -> None:
+    """The certificate of float64 sums fails, and the exact sum decides."""
+    measure = tf.function(gradclip.global_norm, jit_compile=True, autograph=False)
+    rng = np.random.default_rng(3)
+    name = np.dtype(dtype.as_numpy_dtype)
+    lists = list(cases.near_midpoints(rng, name, 12))
+    if dtype in (tf.float32, tf.float64):
+        lists += cases.exact_ties(rng, name, 12)
+    for leaves in lists:
+        flat = np.concatenate(leaves)
+        padded = np.concatenate([flat, np.zeros(64 - flat.size, flat.dtype)])
+        assert_norm(measure([tf.constant(padded)]).numpy()[()], oracle.norm(leaves)[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [tf.float32, tf.float64], ids=str)
+def test_long_lists_under_xla(dtype: Any) -> None:
+    rng = np.random.default_rng(4)
+    values = [
+        rng.standard_normal(shape).astype(dtype.as_numpy_dtype)
+        for shape in ((1_000_003,), (700, 300), (3, 5, 7, 11), (2, 1 << 17))
+    ]
+    values.append(np.full(300_000, 1.1, dtype.as_numpy_dtype))
+    clipped, norm = clip_in("xla")([tf.constant(x) for x in values], 0.5)
+    assert_as_numpy(clipped, norm, values, 0.5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [tf.float16, tf.bfloat16], ids=str)
+def test_every_value_is_scaled_to_the_nearest_under_xla(name: Any) -> None:
+    every = cases.every_code(np.dtype(name.as_numpy_dtype))
+    scale = tf.function(
+        lambda x, c: gradclip.clip_by_global_norm([x], c, tf.constant(1.0))[0][0],
+        jit_compile=True,
+        autograph=False,
+    )
+    for factor in (0.7, 0.75, 1 / 3, 2.0**-9, 1 - 2.0**-24, 2.0**-130, 1e-310):
+        wanted = gradclip.clip_by_global_norm([every], factor, 1.0)[0][0]
+        found = scale(tf.constant(every), tf.constant(factor, tf.float64)).numpy()
+        assert_same_bits(found, wanted, nan_payload=False)
+
+
+@pytest.mark.parametrize("policy", ["nan", "zero", "keep"])
+@pytest.mark.parametrize("mode", MODES)
+def test_policies(policy: str, mode: str) -> None:
+    values = [np.float32([1, NAN]), np.float64([INF, 2]), np.complex64([complex(1, INF)])]
+
+    def clip(*leaves: Any) -> Any:
+        return gradclip.clip_by_global_norm(list(leaves), 1.0, on_nonfinite=policy)
+
+    clipped, norm = run(mode, clip, *map(tf.constant, values))
+    wanted = oracle.clip(values, 1.0, None, policy)
+    assert_norm(norm.numpy()[()], wanted.norm)
+    assert_leaves(numpy_of(clipped), wanted)
+
+
+def test_raise_names_the_leaf_in_eager_mode_and_is_refused_in_a_graph() -> None:
+    leaves = [tf.constant([1.0]), tf.constant([NAN, INF])]
+    text = "the global norm is nan: t_list[1] holds 1 NaN and 1 inf"
+    with raises(FloatingPointError, text):
+        gradclip.clip_by_global_norm(leaves, 1.0, on_nonfinite="raise")
+    with tf.GradientTape() as tape, raises(FloatingPointError, text):
+        tape.watch(leaves)
+        gradclip.clip_by_global_norm(leaves, 1.0, on_nonfinite="raise")
+    text = (
+        'on_nonfinite is "raise"; what is traced, or on another device, cannot raise: '
+        'choose "nan", "zero" or "keep"'
+    )
+    for mode in ("graph", "xla"):
+        with raises(ValueError, text):
+            run(mode, lambda: gradclip.clip_by_global_norm(leaves, 1.0, on_nonfinite="raise"))
+
+
+@pytest.mark.parametrize("mode", ["graph", XLA])
+def test_traced_limits_that_cannot_be_refused(mode: str) -> None:
+    clip = tf.function(
+        lambda x, c, n: (gtf.clip_by_global_norm([x], c)[0][0], gtf.clip_by_global_norm([x], c, n)),
+        jit_compile=mode == "xla",
+        autograph=False,
+    )
+    x = tf.constant([3.0, -4.0])
+    for limit, wanted in ((NAN, [NAN, NAN]), (-1, [0, -0.0]), (0, [0, -0.0]), (INF, [3, -4])):
+        found = clip(x, tf.constant(limit, tf.float32), tf.constant(10.0))[0].numpy()
+        assert_same_bits(found, np.float32(wanted), nan_payload=False)
+    found = clip(x, tf.constant(5.0), tf.constant(10.0))[1]
+    assert (found[0][0].numpy().tolist(), float(found[1])) == ([1.5, -2], 10)
+    found = clip(x, tf.constant(5.0), tf.constant(-10.0))[1]
+    assert found[0][0].numpy().tolist() == [3, -4]
+    with pytest.raises(ValueError, match=r"^clip_norm is a tensor of shape \(2,\); it must be a"):
+        clip(x, tf.constant([1.0, 2.0]), tf.constant(1.0))
+    with raises(TypeError, "clip_norm is a tensor of int32; it must be a real number"):
+        clip(x, tf.constant(1), tf.constant(1.0))
+
+
+@pytest.mark.parametrize("mode", ["graph", XLA])
+@pytest.mark.parametrize("shape", [[None], [None, 3], None], ids=str)
+def test_shapes_that_are_not_known_when_traced(mode: str, shape: Any) -> None:
+    clip = tf.function(
+        lambda x: gtf.clip_by_global_norm([x], 0.5),
+        jit_compile=mode == "xla",
+        autograph=False,
+        input_signature=[tf.TensorSpec(shape, tf.float32)],
+    )
+    rng = np.random.default_rng(0)
+    for rows in (1, 5, 70):
+        values = rng.standard_normal((rows, 3) if shape != [None] else rows).astype(np.float32)
+        clipped, norm = clip(tf.constant(values))
+        assert_as_numpy(clipped, norm, [values], 0.5)
+
+
+def test_operations_in_eager_mode_as_on_a_device_that_the_host_cannot_reach() -> None:
+    rng = np.random.default_rng(0)
+    values = [rng.standard_normal((4, 5)).astype(t) for t in (np.float32, ml_dtypes.bfloat16)]
+    with mock.patch.object(backend, "_on_host", return_value=False):
+        clipped, norm = gradclip.clip_by_global_norm([tf.constant(x) for x in values], 0.5)
+        assert_as_numpy(clipped, norm, values, 0.5)
+        assert_norm(
+            gradclip.global_norm([tf.constant(x) for x in values]).numpy()[()],
+            gradclip.global_norm(values),
+        )
+
+
+# ---- memory ----
+
+
+def test_with_nothing_to_clip_the_inputs_come_back() -> None:
+    tensors = [tf.constant([3.0]), tf.constant([4.0], tf.bfloat16)]
+    clipped, _ = gtf.clip_by_global_norm(tensors, 5.0)
+    assert all(new is old for new, old in zip(clipped, tensors, strict=True))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_inputs_are_never_written(mode: str) -> None:
+    """Not even by later operations, which may reuse the memory of what they are given."""
+    values = np.random.default_rng(0).standard_normal(1 << 18).astype(np.float32)
+    tensor = tf.constant(values)
+    for clip_norm in (1.0, 1e9):
+        run(mode, lambda x, c=clip_norm: tf.nn.relu(gtf.clip_by_global_norm([x], c)[0][0]), tensor)
+        assert_same_bits(tensor.numpy(), values, nan_payload=False)
+
+
+def test_nothing_is_kept_after_the_call() -> None:
+    from tensorflow.python.ops import script_ops
+
+    clip = tf.function(lambda x: gtf.clip_by_global_norm([x], 1.0), autograph=False)
+    kept = len(script_ops.tape_cache)
+    tensor = tf.constant([3.0, 4.0])
+    with tf.GradientTape() as tape:
+        tape.watch(tensor)
+        clipped, norm = clip(tensor)
+    assert tape.gradient(clipped, tensor) is not None
+    references = [weakref.ref(x) for x in (tensor, clipped[0], norm)]
+    del tensor, clipped, norm, tape
+    gc.collect()
+    assert [reference() for reference in references] == [None] * 3
+    assert len(script_ops.tape_cache) == kept
+
+
+def test_variables() -> None:
+    one, other = tf.Variable([3.0, 0.0]), tf.Variable([4.0], dtype=tf.bfloat16)
+    clipped, norm = gradclip.clip_by_global_norm([one, other], 2.5)
+    assert [new.numpy().tolist() for new in clipped] == [[1.5, 0], [2]]
+    assert one.numpy().tolist() == [3, 0]
+    assert gradclip.clip_by_global_norm_({"a": one, "b": [other, one]}, 2.5) == norm == 5
+    assert one.numpy().tolist() == [1.5, 0]
+    assert other.numpy().tolist() == [2]
+    assert gradclip.clip_by_global_norm_([one], NAN_POLICY_LIMIT, on_nonfinite="zero") == 1.5
+
+
+NAN_POLICY_LIMIT = 9.0
+
+
+def test_a_tensor_in_place() -> None:
+    variable = tf.Variable([3.0])
+    text = (
+        "t_list[1] is EagerTensor, which cannot be written in place, as a tf.Variable can; "
+        "clip_by_global_norm returns new tensors"
+    )
+    with raises(TypeError, text):
+        gradclip.clip_by_global_norm_([variable, tf.constant([4.0])], 1.0)
+    assert variable.numpy().tolist() == [3]
+
+
+@pytest.mark.slow
+def test_outputs_are_on_the_device_of_the_inputs() -> None:
+    run_python(
+        textwrap.dedent("""
+        import tensorflow as tf
+        cpu = tf.config.list_physical_devices("CPU")[0]
+        tf.config.set_logical_device_configuration(
+            cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+        import gradclip.tensorflow as gtf
+        with tf.device("CPU:1"):
+            one = tf.constant([3.0])
+        other = tf.constant([4.0])
+        for clip_norm in (2.5, 9.0):
+            clipped, norm = gtf.clip_by_global_norm([one, other], clip_norm)
+            assert clipped[0].device == norm.device == one.device
+            assert clipped[1].device == other.device
+            assert float(norm) == 5
+        """)
+    )
+
+
+# ---- sparse ----
+
+
+def zipf_slices() -> tuple[Any, Any]:
+    """An embedding's gradient for 8192 ids as frequent as words are, and it as a dense tensor."""
+    rng = np.random.default_rng(0)
+    ids = (rng.zipf(1.3, 8192) - 1) % 1000
+    rows = rng.standard_normal((8192, 16)).astype(np.float32) + 1
+    dense = np.zeros((1000, 16))
+    np.add.at(dense, ids, rows)
+    return tf.IndexedSlices(tf.constant(rows), tf.constant(ids), tf.constant([1000, 16])), dense
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_norm_of_an_embeddings_gradient_is_that_of_the_dense_tensor(mode: str) -> None:
+    slices, dense = zipf_slices()
+    true = float(np.sqrt(np.sum(dense**2)))
+    clipped, norm = run(mode, lambda s: gtf.clip_by_global_norm([s], 1.0), slices)
+    assert norm.numpy() == gradclip.global_norm(
+        [gradclip.IndexedSlices(slices.values.numpy(), slices.indices.numpy(), (1000, 16))]
+    )
+    assert abs(float(norm) / true - 1) < 2.0**-24
+    assert true / float(tf.linalg.global_norm([slices])) > 10  # TensorFlow's is that far off
+    assert isinstance(clipped[0], tf.IndexedSlices)
+    after = np.zeros((1000, 16))
+    np.add.at(after, clipped[0].indices.numpy(), clipped[0].values.numpy())
+    assert abs(np.sqrt(np.sum(after**2)) - 1) < 1e-6
+    assert clipped[0].indices.numpy().tolist() == slices.indices.numpy().tolist()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_rows_that_share_an_index_under_every_dtype(mode: str, dtype: Any) -> None:
+    rng = np.random.default_rng(2)
+    rows = np.asarray(rng.standard_normal((6, 2, 3)) * 3).astype(dtype.as_numpy_dtype)
+    indices = np.array([4, 0, 4, 4, 2, 0])
+
+    def clip(rows: Any, indices: Any) -> Any:
+        slices = tf.IndexedSlices(rows, indices, tf.constant([5, 2, 3]))
+        return gtf.clip_by_global_norm([slices, rows[0]], 0.5)
+
+    clipped, norm = run(mode, clip, tf.constant(rows), tf.constant(indices))
+    wanted, wanted_norm = gradclip.clip_by_global_norm(
+        [gradclip.IndexedSlices(rows, indices, (5, 2, 3)), rows[0]], 0.5
+    )
+    assert_norm(norm.numpy()[()], wanted_norm)
+    assert_same_bits(clipped[0].values.numpy(), wanted[0].values, nan_payload=False)
+    assert_same_bits(clipped[1].numpy(), wanted[1], nan_payload=False)
+
+
+def test_slices_that_are_malformed() -> None:
+    rows = tf.ones([2, 3])
+    text = "t_list[1].indices holds 9; dense_shape has 5 rows"
+    bad = tf.IndexedSlices(rows, tf.constant([1, 9]), tf.constant([5, 3]))
+    with raises(ValueError, text):
+        gtf.clip_by_global_norm([rows, bad], 1.0)
+    with pytest.raises(tf.errors.InvalidArgumentError, match=re.escape(text)):
+        run("graph", lambda: gtf.clip_by_global_norm([rows, bad], 1.0))
+    with raises(ValueError, "t_list[0].indices holds -1; no row has a negative index"):
+        gtf.global_norm([tf.IndexedSlices(rows, tf.constant([1, -1]))])
+
+
+def test_slices_of_gradclip_that_hold_tensors() -> None:
+    slices = gradclip.IndexedSlices(tf.constant([[1.5], [4], [1.5]]), tf.constant([7, 2, 7]))
+    clipped, norm = gradclip.clip_by_global_norm([slices], 2.5)
+    assert norm == 5
+    assert isinstance(clipped[0], gradclip.IndexedSlices)
+    assert clipped[0].values.numpy().tolist() == [[0.75], [2], [0.75]]
+
+
+# ---- gradients ----
+
+
+def plainly(xs: list[Any], clip_norm: Any, use_norm: Any) -> Any:
+    """Clipping by operations that TensorFlow differentiates itself."""
+    dense = [tf.convert_to_tensor(x) for x in xs]
+    squares = [tf.reduce_sum(tf.math.real(x * tf.math.conj(x))) for x in dense]
+    norm = tf.sqrt(tf.add_n(squares)) if use_norm is None else use_norm
+    factor = tf.where(norm > clip_norm, clip_norm / norm, tf.ones_like(norm))
+    return [x * tf.cast(factor, x.dtype) for x in dense], norm
+
+
+def derivatives(clip: Any, xs: list[Any], clip_norm: Any, use_norm: Any) -> Any:
+    """First and second derivatives of a function of the outputs, in every input."""
+    inputs = [*xs, clip_norm] + ([] if use_norm is None else [use_norm])
+    with tf.GradientTape() as outer:
+        outer.watch(inputs)
+        with tf.GradientTape() as tape:
+            tape.watch(inputs)
+            clipped, norm = clip(xs, clip_norm, use_norm)
+            loss = 0.7 * norm * norm
+            for place, x in enumerate(clipped):
+                weight = tf.cast(tf.reshape(tf.range(tf.size(x)) + place, x.shape), x.dtype)
+                loss += tf.math.real(tf.reduce_sum(weight * x + x * tf.math.conj(x) * x))
+        first = tape.gradient(loss, inputs, unconnected_gradients="zero")
+        again = tf.add_n([tf.math.real(tf.reduce_sum(g * g)) for g in first])
+    return first, outer.gradient(again, inputs, unconnected_gradients="zero")
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("given", [False, True], ids=["measured", "given"])
+@pytest.mark.parametrize("dtype", [tf.float64, tf.complex128], ids=str)
+@pytest.mark.parametrize("clip_norm", [2.5, 50.0])
+def test_gradients(mode: str, given: bool, dtype: Any, clip_norm: float) -> None:
+    values = [np.array([3.0, 1.0]), np.array([[4.0, -2.0]])]
+    if dtype.is_complex:
+        values = [x + 1j * x[..., ::-1] for x in values]
+    xs = [tf.constant(x, dtype) for x in values]
+    use_norm = tf.constant(7.0, tf.float64) if given else None
+    limit = tf.constant(clip_norm, tf.float64)
+    wanted = derivatives(plainly, xs, limit, use_norm)
+    found = run(
+        mode, lambda *args: derivatives(gtf.clip_by_global_norm, *args), xs, limit, use_norm
+    )
+    for a, b in zip(tf.nest.flatten(wanted), tf.nest.flatten(found), strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_through_slices(mode: str) -> None:
+    rows, indices = tf.constant([[1.0, 2], [3, -1], [0.5, 4]], tf.float64), tf.constant([2, 0, 2])
+
+    def gradients(clip: Any) -> Any:
+        with tf.GradientTape(persistent=True) as tape:
+            tape.watch(rows)
+            slices = tf.IndexedSlices(rows, indices, tf.constant([4, 2]))
+            clipped, norm = clip([slices], tf.constant(1.5, tf.float64), None)
+            dense = tf.convert_to_tensor(clipped[0])
+            loss = tf.reduce_sum(dense * tf.reshape(tf.range(8, dtype=tf.float64), (4, 2))) + norm
+        return tape.gradient(loss, rows)
+
+    found = run(mode, lambda: gradients(gtf.clip_by_global_norm))
+    np.testing.assert_allclose(found, gradients(plainly), rtol=1e-12)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("clip_norm", [1.0, INF])
+def test_the_gradient_at_a_norm_of_zero_is_the_identity(mode: str, clip_norm: float) -> None:
+    def gradient(x: Any) -> Any:
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            clipped, norm = gtf.clip_by_global_norm([x], tf.constant(clip_norm))
+            loss = tf.reduce_sum(clipped[0] * [1.0, 2.0]) + norm
+        return tape.gradient(loss, x)
+
+    assert run(mode, gradient, tf.constant([0.0, 0.0])).numpy().tolist() == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("policy", "wanted"), [("nan", [NAN, NAN]), ("zero", [0, 0]), ("keep", [1, 2])]
+)
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_where_the_norm_is_not_finite(mode: str, policy: str, wanted: Any) -> None:
+    def gradient(x: Any) -> Any:
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            clipped, _ = gradclip.clip_by_global_norm([x], 1.0, on_nonfinite=policy)
+            loss = tf.reduce_sum(clipped[0] * [1.0, 2.0])
+        return tape.gradient(loss, x)
+
+    found = run(mode, gradient, tf.constant([INF, 1.0])).numpy()
+    assert_same_bits(found, np.float32(wanted), nan_payload=False)
+
+
+def test_gradients_of_a_graph_by_tf_gradients() -> None:
+    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+        x, limit = tf.constant([3.0, 4.0]), tf.constant(1.0)
+        clipped, norm = gtf.clip_by_global_norm([x], limit)
+        first = tf.gradients(clipped[0][0], [x, limit])
+        second = tf.gradients(first[0][0], x)
+        found = session.run([first, second, tf.gradients(norm, x)])
+    assert np.allclose(found[0][0], [0.128, -0.096])
+    assert np.allclose(found[0][1], 0.6)
+    assert np.allclose(found[1], [-0.04608, 0.00256], atol=1e-6)
+    assert np.allclose(found[2], [0.6, 0.8])
+
+
+def test_forward_mode() -> None:
+    x = tf.constant([3.0, 4.0], tf.float64)
+    with tf.autodiff.ForwardAccumulator(x, tf.constant([1.0, 0.0], tf.float64)) as accumulator:
+        clipped, norm = gtf.clip_by_global_norm([x], 1.0)
+    assert np.allclose(accumulator.jvp(clipped[0]), [0.128, -0.096])
+    assert np.allclose(accumulator.jvp(norm), 0.6)
+
+
+def test_within_control_flow_and_a_vectorized_map() -> None:
+    @tf.function(autograph=False)
+    def loop(x: Any) -> Any:
+        return tf.while_loop(
+            lambda i, _: i < 3,
+            lambda i, y: (i + 1, gtf.clip_by_global_norm([y * 2], 4.0)[0][0]),
+            (0, x),
+        )[1]
+
+    assert loop(tf.constant([3.0, 4.0])).numpy().tolist() == pytest.approx([2.4, 3.2])
+    batch = tf.constant([[3.0, 4.0], [0.3, 0.4], [30.0, 40.0]])
+    each = tf.vectorized_map(lambda x: gtf.clip_by_global_norm([x], 1.0)[0][0], batch)
+    assert np.allclose(each, [[0.6, 0.8], [0.3, 0.4], [0.6, 0.8]])
+
+
+# ---- patch ----
+
+
+def test_patch_puts_ours_in_place_and_takes_it_back() -> None:
+    huge = [tf.constant([3e30, 4e30])]
+    theirs = tf.clip_by_global_norm
+    places = [
+        (tf, "clip_by_global_norm"),
+        (tf.linalg, "global_norm"),
+        (tf.compat.v1, "clip_by_global_norm"),
+        (tf.compat.v1, "global_norm"),
+        (tf.compat.v1.linalg, "global_norm"),
+        (tf.compat.v2, "clip_by_global_norm"),
+    ]
+    before = [getattr(module, name) for module, name in places]
+    with gtf.patch():
+        for module, name in places:
+            assert getattr(module, name) is getattr(gtf, name)
+        assert np.isfinite(tf.clip_by_global_norm(huge, 1.0)[0][0]).all()
+        with gtf.patch():
+            pass
+        assert tf.clip_by_global_norm is gtf.clip_by_global_norm
+    assert [getattr(module, name) for module, name in places] == before
+    assert np.isnan(tf.clip_by_global_norm(huge, 1.0)[0][0]).all()
+    patched = gtf.patch()
+    assert tf.clip_by_global_norm is gtf.clip_by_global_norm
+    patched.undo()
+    patched.undo()
+    assert tf.clip_by_global_norm is theirs
+
+
+# ---- breaking it is seen ----
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "broken", "noticing"),
+    [
+        (
+            backend,
+            "merged_rows",
+            lambda *_: None,
+            functools.partial(
+                test_the_norm_of_an_embeddings_gradient_is_that_of_the_dense_tensor, "eager"
+            ),
+        ),
+        (
+            kernel,
+            "_summed_rows",
+            lambda values, _: values,
+            functools.partial(test_gradients_through_slices, "graph"),
+        ),
+        (
+            backend,
+            "copied",
+            lambda held: backend.scaled(held, backend.Scaled(0.5, 1)),
+            test_with_nothing_to_clip_the_inputs_come_back,
+        ),
+    ],
+)
+def test_a_mutation_is_seen(module: Any, name: str, broken: Any, noticing: Any) -> None:
+    noticing()
+    with mock.patch.object(module, name, broken), pytest.raises((AssertionError, ValueError)):
+        noticing()
