@@ -36,6 +36,7 @@ def check_all() -> None:
             with machine(kernel, 1):
                 check(Case([every], ["contiguous"], 0.75, use_norm=1.0))
     check(Case([np.float64([1e300, 1e-300])], ["contiguous"], 5e-324))
+    test_bits.check_any_alignment()
     test_bits.check_a_survey_of_what_is_not_finite()
     test_bits.check_the_bound(test_bits.many_leaves())
     twice = np.float32([3, 4])

@@ -115,6 +115,33 @@ def test_more_threads_than_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     check(*long_case("float32"))
 
 
+@pytest.mark.usefixtures("threads")
+def test_long_lists_scaled_into_memory_of_any_alignment() -> None:
+    check_any_alignment()
+
+
+def check_any_alignment() -> None:
+    """So long a list is written past the caches, in vectors that must be aligned."""
+    rng = seeded("streamed")
+    sources, targets, wanted = [], [], []
+    for place, dtype in enumerate([np.float32, np.float64, np.float16, np.float32]):
+        size = (1 << 20) + 1000 * place + 3
+        sources.append(rng.standard_normal(size + place).astype(dtype)[place:])
+        targets.append(np.zeros(size + place + 2, dtype)[place + 1 : -1])
+        work = np.float64 if dtype is np.float64 else np.float32
+        wanted.append((sources[-1].astype(work) * work(0.75)).astype(dtype))
+    source = cpu.take(sources, None, writable=False)
+    target = cpu.take(targets, None, writable=True)
+    assert source is not None
+    assert target is not None
+    cpu.scale(source, target, 0.75, 0, None)
+    for found, array in zip(targets, wanted, strict=True):
+        assert_same_bits(found, array, nan_payload=False)
+        # What lies before and after is not written.
+        assert not found.base[: -len(found) - 1].any()
+        assert not found.base[-1]
+
+
 # ---- every value of the small dtypes ----
 
 

@@ -140,6 +140,12 @@ def test_pages_written_are_seen(limit: float, expected: str) -> None:
     assert done.stdout.strip() == expected
 
 
+def test_a_framework_that_is_absent_has_no_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gradclip.cli._contenders.find_spec", lambda _: None)
+    for name in ("tf-eager-keep", "tf-trace"):
+        assert bench._measure(name, quick=True) == []
+
+
 def test_systems_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "PAUSE", 0.0)
     monkeypatch.setattr(bench, "BATCH", 0.0)

@@ -314,6 +314,7 @@ C_MUTATIONS = {
     "bfloat16 ties away": ("cpu.c", "bits + 0x7fff + (bits >> 16 & 1)", "bits + 0x8000"),
     "float16 ties away": ("cpu.c", "+ 0xfff + (magnitude >> 13 & 1)", "+ 0x1000"),
     "bytes not swapped": ("cpu.c", "leaf->swap ? size - 1 - b : b", "b"),
+    "a stream without its end": ("cpu.c", "memcpy(to + head, from + head, bytes - head);", ""),
     "scaled twice": ("cpumodule.c", "leaves[i].size = 0;", ";"),
     "inf counted as NaN": ("cpu.c", "+= magnitude > infinite;", "+= magnitude >= infinite;"),
     "a number on the edge left out": ("cpu_blocks.h", "magnitude >= from", "magnitude > from"),

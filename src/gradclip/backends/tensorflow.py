@@ -183,30 +183,42 @@ class _Writable:
 
 def _written(held: Held, write: Callable[[list[Array]], None]) -> list[Any]:
     """New leaves, their elements written by ``write``."""
-    new, arrays, shapes = [], [], {}
-    # TensorFlow's allocator, unlike NumPy's, hands out memory that has been in use before: none of
-    # its pages has to be mapped and cleared first.
+    arrays, tensors, shapes = [], [], {}
     with tf.device(_HOST):
         for values in held.values:
-            if values.shape not in shapes:
-                shapes[values.shape] = tf.constant(values.shape, tf.int32)
-            code = _host.code_dtype(values.dtype)
-            tensor = tf.raw_ops.Empty(shape=shapes[values.shape], dtype=tf.as_dtype(code))
-            new.append(tensor)
-            arrays.append(np.asarray(_Writable(np.asarray(memoryview(tensor)))).view(values.dtype))
+            tensor, array = None, np.empty(0)
+            if values.nbytes < _LARGE or values.itemsize == 1:
+                array = np.empty(values.shape, values.dtype)
+            else:
+                # TensorFlow's allocator, unlike NumPy's, hands out memory that has been in use
+                # before: none of its pages has to be mapped and cleared first.
+                if values.shape not in shapes:
+                    shapes[values.shape] = tf.constant(values.shape, tf.int32)
+                code = _host.code_dtype(values.dtype)
+                tensor = tf.raw_ops.Empty(shape=shapes[values.shape], dtype=tf.as_dtype(code))
+                array = np.asarray(_Writable(np.asarray(memoryview(tensor)))).view(values.dtype)
+            tensors.append(tensor)
+            arrays.append(array)
         write(arrays)
-        for place, array in enumerate(arrays):
-            if array.itemsize == 1:
-                new[place] = tf.constant(array)  # TensorFlow casts no bits to float8
-            elif new[place].dtype == tf.uint16:
-                new[place] = tf.bitcast(new[place], tf.bfloat16)
+        new = [_finished(*pair) for pair in zip(tensors, arrays, strict=True)]
     return [_rewrap(leaf, tensor) for leaf, tensor in zip(held.leaves, new, strict=True)]
+
+
+# Bytes from which on the allocator matters.
+_LARGE = 1 << 18
+
+
+def _finished(tensor: Any, array: Array) -> Any:
+    """The tensor of an array that has been written."""
+    if tensor is None:  # it takes over the array's memory, or copies it
+        return tf.__internal__.EagerTensor(array, _HOST, None)
+    return tf.bitcast(tensor, tf.bfloat16) if tensor.dtype == tf.uint16 else tensor
 
 
 def _rewrap(leaf: Any, tensor: Any) -> Any:
     """A leaf with new elements, where the old ones were."""
     device = _tensor(leaf).device
-    if device not in (tensor.device, ""):
+    if device not in (_HOST, ""):
         with tf.device(device):
             tensor = tf.identity(tensor)
     return _with_values(leaf, tensor)
@@ -275,7 +287,7 @@ def _named(tree: Tree, new: list[Any], scope: str) -> list[Any]:
     leaves = []
     for place, leaf, tensor in zip(tree.places, tree.leaves, new, strict=True):
         with _beside(_tensor(leaf)):
-            named = tf.identity(tensor, name=f"{scope}_{place}")
+            named = tf.raw_ops.Identity(input=tensor, name=f"{scope}_{place}")
         leaves.append(_with_values(leaf, named))
     return leaves
 

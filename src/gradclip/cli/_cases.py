@@ -120,29 +120,20 @@ def _writer(arrays: Arrays) -> Call:
     return partial(lambda shares: list(pool.map(write, shares)), list(shares))
 
 
-def _normal_tensors(shapes: list[tuple[int, ...]], shrink: int) -> Arrays:
+Shapes = list[tuple[int, ...]]
+_LARGE_SHAPES: Shapes = [(5_000_000,)] * 10
+_SMALL_SHAPES: Shapes = [(1000,)] * 1000
+_NORM, _WIDE = (768,), 4 * 768
+_ATTENTION: Shapes = [(768, 3 * 768), (3 * 768,), (768, 768), _NORM]
+_PERCEPTRON: Shapes = [(768, _WIDE), (_WIDE,), (_WIDE, 768), _NORM]
+_BLOCK: Shapes = [_NORM, _NORM, *_ATTENTION, _NORM, _NORM, *_PERCEPTRON]
+_GPT2_SHAPES: Shapes = [(50257, 768), (1024, 768), *(_BLOCK * 12), _NORM, _NORM]
+
+
+def _tensorflow(shapes: Shapes, graph: bool, clipping: bool, shrink: int) -> dict[str, Call]:
     generator = np.random.default_rng(0)
     kept = shapes[: max(1, len(shapes) // shrink)]
-    return [generator.standard_normal(shape, np.float32) for shape in kept]
-
-
-_LARGE_SHAPES = [(5_000_000,)] * 10
-_SMALL_SHAPES = [(1000,)] * 1000
-_GPT2_BLOCK = [(768,), (768,), (768, 2304), (2304,), (768, 768), (768,)] + [
-    (768,),
-    (768,),
-    (768, 3072),
-    (3072,),
-    (3072, 768),
-    (768,),
-]
-_GPT2_SHAPES = [(50257, 768), (1024, 768), *(_GPT2_BLOCK * 12), (768,), (768,)]
-
-
-def _tensorflow(
-    shapes: list[tuple[int, ...]], graph: bool, clipping: bool, shrink: int
-) -> dict[str, Call]:
-    arrays = _normal_tensors(shapes, shrink)
+    arrays: Arrays = [generator.standard_normal(shape, np.float32) for shape in kept]
     limit = float(global_norm(arrays)) * (0.5 if clipping else 2)
     return _contenders.tensorflow_clips(arrays, limit, graph=graph)
 
