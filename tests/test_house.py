@@ -51,6 +51,7 @@ ARROWS = {
         "_sparse",
         "kernels.cpu",
         "kernels._cpu",
+        "tensorflow",
         "cli.",
     },
     "__main__": {"cli"},

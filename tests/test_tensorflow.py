@@ -266,6 +266,18 @@ def test_tensors_that_are_not_clipped(dtype: Any, mode: str) -> None:
         run(mode, lambda: gtf.clip_by_global_norm([tf.constant([1.0]), None, leaf], 1.0))
 
 
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+def test_tensors_of_other_kinds(mode: str) -> None:
+    accepted = "gradclip clips float16, bfloat16, float8, float32, float64 and complex tensors"
+    ragged = tf.ragged.constant([[1.0], [2.0, 3.0]])
+    for leaf in (ragged, tf.sparse.from_dense([[0.0, 1.0]])):
+        with raises(TypeError, f"t_list[0] is {type(leaf).__name__}; {accepted}"):
+            run(mode, lambda leaf=leaf: gtf.clip_by_global_norm([leaf], 1.0))
+    slices = tf.IndexedSlices(tf.ones([2, 3]), tf.constant([0.0, 1.0]))
+    with pytest.raises(ValueError, match=r"t_list\[0\]\.indices is float32; i.* integers$"):
+        run(mode, lambda: gtf.clip_by_global_norm([slices], 1.0))
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_random_lists_are_clipped_as_by_tensorflow(mode: str) -> None:
     """Where no edge case is, the two agree to TensorFlow's rounding."""
@@ -456,8 +468,9 @@ def test_traced_limits_that_cannot_be_refused(mode: str) -> None:
     assert found[0][0].numpy().tolist() == [3, -4]
     with pytest.raises(ValueError, match=r"^clip_norm is a tensor of shape \(2,\); it must be a"):
         clip(x, tf.constant([1.0, 2.0]), tf.constant(1.0))
-    with raises(TypeError, "clip_norm is a tensor of int32; it must be a real number"):
-        clip(x, tf.constant(1), tf.constant(1.0))
+    with raises(TypeError, "clip_norm is a tensor of bool; it must be a real number"):
+        clip(x, tf.constant(True), tf.constant(1.0))
+    assert clip(x, tf.constant(5), tf.constant(10))[1][0][0].numpy().tolist() == [1.5, -2]
 
 
 @pytest.mark.parametrize("mode", ["graph", XLA])

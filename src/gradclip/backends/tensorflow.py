@@ -148,7 +148,8 @@ def _checked(leaf: Any, path: Callable[[], str]) -> Any:
     """What holds the elements, of a dtype that is clipped."""
     tensor = _tensor(leaf)
     dtype = getattr(tensor, "dtype", None)
-    if not isinstance(dtype, tf.DType):
+    composite = isinstance(tensor, tf.SparseTensor | tf.RaggedTensor)
+    if composite or not isinstance(dtype, tf.DType):
         raise TypeError(f"{path()} is {type(tensor).__name__}; gradclip clips {_ACCEPTED}")
     if _host.code_dtype(np.dtype(dtype.as_numpy_dtype)) is None:
         raise TypeError(f"{path()} is {dtype.name}; gradclip clips {_ACCEPTED}")
@@ -244,8 +245,8 @@ def _on_host(values: Sequence[Any]) -> bool:
     """If the host's kernels can reach all tensors."""
     if all(device.device_type == "CPU" for device in tf.config.list_logical_devices()):
         return True
-    devices = (getattr(_tensor(value), "device", "CPU") for value in values)
-    return all("CPU" in device for device in devices)
+    tensors = filter(tf.is_tensor, map(_tensor, values))
+    return all("CPU" in tensor.device for tensor in tensors)
 
 
 class _Recorder:
@@ -267,12 +268,12 @@ class _Recorder:
         if given:
             with tf.name_scope(name or "clip_by_global_norm") as scope:
                 norm, _, *new = _recorded(call, limit, given)
-                return _named(tree, new, scope), norm
+                return _named(call, new, scope), norm
         with tf.name_scope(name or "global_norm"):
             norm, _, *new = _recorded(call, limit, given)
             norm = tf.identity(norm, name="global_norm")
         with tf.name_scope(name or "clip_by_global_norm") as scope:
-            return _named(tree, new, scope), norm
+            return _named(call, new, scope), norm
 
     def norm(self, tree: Tree, plain: Plain, name: str | None) -> Any:
         """The global norm, by an operation named as that of tf.linalg.global_norm."""
@@ -282,11 +283,12 @@ class _Recorder:
             return tf.identity(norm, name="global_norm")
 
 
-def _named(tree: Tree, new: list[Any], scope: str) -> list[Any]:
+def _named(call: _Call, new: list[Any], scope: str) -> list[Any]:
     """The leaves with new elements, each beside the old ones and named by its place."""
     leaves = []
-    for place, leaf, tensor in zip(tree.places, tree.leaves, new, strict=True):
-        with _beside(_tensor(leaf)):
+    tree, old = call.tree, [values for values, *_ in grouped(call.tensors)]
+    for place, leaf, values, tensor in zip(tree.places, tree.leaves, old, new, strict=True):
+        with _beside(values):
             named = tf.raw_ops.Identity(input=tensor, name=f"{scope}_{place}")
         leaves.append(_with_values(leaf, named))
     return leaves
@@ -297,7 +299,7 @@ def _beside(tensor: Any) -> contextlib.AbstractContextManager[Any]:
     if tf.executing_eagerly():
         return tf.device(tensor.device)  # type: ignore[no-any-return]
     graph = tf.compat.v1.get_default_graph()
-    return graph.colocate_with(tf.convert_to_tensor(tensor).op)  # type: ignore[no-any-return]
+    return graph.colocate_with(tensor.op)  # type: ignore[no-any-return]
 
 
 def _scalar(name: str, value: Any, check: Callable[[Any], Any]) -> Any:
@@ -305,11 +307,12 @@ def _scalar(name: str, value: Any, check: Callable[[Any], Any]) -> Any:
     if not tf.is_tensor(value) or (tf.executing_eagerly() and not tf.is_symbolic_tensor(value)):
         check(value)
         return value if tf.is_tensor(value) else tf.constant(float(value), tf.float64)
-    if not value.dtype.is_floating:
+    if not (value.dtype.is_floating or value.dtype.is_integer):
         raise TypeError(f"{name} is a tensor of {value.dtype.name}; it must be a real number")
     if not value.shape.is_compatible_with(()):
         raise ValueError(f"{name} is a tensor of shape {value.shape}; it must be a scalar")
-    return tf.convert_to_tensor(value)
+    # An integer has no gradient, and is no tensor of slices here.
+    return tf.cast(value, tf.float64) if value.dtype.is_integer else tf.convert_to_tensor(value)
 
 
 class _Call(NamedTuple):
@@ -328,7 +331,13 @@ class _Call(NamedTuple):
             tensors.append(tf.convert_to_tensor(_checked(leaf, partial(tree.path, place))))
             if isinstance(leaf, _Slices):
                 shape = () if leaf.dense_shape is None else (leaf.dense_shape,)
-                tensors += [tf.convert_to_tensor(part) for part in (leaf.indices, *shape)]
+                integers = [tf.convert_to_tensor(part) for part in (leaf.indices, *shape)]
+                for part, field in zip(integers, ("indices", "dense_shape"), strict=False):
+                    if not part.dtype.is_integer:
+                        raise ValueError(
+                            f"{tree.path(place)}.{field} is {part.dtype.name}; it holds integers"
+                        )
+                tensors += integers
         return cls(tree, plain, policy, tensors)
 
     @property
