@@ -501,6 +501,37 @@ def test_operations_in_eager_mode_as_on_a_device_that_the_host_cannot_reach() ->
         )
 
 
+@pytest.mark.parametrize("mode", ["graph", XLA])
+@pytest.mark.parametrize(
+    ("dtype", "clip_norm", "use_norm", "x"),
+    [
+        (np.float64, 5e-311, 1e-310, [3, 4]),
+        (np.float32, 5e-41, 1e-40, [3, 4]),
+        (np.float32, 1e-40, None, [3e20, 4e20]),
+        (np.float64, 1e-310, None, [3e20, 4e20]),
+    ],
+)
+def test_limits_that_are_subnormal(
+    mode: str, dtype: Any, clip_norm: float, use_norm: float | None, x: Any
+) -> None:
+    limits = [dtype(clip_norm)] + ([] if use_norm is None else [dtype(use_norm)])
+    clipped, _ = run(
+        mode,
+        lambda x, *limits: gtf.clip_by_global_norm([x], *limits),
+        tf.constant(x, dtype),
+        *map(tf.constant, limits),
+    )
+    wanted, _ = gradclip.clip_by_global_norm([np.array(x, dtype)], *limits)
+    assert_same_bits(clipped[0].numpy(), wanted[0], nan_payload=False)
+    negative = run(
+        mode,
+        lambda x, c: gtf.clip_by_global_norm([x], c)[0][0],
+        tf.constant(x, dtype),
+        tf.constant(-limits[0]),
+    )
+    assert not negative.numpy().any()
+
+
 # ---- memory ----
 
 
@@ -560,6 +591,9 @@ def test_a_tensor_in_place() -> None:
     with raises(TypeError, text):
         gradclip.clip_by_global_norm_([variable, tf.constant([4.0])], 1.0)
     assert variable.numpy().tolist() == [3]
+    text = "in a graph nothing is written in place; clip_by_global_norm returns new tensors"
+    with raises(TypeError, text):
+        run("graph", lambda: gradclip.clip_by_global_norm_([variable], 1.0))
 
 
 @pytest.mark.slow
@@ -702,6 +736,24 @@ def test_gradients(mode: str, given: bool, dtype: Any, clip_norm: float) -> None
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("clip_norm", [2.5, 100.0, INF, None])
+def test_second_derivatives_of_the_norm(mode: str, clip_norm: float | None) -> None:
+    def second(x: Any) -> Any:
+        with tf.GradientTape() as outer:
+            outer.watch(x)
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                if clip_norm is None:
+                    norm = gtf.global_norm([x])
+                else:
+                    norm = gtf.clip_by_global_norm([x], clip_norm)[1]
+            first = tape.gradient(norm, x)
+        return outer.gradient(first, x, output_gradients=tf.constant([1.0, 0.0]))
+
+    assert np.allclose(run(mode, second, tf.constant([3.0, 4.0])), [0.128, -0.096])
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_gradients_through_slices(mode: str) -> None:
     rows, indices = tf.constant([[1.0, 2], [3, -1], [0.5, 4]], tf.float64), tf.constant([2, 0, 2])
 
@@ -760,12 +812,73 @@ def test_gradients_of_a_graph_by_tf_gradients() -> None:
     assert np.allclose(found[2], [0.6, 0.8])
 
 
-def test_forward_mode() -> None:
-    x = tf.constant([3.0, 4.0], tf.float64)
-    with tf.autodiff.ForwardAccumulator(x, tf.constant([1.0, 0.0], tf.float64)) as accumulator:
-        clipped, norm = gtf.clip_by_global_norm([x], 1.0)
-    assert np.allclose(accumulator.jvp(clipped[0]), [0.128, -0.096])
-    assert np.allclose(accumulator.jvp(norm), 0.6)
+@pytest.mark.parametrize("mode", MODES)
+def test_forward_mode(mode: str) -> None:
+    def products(x: Any) -> Any:
+        with tf.autodiff.ForwardAccumulator(x, tf.constant([1.0, 0.0])) as accumulator:
+            clipped, norm = gtf.clip_by_global_norm([x], 1.0)
+        return accumulator.jvp(clipped[0]), accumulator.jvp(norm)
+
+    along, of_norm = run(mode, products, tf.constant([3.0, 4.0]))
+    assert np.allclose(along, [0.128, -0.096])
+    assert np.allclose(of_norm, 0.6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("outer_compiles", [False, True])
+def test_a_compiled_function_is_differentiated_from_outside(outer_compiles: bool) -> None:
+    inner = tf.function(
+        lambda x: gtf.clip_by_global_norm([x], 2.5)[0][0], jit_compile=True, autograph=False
+    )
+
+    def gradient(x: Any) -> Any:
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            loss = tf.reduce_sum(inner(x) * [1.0, 3.0])
+        return tape.gradient(loss, x)
+
+    mode = "xla" if outer_compiles else "graph"
+    assert np.allclose(run(mode, gradient, tf.constant([3.0, 4.0])), [-0.4, 0.3])
+
+
+@pytest.mark.slow
+def test_a_module_that_clips_is_saved(tmp_path: Any) -> None:
+    class Module(tf.Module):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.weights = tf.Variable([3.0, 4.0])
+
+        @tf.function
+        def train(self) -> Any:
+            self.weights.assign(gtf.clip_by_global_norm([self.weights], 1.0)[0][0])
+
+        @tf.function(input_signature=[tf.TensorSpec([2])])
+        def serve(self, x: Any) -> Any:
+            return x * self.weights
+
+    module = Module()
+    module.train()
+    tf.saved_model.save(module, str(tmp_path))
+    loaded = tf.saved_model.load(str(tmp_path))
+    assert np.allclose(loaded.serve(tf.constant([1.0, 2.0])), [0.6, 1.6])
+
+
+@pytest.mark.slow
+def test_autograph_leaves_our_functions_alone() -> None:
+    done = run_python(
+        textwrap.dedent("""
+        import tensorflow as tf, gradclip, gradclip.tensorflow
+        @tf.function
+        def step(x):
+            clipped, norm = gradclip.tensorflow.clip_by_global_norm([x], 1.0)
+            more, _ = gradclip.clip_by_global_norm({"x": clipped}, 0.5)
+            return tf.map_fn(lambda y: gradclip.tensorflow.clip_by_global_norm([y], 1.0)[0][0],
+                             tf.stack(more["x"])), gradclip.tensorflow.global_norm(clipped)
+        step(tf.constant([3.0, 4.0]))
+        """)
+    )
+    assert done.returncode == 0, done.stderr
+    assert "AutoGraph" not in done.stderr + done.stdout
 
 
 def test_within_control_flow_and_a_vectorized_map() -> None:
@@ -811,6 +924,11 @@ def test_patch_puts_ours_in_place_and_takes_it_back() -> None:
     assert tf.clip_by_global_norm is gtf.clip_by_global_norm
     patched.undo()
     patched.undo()
+    assert tf.clip_by_global_norm is theirs
+    first, second = gtf.patch(), gtf.patch()
+    first.undo()
+    assert tf.clip_by_global_norm is gtf.clip_by_global_norm
+    second.undo()
     assert tf.clip_by_global_norm is theirs
 
 

@@ -169,6 +169,11 @@ def global_norm(
         return backend.scalar(backend.measure(held), held)
 
 
+for _function in (clip_by_global_norm, clip_by_global_norm_, global_norm):
+    # Where a tf.function calls them, AutoGraph is not to rewrite them: they tell graphs themselves.
+    vars(_function)["autograph_info__"] = {}
+
+
 class Survey(NamedTuple):
     """What one pass over some leaves finds; surveys of parts add up with `together`."""
 
@@ -278,8 +283,8 @@ def _plain(tree: Tree, backend: Backend) -> Plain:
     def clip(
         leaves: list[Any], limit: float, use_norm: float | None, on_nonfinite: OnNonfinite
     ) -> tuple[list[Any], Any, float]:
-        given = None if use_norm is None else Scaled.of(use_norm)
         with ieee_arithmetic():
+            given = None if use_norm is None else Scaled.of(use_norm)
             clipped, norm, measured = _clipped(
                 tree._replace(leaves=leaves), backend, limit, given, on_nonfinite
             )

@@ -18,15 +18,18 @@ in this, on purpose:
 - At a norm of 0 the gradient is that of the identity; TensorFlow's is NaN.
 
 In a graph on the CPU it is one operation that calls back into this process, so such a graph cannot
-be exported to another; under XLA and on other devices it is made of TensorFlow's own.
+run in another. Under XLA and on other devices it is made of TensorFlow's own, which cannot refuse
+slices with an index out of range. A ``tf.function`` that has been traced outside of XLA and is then
+called from one with ``jit_compile=True`` needs ``jit_compile=True`` too.
 """
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar
 
 import tensorflow as tf
 from tensorflow.python.ops import clip_ops
@@ -98,6 +101,10 @@ def global_norm(t_list: Sequence[Any], name: str | None = None) -> Any:
     return tf.convert_to_tensor(_clip.global_norm(_tensors(t_list), name))
 
 
+for _function in (clip_by_global_norm, global_norm):
+    vars(_function)["autograph_info__"] = {}  # see `_clip`
+
+
 def _tensors(t_list: Any) -> list[Any]:
     if isinstance(t_list, str) or not isinstance(t_list, Sequence):
         raise TypeError(f"t_list is {type(t_list).__name__}; it must be a sequence of tensors")
@@ -124,25 +131,23 @@ class patch:  # noqa: N801  (used as a function)
     False
     """
 
-    def __init__(self) -> None:
-        self._undo: list[Callable[[], None]] = []
-        ours: dict[str, Callable[..., Any]] = {
-            "clip_by_global_norm": clip_by_global_norm,
-            "global_norm": global_norm,
-        }
-        for module in (tf, tf.linalg, tf.compat.v1, tf.compat.v1.linalg, tf.compat.v2, clip_ops):
-            for name, function in ours.items():
-                if hasattr(module, name):
-                    self._replace(module, name, function)
-        if importlib.util.find_spec("keras"):
-            from gradclip import keras
+    _active = 0
+    _undo: ClassVar[list[Callable[[], None]]] = []
 
-            self._undo.append(keras._install())
+    def __init__(self) -> None:
+        self._undone = False
+        if not patch._active:
+            _install()
+        patch._active += 1
 
     def undo(self) -> None:
-        """Put back what was there before; once."""
-        while self._undo:
-            self._undo.pop()()
+        """Put back what was there before; of several patches, the last one does."""
+        if self._undone:
+            return
+        self._undone = True
+        patch._active -= 1
+        while not patch._active and patch._undo:
+            patch._undo.pop()()
 
     def __enter__(self) -> patch:
         return self
@@ -155,7 +160,18 @@ class patch:  # noqa: N801  (used as a function)
     ) -> None:
         self.undo()
 
-    def _replace(self, module: Any, name: str, function: Callable[..., Any]) -> None:
-        before = getattr(module, name)
-        setattr(module, name, function)
-        self._undo.append(lambda: setattr(module, name, before))
+
+def _install() -> None:
+    ours: dict[str, Callable[..., Any]] = {
+        "clip_by_global_norm": clip_by_global_norm,
+        "global_norm": global_norm,
+    }
+    for module in (tf, tf.linalg, tf.compat.v1, tf.compat.v1.linalg, tf.compat.v2, clip_ops):
+        for name, function in ours.items():
+            if hasattr(module, name):
+                patch._undo.append(partial(setattr, module, name, getattr(module, name)))
+                setattr(module, name, function)
+    if importlib.util.find_spec("keras"):
+        from gradclip import keras
+
+        patch._undo.append(keras._install())

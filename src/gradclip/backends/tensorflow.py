@@ -24,6 +24,7 @@ from gradclip._protocol import Plain
 from gradclip._sparse import IndexedSlices, check_rows, merged_rows
 from gradclip._tree import Tree
 from gradclip.kernels import traced
+from gradclip.kernels.cpu import ieee_arithmetic
 from gradclip.kernels.tensorflow import Operations, grouped, pulled_back
 
 __all__ = [
@@ -53,10 +54,14 @@ def hold(leaves: Sequence[Any], path: Callable[[int], str], *, writable: bool) -
 
     Raises:
         TypeError: a leaf is of another dtype or type than those clipped; with ``writable``, it is
-            no variable.
+            no variable, or this is a graph.
         ValueError: slices are malformed.
     """
     if writable:
+        if not tf.executing_eagerly():
+            raise TypeError(
+                "in a graph nothing is written in place; clip_by_global_norm returns new tensors"
+            )
         leaves = _distinct_variables(leaves, path)
     if all(type(leaf) is tf.__internal__.EagerTensor and leaf.dtype in _NATIVE for leaf in leaves):
         held = _host.hold_plain(leaves, list(map(_memory, leaves)), writable=False)
@@ -252,6 +257,7 @@ def _on_host(values: Sequence[Any]) -> bool:
 class _Recorder:
     """Clips by operations that a graph and a gradient tape know."""
 
+    @tf.autograph.experimental.do_not_convert  # type: ignore[untyped-decorator]
     def clip(
         self,
         tree: Tree,
@@ -275,6 +281,7 @@ class _Recorder:
         with tf.name_scope(name or "clip_by_global_norm") as scope:
             return _named(call, new, scope), norm
 
+    @tf.autograph.experimental.do_not_convert  # type: ignore[untyped-decorator]
     def norm(self, tree: Tree, plain: Plain, name: str | None) -> Any:
         """The global norm, by an operation named as that of tf.linalg.global_norm."""
         call = _Call.of(tree, plain, "keep")
@@ -311,8 +318,9 @@ def _scalar(name: str, value: Any, check: Callable[[Any], Any]) -> Any:
         raise TypeError(f"{name} is a tensor of {value.dtype.name}; it must be a real number")
     if not value.shape.is_compatible_with(()):
         raise ValueError(f"{name} is a tensor of shape {value.shape}; it must be a scalar")
-    # An integer has no gradient, and is no tensor of slices here.
-    return tf.cast(value, tf.float64) if value.dtype.is_integer else tf.convert_to_tensor(value)
+    # Few operations take float8, and an integer would be taken for the indices of slices.
+    few = value.dtype.is_integer or value.dtype.size == 1
+    return tf.cast(value, tf.float64) if few else tf.convert_to_tensor(value)
 
 
 class _Call(NamedTuple):
@@ -348,13 +356,14 @@ class _Call(NamedTuple):
 
     def on_host(self, tensors: Sequence[Any], limit: Any, given: Sequence[Any]) -> list[Any]:
         """Norm, norm as float64, and new values, of eager tensors."""
-        use_norm = max(float(given[0]), 0.0) if given else None
-        leaves, norm, wide = self.plain(
-            [_leaf(parts) for parts in grouped(tensors)],
-            max(float(limit), 0.0),
-            use_norm,
-            self.policy,
-        )
+        with ieee_arithmetic():  # TensorFlow's own threads flush subnormal numbers
+            use_norm = max(float(given[0]), 0.0) if given else None
+            leaves, norm, wide = self.plain(
+                [_leaf(parts) for parts in grouped(tensors)],
+                max(float(limit), 0.0),
+                use_norm,
+                self.policy,
+            )
         return [norm, tf.constant(wide, tf.float64), *map(_tensor, leaves)]
 
     def by_callback(self, tensors: Sequence[Any], limit: Any, given: Sequence[Any]) -> list[Any]:
@@ -396,10 +405,13 @@ def _leaf(parts: list[Any]) -> Any:
     return parts[0] if len(parts) == 1 else tf.IndexedSlices(*parts)
 
 
-def _recorded(call: _Call, limit: Any, given: list[Any]) -> list[Any]:
-    """Norm, norm as float64, and new values, with their gradient."""
+def _recorded(call: _Call, limit: Any, given: list[Any], *, elsewhere: bool = False) -> list[Any]:
+    """Norm, norm as float64, and new values, with their gradient.
+
+    ``elsewhere``: not on the host, whatever the graph says.
+    """
     in_graph = not tf.executing_eagerly()
-    elsewhere = not _on_host(call.tensors) or (in_graph and _compiles())
+    elsewhere = elsewhere or not _on_host(call.tensors) or (in_graph and _compiles())
     if call.policy == "raise" and (in_graph or elsewhere):
         raise ValueError(
             'on_nonfinite is "raise"; what is traced, or on another device, cannot raise: '
@@ -408,19 +420,31 @@ def _recorded(call: _Call, limit: Any, given: list[Any]) -> list[Any]:
     if in_graph and not elsewhere:
         return call.by_callback(call.tensors, limit, given)
     compute = call.by_operations if elsewhere else call.on_host
+    inputs = [*call.tensors, limit, *given]
+
+    def gradient_of(
+        tensors: Sequence[Any], limit: Any, given: Sequence[Any]
+    ) -> Callable[..., list[Any]]:
+        def gradient(*changes: Any) -> list[Any]:
+            again = call._replace(tensors=list(tensors), policy="keep")
+            wide = _recorded(again, tf.constant(np.inf, tf.float64), [], elsewhere=elsewhere)[1]
+            return pulled_back(tensors, limit, given, call.policy, wide, changes)
+
+        return gradient
 
     @tf.custom_gradient  # type: ignore[untyped-decorator]
     def run(*inputs: Any) -> tuple[list[Any], Callable[..., list[Any]]]:
         tensors, limits = inputs[: len(call.tensors)], _limits(inputs[len(call.tensors) :])
+        return compute(tensors, *limits), gradient_of(tensors, *limits)
 
-        def gradient(*changes: Any) -> list[Any]:
-            again = call._replace(tensors=list(tensors), policy="keep")
-            wide = _recorded(again, tf.constant(np.inf, tf.float64), [])[1]
-            return pulled_back(tensors, *limits, call.policy, wide, changes)
-
-        return compute(tensors, *limits), gradient
-
-    return run(*call.tensors, limit, *given)  # type: ignore[no-any-return]
+    if not in_graph:
+        return run(*inputs)  # type: ignore[no-any-return]
+    # In a graph it hides its operations from tf.gradients, but not from an accumulator.
+    with record.stop_recording():
+        results: list[Any] = run(*inputs)
+    gradient = gradient_of(call.tensors, limit, given)
+    record.record_operation("GradclipClip", results, inputs, gradient)
+    return results
 
 
 def _compiles() -> bool:
@@ -437,6 +461,10 @@ def _label(policy: Any, given: Sequence[Any]) -> str:
 def _register(policy: str, given: int) -> None:
     @tf.RegisterGradient(_label(policy, [None] * given))  # type: ignore[untyped-decorator]
     def gradient(operation: Any, *changes: Any) -> list[Any]:
+        if operation is None:
+            # SavedModel asks so for a gradient to save. The operation calls back into this
+            # process: it cannot be loaded in another, and needs none there.
+            return list(changes)
         inputs = list(operation.inputs)
         count = len(inputs) - 1 - given
         limits = _limits(inputs[count:])

@@ -49,5 +49,5 @@ class Operations:
     def segment_sum(self, rows: Any, segments: Any, count: int) -> Any:
         return jnp.zeros((count, *rows.shape[1:]), rows.dtype).at[segments].add(rows)
 
-    def loop(self, count: int, body: Callable[[Any, Any], Any], start: Any) -> Any:
+    def loop(self, count: Any, body: Callable[[Any, Any], Any], start: Any) -> Any:
         return lax.fori_loop(0, count, body, start)

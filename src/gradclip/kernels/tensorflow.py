@@ -44,6 +44,7 @@ def pulled_back(
     finite = tf.math.is_finite(norm)
     clips = tf.logical_and(finite, tf.logical_not(norm <= bound))
     zero, one = tf.zeros_like(norm), tf.ones_like(norm)
+    bound = tf.where(clips, bound, one)  # the derivative of inf / x is NaN also where it is unused
     safe = tf.where(tf.logical_and(finite, norm > 0.0), norm, one)
     otherwise = {"nan": np.nan, "raise": np.nan, "zero": 0.0, "keep": 1.0}[policy] * one
     factor = tf.where(clips, bound / safe, tf.where(finite, one, otherwise))

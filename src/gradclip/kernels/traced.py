@@ -125,17 +125,8 @@ def clip(
         The norm in its dtype, the norm as float64, then the new values.
     """
     wide = any(ops.dtype(values) in _WIDE for values, _ in leaves)
-    if use_norm is None:
-        norm = _measured(ops, leaves, wide)
-    else:
-        norm = _number(ops, use_norm)
-        norm = norm._replace(significand=ops.where(use_norm > 0, norm.significand, 0))
+    norm = _measured(ops, leaves, wide) if use_norm is None else _number(ops, use_norm)
     limit = _number(ops, clip_norm)
-    # What is traced cannot be refused: a limit below 0 acts as 0.
-    limit = limit._replace(
-        significand=ops.where(clip_norm < 0, 0, limit.significand),
-        inf=limit.inf & (clip_norm > 0),
-    )
     above = _is_above(norm, limit)
     factor = _factor(ops, norm, limit)
     failed = norm.inf | norm.nan
@@ -160,12 +151,14 @@ def clip(
 
 
 def _number(ops: Operations, x: Any) -> Number:
-    """A scalar, its significand of 53 bits unless it is 0."""
-    if ops.dtype(x) == "float64":
-        significand, exponent = _split(ops, ops.bitcast(x, "int64"))
-    else:
-        significand, exponent = _split(ops, ops.bitcast(_signed(ops, x), "int64"))
-    return Number(*_normal(ops, significand, exponent), _is_inf(x), _is_nan(x))
+    """A scalar, its significand of 53 bits unless it is 0.
+
+    What is traced cannot be refused: below 0 it acts as 0.
+    """
+    wide = x if ops.dtype(x) == "float64" else _signed(ops, _codes(ops, x))
+    bits = ops.bitcast(wide, "int64")  # a comparison would take a subnormal number for 0
+    significand, exponent = _normal(ops, *_split(ops, bits))
+    return Number(ops.where(bits < 0, 0, significand), exponent, x == math.inf, _is_nan(x))
 
 
 def _is_nan(x: Any) -> Any:
@@ -241,9 +234,9 @@ def _rounded(ops: Operations, number: Number, wide: bool) -> Any:
 
 def _measured(ops: Operations, leaves: Sequence[tuple[Any, Any]], wide: bool) -> Number:
     """The global norm, correctly rounded."""
-    narrow, rows = [], []  # float32 codes; float64 numbers
+    narrow, rows = [], []  # real arrays of 32 bits or fewer; of float64
     for values, indices in leaves:
-        if ops.shape(values) is not None and 0 in ops.shape(values):  # type: ignore[operator]
+        if 0 in (ops.shape(values) or ()):
             continue
         parts = ops.parts(values) if ops.dtype(values).startswith("complex") else [values]
         for part in parts:
@@ -252,55 +245,51 @@ def _measured(ops: Operations, leaves: Sequence[tuple[Any, Any]], wide: bool) ->
             elif ops.dtype(part) == "float64":
                 rows.append(part)
             else:
-                narrow.append(_codes(ops, part))
-
-    def exactly() -> list[Any]:
-        return _exact(ops, narrow, rows, (53, -1074) if wide else (24, -149))
-
-    numbers = [ops.cast(abs(x), "float64") for x in rows] + [
-        _magnitude(ops, codes) for codes in narrow
-    ]
-    if not numbers:
-        zero = ops.constant(0, "int64")
+                narrow.append(part)
+    zero = ops.constant(0, "int64")
+    if not narrow and not rows:
         return Number(zero, zero, zero > 0, zero > 0)
-    nan = _any(ops, [ops.any(_is_nan(x)) for x in numbers])
-    inf = _any(ops, [ops.any(x == math.inf) for x in numbers])
+
+    every = [ops.cast(x, "float64") for x in [*narrow, *rows]]
     if wide:
-        significand, exponent = exactly()
+        nan = ops.any(ops.stack([ops.any(_is_nan(x)) for x in every]))
+        inf = ops.any(ops.stack([ops.any(_is_inf(x)) for x in every])) & ~nan
+        significand, exponent = _exact(ops, narrow, rows, 53, -1074)
     else:
-        certain, *certified = _certified(ops, numbers)
-        significand, exponent = ops.cond(certain | nan | inf, lambda: certified, exactly)
-    return Number(*_normal(ops, significand, exponent), inf & ~nan, nan)
+        total, *certified = _certified(ops, every)
+        # No sum of squares of float32 numbers overflows float64.
+        nan, inf = _is_nan(total), _is_inf(total)
+        same = (certified[0] == certified[2]) & (certified[1] == certified[3])
 
+        def exactly() -> list[Any]:
+            return _exact(ops, narrow, rows, 24, -149)
 
-def _any(ops: Operations, flags: list[Any]) -> Any:
-    return ops.any(ops.stack(flags))
+        significand, exponent = ops.cond(same | nan | inf, lambda: certified[:2], exactly)
+    return Number(*_normal(ops, significand, exponent), inf, nan)
 
 
 def _certified(ops: Operations, numbers: Sequence[Any]) -> list[Any]:
-    """If float64 sums prove the float32 norm, and the norm.
+    """The sum of squares in float64, and the float32 norms at both ends of its error.
 
     A sum of n squares in any order, each rounded once, errs by less than n u, u = 2^-53 (Higham,
-    section 4.2): by rows, then across them, n is their lengths' sum.
+    section 4.2): by rows, then across them, n is their lengths' sum. Subnormal numbers, each of a
+    square below 2^-252, may have been flushed.
     """
-    sums, longest = [], ops.constant(0.0, "float64")
+    sums = []
+    longest = flushed = ops.constant(0.0, "float64")
     for x in numbers:
-        width = _width(ops.shape(x))
+        width, size = _width(ops.shape(x)), ops.cast(ops.size(x), "float64")
         squares = ops.reshape(x * x, (-1, width))
         sums.append(ops.sum(ops.sum(squares, 0), None))
-        length = ops.cast(ops.size(x), "float64") / width + width
-        longest = ops.maximum(longest, length)
+        longest = ops.maximum(longest, size / width + width)
+        flushed = flushed + size * 2.0**-252
     total = ops.sum(ops.stack(sums), None)
     bound = (longest + (len(sums) + 32)) * 2.0**-53
-    low, high = (
-        _to_places(
-            ops, Number(*_split(ops, ops.bitcast(ops.sqrt(end), "int64")), False, False), 24, -149
-        )
-        for end in (total * (1 - bound), total * (1 + bound))
-    )
-    # A carry leaves one bit more; both ends then have it, or neither is certain.
-    same = (low[0] == high[0]) & (low[1] == high[1])
-    return [same | (total == 0), *low]
+    ends = [total]
+    for end in (total * (1 - bound), (total + flushed) * (1 + bound)):
+        significand, exponent = _split(ops, ops.bitcast(ops.sqrt(end), "int64"))
+        ends += _to_places(ops, Number(significand, exponent, False, False), 24, -149)
+    return ends
 
 
 def _width(shape: Sequence[int | None] | None) -> int:
@@ -317,7 +306,7 @@ def _width(shape: Sequence[int | None] | None) -> int:
 
 def _summed_rows(ops: Operations, values: Any, indices: Any) -> Any:
     """The rows of slices with those of the same index added, in float64; the rest are zeros."""
-    rows = values if ops.dtype(values) == "float64" else _signed(ops, values)
+    rows = values if ops.dtype(values) == "float64" else _signed(ops, _codes(ops, values))
     count = ops.size(indices)
     order = ops.argsort(indices)
     in_order = ops.cast(ops.take(indices, order), "int64")
@@ -341,18 +330,19 @@ def _magnitude(ops: Operations, codes: Any) -> Any:
     return ops.where(magnitude < 0x00800000, subnormal, normal)
 
 
-def _signed(ops: Operations, x: Any) -> Any:
-    """Narrow x as float64."""
-    codes = _codes(ops, x)
-    magnitude = _magnitude(ops, codes)
-    return ops.where(codes < 0, -magnitude, magnitude)
+def _signed(ops: Operations, codes: Any) -> Any:
+    """The number of float32 bits as float64."""
+    magnitude = codes & 0x7FFFFFFF
+    subnormal = ops.cast(ops.where(codes < 0, -magnitude, magnitude), "float64") * 2.0**-149
+    normal = ops.cast(ops.bitcast(codes, "float32"), "float64")
+    return ops.where(magnitude < 0x00800000, subnormal, normal)
 
 
 # ---- the exact sum ----
 
 
 def _exact(
-    ops: Operations, narrow: Sequence[Any], rows: Sequence[Any], to: tuple[int, int]
+    ops: Operations, narrow: Sequence[Any], rows: Sequence[Any], precision: int, lowest: int
 ) -> list[Any]:
     """The root of the exact sum of squares: significand and exponent.
 
@@ -361,12 +351,16 @@ def _exact(
     sums = ops.reshape(ops.zeros(_CLASSES * _PLACES, "int64"), (_CLASSES, _PLACES))
     if narrow:
         sums = _added(
-            ops, sums, narrow, "int32", lambda x: ops.bitcast(_magnitude(ops, x), "int64")
+            ops,
+            sums,
+            [_codes(ops, x) for x in narrow],
+            "int32",
+            lambda codes: ops.bitcast(_magnitude(ops, codes), "int64"),
         )
     if rows:
         bits = [ops.bitcast(x, "int64") for x in rows]
         sums = _added(ops, sums, bits, "int64", lambda x: x)
-    return _root(ops, _words(ops, sums), *to)
+    return _root(ops, _words(ops, sums), precision, lowest)
 
 
 def _added(
@@ -397,7 +391,9 @@ def _added(
         ]
         return sums + ops.segment_sum(ops.stack(products), exponent + 1075, _CLASSES)
 
-    return ops.loop((size + _CHUNK - 1) // _CHUNK, body, sums)
+    # Gradients that are all zero are met, and need no such work.
+    some = ops.cast(ops.any(2 * vector != 0), "int64")
+    return ops.loop((size + _CHUNK - 1) // _CHUNK * some, body, sums)
 
 
 def _words(ops: Operations, sums: Any) -> Any:
@@ -471,18 +467,19 @@ def _scaled_narrow(ops: Operations, x: Any, factor: Number) -> Any:
     scaled = ops.cast(places, "float64") * _power(ops, ops.maximum(last, -1000))
     scaled = ops.where(factor.nan, math.nan, ops.maximum(scaled, 2.0**-1000))
     codes = _codes(ops, x)
-    product = _magnitude(ops, codes) * scaled
-    subnormal = ops.cast(ops.round(product * 2.0**149), "int32")
-    normal = ops.bitcast(ops.cast(product, "float32"), "int32")
-    magnitude = ops.where(product < 2.0**-126, subnormal, normal)
     sign = codes & -(1 << 31)
-    name = ops.dtype(x)
-    if name != "bfloat16":
-        result = ops.bitcast(magnitude | sign, "float32")
-        return result if name == "float32" else ops.cast(result, name)
-    rounded = ops.right(magnitude + 0x7FFF + (ops.right(magnitude, 16) & 1), 16)
-    rounded = ops.where(magnitude > 0x7F800000, ops.right(magnitude, 16) | 0x40, rounded)
-    return ops.bitcast(ops.cast(rounded | (ops.right(sign, 16) & 0x8000), "uint16"), name)
+    product = _signed(ops, codes) * scaled
+    subnormal = ops.cast(ops.round(abs(product) * 2.0**149), "int32") | sign
+    rounded = ops.cast(product, "float32")
+    result = ops.where(abs(product) < 2.0**-126, ops.bitcast(subnormal, "float32"), rounded)
+    if ops.dtype(x) == "float32":
+        return result
+    if ops.dtype(x) != "bfloat16":
+        return ops.cast(result, ops.dtype(x))
+    magnitude = ops.bitcast(result, "int32") & 0x7FFFFFFF
+    nearest = ops.right(magnitude + 0x7FFF + (ops.right(magnitude, 16) & 1), 16)
+    nearest = ops.where(magnitude > 0x7F800000, ops.right(magnitude, 16) | 0x40, nearest)
+    return ops.bitcast(ops.cast(nearest | (ops.right(sign, 16) & 0x8000), "uint16"), "bfloat16")
 
 
 def _power(ops: Operations, exponent: Any) -> Any:
