@@ -31,6 +31,7 @@ import tensorflow as tf
 import gradclip.tensorflow as gtf
 from gradclip.backends import tensorflow as backend
 from gradclip.kernels import tensorflow as kernel
+from gradclip.kernels import traced
 
 XLA = pytest.param("xla", marks=pytest.mark.slow)  # compiling takes seconds
 MODES = ["eager", "graph", XLA]
@@ -934,6 +935,13 @@ def test_patch_puts_ours_in_place_and_takes_it_back() -> None:
 
 # ---- breaking it is seen ----
 
+true_certified = traced._certified
+
+
+def certified_without_a_bound(ops: Any, numbers: Any) -> Any:
+    total, *ends = true_certified(ops, numbers)
+    return [total, *ends[:2], *ends[:2]]
+
 
 @pytest.mark.parametrize(
     ("module", "name", "broken", "noticing"),
@@ -957,6 +965,22 @@ def test_patch_puts_ours_in_place_and_takes_it_back() -> None:
             "copied",
             lambda held: backend.scaled(held, backend.Scaled(0.5, 1)),
             test_with_nothing_to_clip_the_inputs_come_back,
+        ),
+        pytest.param(
+            traced,
+            "_certified",
+            certified_without_a_bound,
+            functools.partial(test_norms_beside_a_midpoint_under_xla, tf.float32),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            traced,
+            "_signed",
+            lambda ops, codes: ops.cast(ops.bitcast(codes, "float32"), "float64"),
+            functools.partial(
+                test_limits_that_are_subnormal, "xla", np.float32, 5e-41, 1e-40, [3, 4]
+            ),
+            marks=pytest.mark.slow,
         ),
     ],
 )

@@ -130,12 +130,17 @@ _BLOCK: Shapes = [_NORM, _NORM, *_ATTENTION, _NORM, _NORM, *_PERCEPTRON]
 _GPT2_SHAPES: Shapes = [(50257, 768), (1024, 768), *(_BLOCK * 12), _NORM, _NORM]
 
 
-def _tensorflow(shapes: Shapes, graph: bool, clipping: bool, shrink: int) -> dict[str, Call]:
-    generator = np.random.default_rng(0)
-    kept = shapes[: max(1, len(shapes) // shrink)]
-    arrays: Arrays = [generator.standard_normal(shape, np.float32) for shape in kept]
-    limit = float(global_norm(arrays)) * (0.5 if clipping else 2)
-    return _contenders.tensorflow_clips(arrays, limit, graph=graph)
+def _beside_tensorflow(
+    what: str, limit: float, shapes: Shapes, *, graph: bool = False, clipping: bool = False
+) -> Case:
+    def systems(shrink: int) -> dict[str, Call]:
+        generator = np.random.default_rng(0)
+        kept = shapes[: max(1, len(shapes) // shrink)]
+        arrays: Arrays = [generator.standard_normal(shape, np.float32) for shape in kept]
+        clip_norm = float(global_norm(arrays)) * (0.5 if clipping else 2)
+        return _contenders.tensorflow_clips(arrays, clip_norm, graph=graph)
+
+    return Case(what, (Bar(limit, "TensorFlow"),), systems)
 
 
 def _tensorflow_trace(shrink: int) -> dict[str, Call]:
@@ -204,45 +209,29 @@ CASES: dict[str, Case | Fresh] = {
     ),
     "small-keep": Case("in place, nothing to clip, 1000 x 1000", _LOOP, partial(_keep, _small)),
     "small-clip": Case("in place, clipping, 1000 x 1000", _LOOP, partial(_clip, _small)),
-    "tf-eager-keep": Case(
-        "TensorFlow eager, nothing to clip, 200 MB",
-        (Bar(0.35, "TensorFlow"),),
-        partial(_tensorflow, _LARGE_SHAPES, False, False),
+    "tf-eager-keep": _beside_tensorflow(
+        "TensorFlow eager, nothing to clip, 200 MB", 0.35, _LARGE_SHAPES
     ),
-    "tf-eager-clip": Case(
-        "TensorFlow eager, clipping, 200 MB",
-        (Bar(0.9, "TensorFlow"),),
-        partial(_tensorflow, _LARGE_SHAPES, False, True),
+    "tf-eager-clip": _beside_tensorflow(
+        "TensorFlow eager, clipping, 200 MB", 0.9, _LARGE_SHAPES, clipping=True
     ),
-    "tf-small-keep": Case(
-        "TensorFlow eager, nothing to clip, 1000 x 1000",
-        (Bar(0.1, "TensorFlow"),),
-        partial(_tensorflow, _SMALL_SHAPES, False, False),
+    "tf-small-keep": _beside_tensorflow(
+        "TensorFlow eager, nothing to clip, 1000 x 1000", 0.1, _SMALL_SHAPES
     ),
-    "tf-small-clip": Case(
-        "TensorFlow eager, clipping, 1000 x 1000",
-        (Bar(0.35, "TensorFlow"),),
-        partial(_tensorflow, _SMALL_SHAPES, False, True),
+    "tf-small-clip": _beside_tensorflow(
+        "TensorFlow eager, clipping, 1000 x 1000", 0.35, _SMALL_SHAPES, clipping=True
     ),
-    "tf-graph-keep": Case(
-        "tf.function, nothing to clip, 200 MB",
-        (Bar(1.1, "TensorFlow"),),
-        partial(_tensorflow, _LARGE_SHAPES, True, False),
+    "tf-graph-keep": _beside_tensorflow(
+        "tf.function, nothing to clip, 200 MB", 1.1, _LARGE_SHAPES, graph=True
     ),
-    "tf-graph-clip": Case(
-        "tf.function, clipping, 200 MB",
-        (Bar(1.1, "TensorFlow"),),
-        partial(_tensorflow, _LARGE_SHAPES, True, True),
+    "tf-graph-clip": _beside_tensorflow(
+        "tf.function, clipping, 200 MB", 1.1, _LARGE_SHAPES, graph=True, clipping=True
     ),
-    "tf-gpt2-keep": Case(
-        "tf.function, nothing to clip, GPT-2: 148 tensors",
-        (Bar(1.1, "TensorFlow"),),
-        partial(_tensorflow, _GPT2_SHAPES, True, False),
+    "tf-gpt2-keep": _beside_tensorflow(
+        "tf.function, nothing to clip, GPT-2: 148 tensors", 1.1, _GPT2_SHAPES, graph=True
     ),
-    "tf-gpt2-clip": Case(
-        "tf.function, clipping, GPT-2: 148 tensors",
-        (Bar(1.1, "TensorFlow"),),
-        partial(_tensorflow, _GPT2_SHAPES, True, True),
+    "tf-gpt2-clip": _beside_tensorflow(
+        "tf.function, clipping, GPT-2: 148 tensors", 1.1, _GPT2_SHAPES, graph=True, clipping=True
     ),
     "tf-trace": Case(
         "tf.function, tracing 3000 tensors", (Bar(0.5, "TensorFlow"),), _tensorflow_trace
