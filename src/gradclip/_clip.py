@@ -35,6 +35,8 @@ def clip_by_global_norm(
 ) -> tuple[Any, Any]:
     """Scale arrays down together so that their global norm is at most ``clip_norm``.
 
+    Takes arrays of NumPy and SciPy, and tensors of TensorFlow, which differentiates through it.
+
     ::
 
         global_norm = sqrt(sum of |x|^2 over every element x of every leaf)
@@ -48,17 +50,19 @@ def clip_by_global_norm(
         t_list: arrays in a list, tuple, dict or any nest of them; None keeps its place; an
             iterator is read once. float16, bfloat16, float8, float32, float64, complex64 and
             complex128, of any shape and layout, dense or sparse. Never modified.
-        clip_norm: a real scalar above 0; ``inf`` clips nothing.
+        clip_norm: a real scalar above 0; ``inf`` clips nothing. Where it is traced it cannot be
+            checked: NaN gives NaN, below 0 acts as 0.
         use_norm: the norm to scale by, if it is known already. The leaves are not read for it.
         name: names the operations where a framework has named ones; else without effect.
         on_nonfinite: what to make of a norm that is NaN or inf because an element is:
             ``"nan"`` every element NaN, ``"zero"`` every element 0, ``"keep"`` the inputs
-            unchanged, ``"raise"`` FloatingPointError.
+            unchanged, ``"raise"`` FloatingPointError; in a graph, which cannot raise, ValueError.
         group: who else holds parts of the same gradient. No backend here supports one yet.
 
     Returns:
         ``(list_clipped, global_norm)``: the same nest with new arrays of the same dtypes, shapes
-        and layouts; and a scalar, float64 if a leaf is float64 or complex128, else float32.
+        and layouts (TensorFlow's, which cannot change, come back themselves where nothing is
+        clipped); and a scalar, float64 if a leaf is float64 or complex128, else float32.
 
     Raises:
         TypeError: a leaf is not of a dtype or framework that is served, leaves are of two
