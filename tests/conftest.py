@@ -30,6 +30,7 @@ FRAMEWORKS = {
     "torch": "torch",
     "tensorflow": "tensorflow-cpu",
     "keras": "keras",
+    "tensorboard": "tensorboard",
     "sklearn": "scikit-learn",
     "jax": "jax",
     "optax": "optax",
