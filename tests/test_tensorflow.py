@@ -542,6 +542,22 @@ def test_with_nothing_to_clip_the_inputs_come_back() -> None:
     assert all(new is old for new, old in zip(clipped, tensors, strict=True))
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_large_tensors_where_buffers_are_memory_and_where_not(shared: bool) -> None:
+    assert backend._buffers_are_memory()
+    values = [
+        np.random.default_rng(0).standard_normal((300, 1000)).astype(dtype)
+        for dtype in (np.float32, ml_dtypes.bfloat16, np.float64, ml_dtypes.float8_e5m2)
+    ]
+    with mock.patch.object(backend, "_buffers_are_memory", return_value=shared):
+        clipped, norm = gradclip.clip_by_global_norm([tf.constant(x) for x in values], 3.0)
+    assert_as_numpy(clipped, norm, values, 3.0)
+    with mock.patch.object(backend, "_buffers_are_memory", return_value=shared):
+        t_list = [tf.constant(np.full_like(values[0], np.nan)), tf.constant(values[1])]
+        filled, _ = gradclip.clip_by_global_norm(t_list, 3.0, on_nonfinite="zero")
+    assert not any(new.astype(float).any() for new in numpy_of(filled))
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_inputs_are_never_written(mode: str) -> None:
     """Not even by later operations, which may reuse the memory of what they are given."""

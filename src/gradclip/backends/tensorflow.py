@@ -7,6 +7,7 @@ by a callback. Under XLA and on other devices the same bits come from TensorFlow
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -189,29 +190,44 @@ class _Writable:
 
 def _written(held: Held, write: Callable[[list[Array]], None]) -> list[Any]:
     """New leaves, their elements written by ``write``."""
-    arrays, tensors, shapes = [], [], {}
+    shapes = _Shapes()
     with tf.device(_HOST):
-        for values in held.values:
-            tensor, array = None, np.empty(0)
-            if values.nbytes < _LARGE or values.itemsize == 1:
-                array = np.empty(values.shape, values.dtype)
-            else:
-                # TensorFlow's allocator, unlike NumPy's, hands out memory that has been in use
-                # before: none of its pages has to be mapped and cleared first.
-                if values.shape not in shapes:
-                    shapes[values.shape] = tf.constant(values.shape, tf.int32)
-                code = _host.code_dtype(values.dtype)
-                tensor = tf.raw_ops.Empty(shape=shapes[values.shape], dtype=tf.as_dtype(code))
-                array = np.asarray(_Writable(np.asarray(memoryview(tensor)))).view(values.dtype)
-            tensors.append(tensor)
-            arrays.append(array)
-        write(arrays)
-        new = [_finished(*pair) for pair in zip(tensors, arrays, strict=True)]
+        pairs = [_new(values, shapes) for values in held.values]
+        write([array for _, array in pairs])
+        new = [_finished(tensor, array) for tensor, array in pairs]
     return [_rewrap(leaf, tensor) for leaf, tensor in zip(held.leaves, new, strict=True)]
 
 
 # Bytes from which on the allocator matters.
 _LARGE = 1 << 18
+
+
+class _Shapes(dict[tuple[int, ...], Any]):
+    """Shapes as tensors, of which each costs more than an allocation."""
+
+    def __missing__(self, shape: tuple[int, ...]) -> Any:
+        self[shape] = tf.constant(shape, tf.int32)
+        return self[shape]
+
+
+def _new(values: Array, shapes: _Shapes) -> tuple[Any, Array]:
+    """A tensor like an array, and its memory; no tensor yet if it is to be made of that."""
+    if values.nbytes < _LARGE or values.itemsize == 1 or not _buffers_are_memory():
+        return None, np.empty(values.shape, values.dtype)
+    # TensorFlow's allocator, unlike NumPy's, hands out memory that has been in use before: none of
+    # its pages has to be mapped and cleared first.
+    code = tf.as_dtype(_host.code_dtype(values.dtype))
+    tensor = tf.raw_ops.Empty(shape=shapes[values.shape], dtype=code)
+    memory: Array = np.asarray(_Writable(np.asarray(memoryview(tensor))))
+    return tensor, memory.view(values.dtype)
+
+
+@functools.cache
+def _buffers_are_memory() -> bool:
+    """If the buffer of a tensor is its memory: no TensorFlow promises that it is no copy."""
+    tensor = tf.constant(np.zeros(_LARGE, np.uint8))
+    views = [np.asarray(memoryview(tensor)) for _ in range(2)]
+    return len({view.__array_interface__["data"] for view in views}) == 1
 
 
 def _finished(tensor: Any, array: Array) -> Any:
