@@ -7,6 +7,8 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -36,12 +38,20 @@ def run(backend: str, *arguments: str, cwd: Path | None = None) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_on_each_backend(backend: str) -> None:
+@pytest.fixture(scope="module")
+def workers() -> Iterator[dict[str, Future[str]]]:
+    """What the checks print on each backend: all at the same time, as compiling takes long."""
     # A MirroredStrategy never closes its threads.
     quiet = "ignore:unclosed running multiprocessing pool:ResourceWarning"
     worker = str(HERE / "keras_worker.py")
-    printed = run(backend, "-W", quiet, "-m", "pytest", "-q", "-p", "no:cacheprovider", worker)
+    arguments = ("-W", quiet, "-m", "pytest", "-q", "-p", "no:cacheprovider", worker)
+    with ThreadPoolExecutor(len(BACKENDS)) as pool:
+        yield {backend: pool.submit(run, backend, *arguments) for backend in BACKENDS}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_on_each_backend(backend: str, workers: dict[str, Future[str]]) -> None:
+    printed = workers[backend].result()
     assert re.search(r"^\d{3} passed(, \d+ skipped)? in", printed, re.MULTILINE), printed
 
 
