@@ -13,10 +13,10 @@ demo: .venv/demo ## train a small network with and without clipping; draws demo.
 	$(BIN)/gradclip demo --out demo.png
 
 test: .venv/test ## all tests, with every framework
-	GRADCLIP_REQUIRE_ALL=1 $(BIN)/python -m pytest
+	GRADCLIP_REQUIRE_ALL=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 test-quick: .venv/test ## the tests that take under two minutes
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow"
 
 lint: .venv/test ## style, types
 	$(BIN)/ruff check .

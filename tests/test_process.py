@@ -284,8 +284,9 @@ def test_100_000_calls_leak_nothing(number_of_threads: int) -> None:
         rounds(100_000)
         more_blocks, more_references = in_use()
         assert resident() - memory < 1 << 20
-        assert more_blocks - blocks < 500
-        assert more_references - references < 500
+        # One block left by one of the ten kinds of call would be 10,000 more.
+        assert more_blocks - blocks < 5000
+        assert more_references - references < 5000
 
 
 @pytest.mark.slow

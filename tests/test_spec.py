@@ -726,7 +726,9 @@ def test_other_dtypes_are_named_with_their_path(leaf: Any, dtype: str) -> None:
         global_norm(leaf)
 
 
-@pytest.mark.parametrize("leaf", [3, 3.0, "abc", object(), range(3), {1, 2}], ids=repr)
+@pytest.mark.parametrize(
+    "leaf", [3, 3.0, "abc", object(), range(3), {1, 2}], ids=lambda x: type(x).__name__
+)
 def test_what_is_no_array_is_named_with_its_path(leaf: Any) -> None:
     text = f"is {type(leaf).__name__}; every leaf must be an array of numpy or tensorflow"
     for function in (clip_by_global_norm, clip_by_global_norm_):

@@ -11,22 +11,11 @@ import numpy as np
 
 from gradclip import _host
 from gradclip._exact import Scaled
-from gradclip._host import Array, Held, measure, scalar, scale_, total
+from gradclip._host import Array, Held
 from gradclip._sparse import IndexedSlices, check_rows, merged_rows
 
-__all__ = [
-    "copied",
-    "count_nonfinite",
-    "fill_",
-    "filled",
-    "hold",
-    "measure",
-    "recorder",
-    "scalar",
-    "scale_",
-    "scaled",
-    "total",
-]
+measure, total = _host.measure, _host.total
+scalar, scale_ = _host.scalar, _host.scale_
 
 _ACCEPTED = "float16, bfloat16, float8, float32, float64 and complex arrays"
 _IN_PLACE_FORMATS = ("bsr", "coo", "csc", "csr", "dia")

@@ -20,7 +20,7 @@ from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 from gradclip import _host
 from gradclip._decide import check_clip_norm, check_use_norm
 from gradclip._exact import Scaled
-from gradclip._host import Array, Held, measure, total
+from gradclip._host import Array, Held
 from gradclip._protocol import Plain
 from gradclip._sparse import IndexedSlices, check_rows, merged_rows
 from gradclip._tree import Tree
@@ -28,19 +28,7 @@ from gradclip.kernels import traced
 from gradclip.kernels.cpu import ieee_arithmetic
 from gradclip.kernels.tensorflow import Operations, grouped, pulled_back
 
-__all__ = [
-    "copied",
-    "count_nonfinite",
-    "fill_",
-    "filled",
-    "hold",
-    "measure",
-    "recorder",
-    "scalar",
-    "scale_",
-    "scaled",
-    "total",
-]
+measure, total = _host.measure, _host.total
 
 _ACCEPTED = "float16, bfloat16, float8, float32, float64 and complex tensors"
 _Slices = (tf.IndexedSlices, IndexedSlices)
@@ -264,10 +252,14 @@ def recorder(values: Sequence[Any]) -> _Recorder | None:
 
 def _on_host(values: Sequence[Any]) -> bool:
     """If the host's kernels can reach all tensors."""
-    if all(device.device_type == "CPU" for device in tf.config.list_logical_devices()):
+    if _only_cpus():
         return True
     tensors = filter(tf.is_tensor, map(_tensor, values))
     return all("CPU" in tensor.device for tensor in tensors)
+
+
+def _only_cpus() -> bool:
+    return all(device.device_type == "CPU" for device in tf.config.list_logical_devices())
 
 
 class _Recorder:
@@ -465,9 +457,8 @@ def _recorded(call: _Call, limit: Any, given: list[Any], *, elsewhere: bool = Fa
 
 def _compiles() -> bool:
     """If the graph is one that XLA compiles, or is placed on devices that are no CPU."""
-    return bool(GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())) or not all(
-        device.device_type == "CPU" for device in tf.config.list_logical_devices()
-    )
+    graph = tf.compat.v1.get_default_graph()
+    return bool(GraphOrParentsInXlaContext(graph)) or not _only_cpus()
 
 
 def _label(policy: Any, given: Sequence[Any]) -> str:

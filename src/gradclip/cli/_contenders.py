@@ -17,6 +17,7 @@ from gradclip.cli._systems import import_tensorflow
 Arrays = list[npt.NDArray[Any]]
 Call = Callable[[], object]
 Limit = Callable[[], float]
+Clip = Callable[..., Any]
 
 
 def norms(arrays: Arrays) -> dict[str, Call]:
@@ -35,7 +36,6 @@ def norms(arrays: Arrays) -> dict[str, Call]:
 def clips(arrays: Arrays, limit: Limit) -> dict[str, Call]:
     """Clipping float32 arrays, by each that is installed: in place where it can."""
     calls: dict[str, Call] = {"NumPy loop": lambda: _numpy_loop(arrays, limit())}
-    # PyTorch before TensorFlow: the other way round the two do not load into one process.
     for module, make in (("torch", _torch), ("tensorflow", _tensorflow), ("optax", _optax)):
         if find_spec(module):
             calls.update(make(arrays, limit))
@@ -90,40 +90,39 @@ def _optax(arrays: Arrays, limit: Limit) -> dict[str, Call]:
 
 def tensorflow_clips(arrays: Arrays, limit: float, *, graph: bool) -> dict[str, Call]:
     """Clipping tensors by gradclip and by TensorFlow, if it is installed."""
-    if not find_spec("tensorflow"):
-        return {}
-    tf = _import_tensorflow_after_torch()
-    from gradclip.tensorflow import clip_by_global_norm
 
-    tensors = [tf.constant(array) for array in arrays]
-
-    def call(clip: Callable[..., Any]) -> Call:
-        if graph:
-            clip = tf.function(clip, autograph=False)
+    def calls(tf: Any) -> Callable[[Clip], Call]:
+        tensors = [tf.constant(array) for array in arrays]
         # The limit is a tensor, as TensorFlow takes it to be: it traces a number anew.
         bound = tf.constant(limit, tf.float32)
-        return lambda: float(clip(tensors, bound)[1])
 
-    return {"gradclip": call(clip_by_global_norm), "TensorFlow": call(tf.clip_by_global_norm)}
+        def call(clip: Clip) -> Call:
+            function = tf.function(clip, autograph=False) if graph else clip
+            return lambda: float(function(tensors, bound)[1])
+
+        return call
+
+    return _beside_tensorflow(calls)
 
 
 def tensorflow_traces(count: int) -> dict[str, Call]:
     """Tracing a tf.function that clips so many tensors, if TensorFlow is installed."""
+
+    def calls(tf: Any) -> Callable[[Clip], Call]:
+        specs = [tf.TensorSpec([10], tf.float32) for _ in range(count)]
+        return lambda clip: (
+            lambda: tf.function(clip, autograph=False).get_concrete_function(specs, 1.0)
+        )
+
+    return _beside_tensorflow(calls)
+
+
+def _beside_tensorflow(calls: Callable[[Any], Callable[[Clip], Call]]) -> dict[str, Call]:
+    """A call of gradclip's function and of TensorFlow's own."""
     if not find_spec("tensorflow"):
         return {}
-    tf = _import_tensorflow_after_torch()
+    tf = import_tensorflow()
     from gradclip.tensorflow import clip_by_global_norm
 
-    specs = [tf.TensorSpec([10], tf.float32) for _ in range(count)]
-
-    def call(clip: Callable[..., Any]) -> Call:
-        return lambda: tf.function(clip, autograph=False).get_concrete_function(specs, 1.0)
-
+    call = calls(tf)
     return {"gradclip": call(clip_by_global_norm), "TensorFlow": call(tf.clip_by_global_norm)}
-
-
-def _import_tensorflow_after_torch() -> Any:
-    """TensorFlow; after PyTorch, as the other way round the two do not load into one process."""
-    if find_spec("torch"):
-        import torch  # noqa: F401
-    return import_tensorflow()

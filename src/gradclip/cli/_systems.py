@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -183,7 +184,6 @@ def _jax() -> Framework:
 
 FRAMEWORKS: dict[str, Callable[[], Framework]] = {
     "numpy": _numpy,
-    # Before TensorFlow: the other way round the two do not load into one process.
     "torch": _torch,
     "tensorflow": _tensorflow,
     "jax": _jax,
@@ -241,7 +241,12 @@ INCUMBENTS = {
 
 
 def import_tensorflow() -> Any:
-    """TensorFlow, without its notes on the processor."""
+    """TensorFlow, without its notes on the processor.
+
+    PyTorch comes first: the other way round the two do not load into one process.
+    """
+    if find_spec("torch"):
+        importlib.import_module("torch")
     with _stderr_dropped():
         tensorflow = importlib.import_module("tensorflow")
         tensorflow.constant(0, tensorflow.float16)  # the first of its kind brings a note too

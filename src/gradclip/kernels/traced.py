@@ -173,7 +173,7 @@ def _split(ops: Operations, bits: Any) -> tuple[Any, Any]:
     """The significand and exponent of float64 bits without their sign; 0 of NaN and inf."""
     field = ops.right(bits, 52) & 0x7FF
     finite = ops.where(field < 0x7FF, bits & (_ONE - 1), 0)
-    hidden = ops.where((field > 0) & (field < 0x7FF), _ONE, ops.cast(0 * field, "int64"))
+    hidden = ops.where((field > 0) & (field < 0x7FF), _ONE, 0 * field)
     return finite | hidden, ops.maximum(field, 1) - 1075
 
 
@@ -322,14 +322,6 @@ def _codes(ops: Operations, x: Any) -> Any:
     return ops.bitcast(x if ops.dtype(x) == "float32" else ops.cast(x, "float32"), "int32")
 
 
-def _magnitude(ops: Operations, codes: Any) -> Any:
-    """|x| of float32 bits as float64: subnormal x from their integer."""
-    magnitude = codes & 0x7FFFFFFF
-    subnormal = ops.cast(magnitude, "float64") * 2.0**-149
-    normal = ops.cast(ops.bitcast(magnitude, "float32"), "float64")
-    return ops.where(magnitude < 0x00800000, subnormal, normal)
-
-
 def _signed(ops: Operations, codes: Any) -> Any:
     """The number of float32 bits as float64."""
     magnitude = codes & 0x7FFFFFFF
@@ -355,7 +347,7 @@ def _exact(
             sums,
             [_codes(ops, x) for x in narrow],
             "int32",
-            lambda codes: ops.bitcast(_magnitude(ops, codes), "int64"),
+            lambda codes: ops.bitcast(_signed(ops, codes), "int64"),
         )
     if rows:
         bits = [ops.bitcast(x, "int64") for x in rows]
