@@ -147,7 +147,85 @@ def _type_of_a_tensor(_: Any) -> type:
     return type(_tensor(np.float32(0)))
 
 
+def _torch() -> Any:
+    return importlib.import_module("torch")
+
+
+def _torch_tensor(values: np.ndarray[Any, Any]) -> Any:
+    """A new tensor: of the dtypes of ml_dtypes by their codes."""
+    torch = _torch()
+    if values.dtype.type.__module__.partition(".")[0] != "ml_dtypes":
+        return torch.from_numpy(np.array(values, values.dtype.newbyteorder("="), order="K"))
+    code = np.int16 if values.itemsize == 2 else np.uint8
+    codes = torch.from_numpy(np.array(values).view(code))
+    if not hasattr(torch, values.dtype.name):
+        pytest.skip(f"PyTorch has no {values.dtype.name}")
+    return codes.view(getattr(torch, values.dtype.name))
+
+
+def _torch_read(leaf: Any) -> np.ndarray[Any, Any]:
+    torch = _torch()
+    leaf = getattr(leaf, "values", leaf) if isinstance(leaf, gradclip.IndexedSlices) else leaf
+    if leaf.layout is not torch.strided:
+        leaf = leaf.to_dense()
+    leaf = leaf.detach().resolve_conj().resolve_neg()
+    name = str(leaf.dtype).removeprefix("torch.")
+    if name == "bfloat16" or name.startswith("float8"):
+        codes = leaf.contiguous().view(torch.int16 if leaf.itemsize == 2 else torch.uint8)
+        return np.asarray(codes.numpy()).view(np.dtype(name))
+    return np.asarray(leaf.numpy())
+
+
+def _torch_strided(values: np.ndarray[Any, Any]) -> Any:
+    tensor = _torch_tensor(values)
+    wide = tensor.new_zeros((*tensor.shape, 2))
+    wide[..., 1] = tensor
+    return wide[..., 1]
+
+
+def _torch_recorded(*args: Any, **options: Any) -> Any:
+    clipped, norm = gradclip.clip_by_global_norm(*args, **options)
+    assert norm.requires_grad
+    return clipped, norm.detach()
+
+
+def _torch_elsewhere(*args: Any, **options: Any) -> Any:
+    """As on a device that the host's kernels do not reach."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("gradclip.backends.torch._on_host", lambda _: False)
+        patched.setattr("gradclip.backends.torch._taken", lambda *_, **__: None)
+        return gradclip.clip_by_global_norm(*args, **options)
+
+
+def _torch_slices(values: np.ndarray[Any, Any]) -> Any:
+    tensor = _torch_tensor(values)
+    return gradclip.IndexedSlices(tensor, _torch().arange(len(tensor)).flip(0))
+
+
+def _torch_coo(values: np.ndarray[Any, Any]) -> Any:
+    tensor = _torch_tensor(values)
+    rows = _torch().arange(len(tensor))[None]
+    return _torch().sparse_coo_tensor(rows, tensor, tensor.shape, check_invariants=False)
+
+
 ADAPTERS: dict[str, dict[str, Adapter]] = {
+    "torch": {
+        "torch": Adapter(_torch_tensor, _torch_read),
+        "torch:parameter": Adapter(
+            lambda values: _torch().nn.Parameter(_torch_tensor(values), requires_grad=False),
+            _torch_read,
+            new_type=lambda _: _torch().Tensor,
+        ),
+        "torch:strided": Adapter(_torch_strided, _torch_read),
+        "torch:autograd": Adapter(
+            lambda values: _torch_tensor(values).requires_grad_(),
+            _torch_read,
+            clip=_torch_recorded,
+        ),
+        "torch:slices": Adapter(_torch_slices, _torch_read),
+        "torch:coo": Adapter(_torch_coo, _torch_read),
+        "torch:elsewhere": Adapter(_torch_tensor, _torch_read, clip=_torch_elsewhere),
+    },
     "tensorflow": {
         "tensorflow": Adapter(_tensor, _tensor_values, writable=False),
         "tensorflow:variable": Adapter(

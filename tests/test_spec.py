@@ -726,11 +726,14 @@ def test_other_dtypes_are_named_with_their_path(leaf: Any, dtype: str) -> None:
         global_norm(leaf)
 
 
+EVERY_LEAF = "every leaf must be an array of numpy or tensorflow or torch"
+
+
 @pytest.mark.parametrize(
     "leaf", [3, 3.0, "abc", object(), range(3), {1, 2}], ids=lambda x: type(x).__name__
 )
 def test_what_is_no_array_is_named_with_its_path(leaf: Any) -> None:
-    text = f"is {type(leaf).__name__}; every leaf must be an array of numpy or tensorflow"
+    text = f"is {type(leaf).__name__}; {EVERY_LEAF}"
     for function in (clip_by_global_norm, clip_by_global_norm_):
         with raises(TypeError, f"t_list[0][1] {text}"):
             function([[np.float32([1]), leaf]], 1.0)
@@ -740,7 +743,8 @@ def test_what_is_no_array_is_named_with_its_path(leaf: Any) -> None:
 
 def test_a_generator_within_a_nest_is_no_array() -> None:
     with raises(
-        TypeError, "t_list[1] is generator; every leaf must be an array of numpy or tensorflow"
+        TypeError,
+        "t_list[1] is generator; every leaf must be an array of numpy or tensorflow or torch",
     ):
         global_norm([np.float32([1]), (x for x in three_four())])
 
@@ -1341,9 +1345,7 @@ def test_slices_of_other_than_arrays(values: Any) -> None:
 
 @pytest.mark.parametrize("values", [[[1.0]], None, with_duplicates(np.float32)])
 def test_slices_of_what_is_no_array(values: Any) -> None:
-    text = (
-        f"t_list[0] is {type(values).__name__}; every leaf must be an array of numpy or tensorflow"
-    )
+    text = f"t_list[0] is {type(values).__name__}; {EVERY_LEAF}"
     with raises(TypeError, text):
         global_norm([IndexedSlices(values, np.array([0]))])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from gradclip._decide import (
@@ -130,7 +130,7 @@ def clip_by_global_norm_(
         tree, backend = _opened(t_list)
         held = backend.hold(tree.leaves, tree.path, writable=True)
         measured, action = _decided(tree, backend, held, limit, given, on_nonfinite)
-        _act_(backend, held, action)
+        carry_out_(backend, held, action)
         return backend.scalar(measured, held)
 
 
@@ -223,15 +223,37 @@ def act_(t_list: Any, action: Action) -> None:
     """Carry out what has been decided for the whole on some of its leaves, where they lie."""
     with ieee_arithmetic():
         tree, backend = _opened(t_list)
-        _act_(backend, backend.hold(tree.leaves, tree.path, writable=True), action)
+        carry_out_(backend, backend.hold(tree.leaves, tree.path, writable=True), action)
 
 
-def _act_(backend: Backend, held: Any, action: Action) -> None:
+def carry_out_(backend: Backend, held: Any, action: Action) -> None:
+    """Do to leaves, where they lie, what has been decided."""
     match action:
         case Scale(factor):
             backend.scale_(held, factor)
         case Fill(value):
             backend.fill_(held, value)
+
+
+def decided(
+    backend: Backend,
+    leaves: Sequence[Any],
+    path: Callable[[int], str],
+    norm: Scaled,
+    limit: float,
+    on_nonfinite: OnNonfinite,
+    *,
+    given: bool = False,
+) -> Keep | Fill | Scale:
+    """What is to be done to leaves of this norm.
+
+    Raises:
+        FloatingPointError: they are to be refused; the text names each that holds NaN or inf.
+    """
+    action = decide(norm, limit, on_nonfinite)
+    if isinstance(action, Raise):
+        raise FloatingPointError(_offenders(backend, leaves, path, norm, given=given))
+    return action
 
 
 def _opened(t_list: Any) -> tuple[Tree, Backend]:
@@ -254,11 +276,10 @@ def _decided(
     on_nonfinite: OnNonfinite,
 ) -> tuple[Scaled, Keep | Fill | Scale]:
     """The norm, and what is to be done: everything up to the first write."""
-    measured = backend.measure(held) if given is None else given
-    action = decide(measured, limit, on_nonfinite)
-    if isinstance(action, Raise):
-        raise FloatingPointError(_offenders(tree, backend, measured, given=given is not None))
-    return measured, action
+    norm = backend.measure(held) if given is None else given
+    return norm, decided(
+        backend, tree.leaves, tree.path, norm, limit, on_nonfinite, given=given is not None
+    )
 
 
 def _clipped(
@@ -297,18 +318,25 @@ def _plain(tree: Tree, backend: Backend) -> Plain:
     return clip
 
 
-def _offenders(tree: Tree, backend: Backend, measured: Scaled, *, given: bool) -> str:
+def _offenders(
+    backend: Backend,
+    leaves: Sequence[Any],
+    path: Callable[[int], str],
+    norm: Scaled,
+    *,
+    given: bool,
+) -> str:
     """Each leaf that holds NaN or inf, with its counts."""
     found = []
-    for place, leaf in enumerate(tree.leaves):
+    for place, leaf in enumerate(leaves):
         nans, infs = backend.count_nonfinite(leaf)
         if nans or infs:
-            found.append(f"{tree.path(place)} holds {nans} NaN and {infs} inf")
+            found.append(f"{path(place)} holds {nans} NaN and {infs} inf")
     if not found and given:
         found.append("given as use_norm, every leaf is finite")
     elif not found:
         found.append("rows with the same index add up to more than float64 holds")
-    return f"the global norm is {float(measured)}: " + "; ".join(found)
+    return f"the global norm is {float(norm)}: " + "; ".join(found)
 
 
 def _no_group(group: Any) -> None:

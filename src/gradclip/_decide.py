@@ -40,29 +40,29 @@ class Raise(NamedTuple):
 Action = Keep | Fill | Scale | Raise
 
 
-def check_clip_norm(clip_norm: Any) -> float:
-    """``clip_norm`` as a float above 0.
+def check_clip_norm(clip_norm: Any, name: str = "clip_norm") -> float:
+    """``clip_norm``, by the name that its user gave it, as a float above 0.
 
     Raises:
         TypeError: it is no real scalar.
         ValueError: it is zero, negative, NaN or an array of any shape but ().
     """
-    value = _real("clip_norm", clip_norm)
+    value = _real(name, clip_norm)
     if not value > 0:
-        raise ValueError(f"clip_norm is {clip_norm!r}; it must be above 0 (inf: only measure)")
+        raise ValueError(f"{name} is {clip_norm!r}; it must be above 0 (inf: only measure)")
     return value
 
 
-def check_use_norm(use_norm: Any) -> Scaled:
-    """``use_norm`` as the norm to scale by.
+def check_use_norm(use_norm: Any, name: str = "use_norm") -> Scaled:
+    """``use_norm``, by the name that its user gave it, as the norm to scale by.
 
     Raises:
         TypeError: it is no real scalar.
         ValueError: it is negative or an array of any shape but ().
     """
-    value = _real("use_norm", use_norm)
+    value = _real(name, use_norm)
     if value < 0:
-        raise ValueError(f"use_norm is {use_norm!r}; a norm is never negative")
+        raise ValueError(f"{name} is {use_norm!r}; a norm is never negative")
     return Scaled.of(abs(value))
 
 

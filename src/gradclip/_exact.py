@@ -120,13 +120,8 @@ def root(integer: int, unit: int, to: Format) -> Scaled:
     return Scaled(significand, exponent + last_place)
 
 
-class Part(NamedTuple):
-    """What one thread adds up in float64: ``high + low``, and what was no number."""
-
-    high: float
-    low: float
-    has_inf: bool
-    has_nan: bool
+# What one thread adds up in float64, high + low, and if there was an inf, and a NaN.
+Part = tuple[float, float, bool, bool]
 
 
 # A block of 4096 squares, each exact, added in any order errs by less than 4095 u, u = 2^-53
@@ -142,11 +137,11 @@ def certified_norm(parts: Sequence[Part]) -> Scaled | None:
     The true sum lies within ``S (1 - e)`` and ``S (1 + e)``. Rounding is monotone: where the roots
     of both ends round to one number, the true root does too.
     """
-    if any(part.has_nan for part in parts):
+    if any(has_nan for _, _, _, has_nan in parts):
         return Scaled(math.nan, 0)
-    if any(part.has_inf for part in parts):
+    if any(has_inf for _, _, has_inf, _ in parts):
         return Scaled(math.inf, 0)
-    total = math.fsum(term for part in parts for term in (part.high, part.low))
+    total = math.fsum(term for high, low, _, _ in parts for term in (high, low))
     low = _round24(math.sqrt(total * (1 - _BOUND)))
     high = _round24(math.sqrt(total * (1 + _BOUND)))
     return low if low == high else None

@@ -14,7 +14,6 @@ import numpy.typing as npt
 from gradclip._exact import (
     FLOAT32,
     FLOAT64,
-    Part,
     Scaled,
     Total,
     certified_norm,
@@ -27,12 +26,19 @@ from gradclip.kernels import cpu
 Array = npt.NDArray[Any]
 
 
+class Float8(NamedTuple):
+    """How 256 codes stand for numbers."""
+
+    decode: bytes  # the float32 value of each
+    encode: Callable[[Array], bytes]  # the codes nearest to float32 values
+
+
 class Held(NamedTuple):
     """Leaves that have passed every check, and their memory."""
 
     leaves: Sequence[Any]
     values: list[Array]  # the elements of each leaf: of a sparse one its stored values
-    decode: list[bytes | None] | None
+    codes: list[Float8 | None] | None
     memory: cpu.Leaves  # of `values`
     writable: bool
     # The rows of a sparse leaf with those of one index added; None if no two share one, and for a
@@ -59,17 +65,36 @@ def hold(
     Raises:
         ValueError: with ``writable``, one is read-only or its elements share memory.
     """
-    decode = [_decode_table(array.dtype) for array in values]
-    memory = cpu.take([_as_codes(array) for array in values], decode, writable=writable)
+    codes = [_float8(array.dtype) for array in values]
+    return hold_codes(
+        leaves, list(map(_as_codes, values)), codes, merged, path, writable=writable
+    )._replace(values=values)
+
+
+def hold_codes(
+    leaves: Sequence[Any],
+    values: list[Array],
+    codes: list[Float8 | None],
+    merged: Callable[[Any, Array], Iterator[Array] | None] | None,
+    path: Callable[[int], str],
+    *,
+    writable: bool,
+) -> Held:
+    """Hold arrays of native dtypes, of which uint16 is bfloat16 and uint8 is of ``codes``.
+
+    Raises:
+        ValueError: with ``writable``, one is read-only or its elements share memory.
+    """
+    memory = cpu.take(values, _decode(codes), writable=writable)
     if memory is None:
-        raise ValueError(_in_the_way(values, path))
-    return Held(leaves, values, decode, memory, writable, merged)
+        raise ValueError(_in_the_way(values, codes, path))
+    return Held(leaves, values, codes, memory, writable, merged)
 
 
 def measure(held: Held) -> Scaled:
     """The global norm, correctly rounded."""
     if held.merged is None and not held.memory.has_f64:
-        certified = certified_norm([Part(*part) for part in cpu.sum_squares(held.memory)])
+        certified = certified_norm(cpu.sum_squares(held.memory))
         if certified is not None:
             return certified
     return norm(total(held)[0], FLOAT64 if held.memory.has_f64 else FLOAT32)
@@ -112,8 +137,13 @@ def scale(held: Held, targets: Sequence[Array], factor: Scaled) -> None:
             np.copyto(target, source)
             old[place] = target
     same = all(source is values for source, values in zip(old, held.values, strict=True))
-    memory = held.memory if same else _take(old, held.decode)
-    _scale(memory, _take(targets, held.decode), held, factor)
+    memory = held.memory if same else _take(old, held.codes)
+    _scale(memory, _take(targets, held.codes), held, factor)
+
+
+def scale_to(source: Held, target: Held, factor: Scaled) -> None:
+    """Write every element times ``factor`` to memory that is laid out alike."""
+    _scale(source.memory, target.memory, source, factor)
 
 
 def scale_(held: Held, factor: Scaled) -> None:
@@ -123,18 +153,21 @@ def scale_(held: Held, factor: Scaled) -> None:
 
 def _scale(source: cpu.Leaves, target: cpu.Leaves, held: Held, factor: Scaled) -> None:
     recode = None
-    if held.decode is not None:
-        dtypes = [values.dtype for values in held.values]
-        tables = {dtype: _recode_table(dtype, factor) for dtype in set(dtypes)}
-        recode = [tables[dtype] for dtype in dtypes]
+    if held.codes is not None:
+        tables = {codes: _recode_table(codes, factor) for codes in set(held.codes)}
+        recode = [tables[codes] for codes in held.codes]
     cpu.scale(source, target, *factor, recode)
 
 
-def _take(arrays: Sequence[Array], decode: list[bytes | None] | None) -> cpu.Leaves:
-    coded = list(arrays) if decode is None else [_as_codes(array) for array in arrays]
-    memory = cpu.take(coded, decode, writable=False)
+def _take(arrays: Sequence[Array], codes: list[Float8 | None] | None) -> cpu.Leaves:
+    coded = list(arrays) if codes is None else [_as_codes(array) for array in arrays]
+    memory = cpu.take(coded, None if codes is None else _decode(codes), writable=False)
     assert memory is not None, "arrays that have passed every check"
     return memory
+
+
+def _decode(codes: list[Float8 | None]) -> list[bytes | None]:
+    return [None if each is None else each.decode for each in codes]
 
 
 def _measured(held: Held) -> Iterator[cpu.Leaves]:
@@ -142,9 +175,11 @@ def _measured(held: Held) -> Iterator[cpu.Leaves]:
     if held.merged is None:
         yield held.memory
         return
+    assert held.codes is not None, "sparse leaves, which are held with care"
     dense: list[Array] = []
+    dense_codes = []
     seen = set()
-    for leaf, values in zip(held.leaves, held.values, strict=True):
+    for leaf, values, codes in zip(held.leaves, held.values, held.codes, strict=True):
         place = (values.__array_interface__["data"], values.shape, values.strides)
         if held.writable and place in seen:
             continue  # one array listed twice is scaled once, so it counts once
@@ -152,18 +187,21 @@ def _measured(held: Held) -> Iterator[cpu.Leaves]:
         sums = held.merged(leaf, values)
         if sums is None:
             dense.append(values)
+            dense_codes.append(codes)
         else:
             yield from (_take([part], None) for part in sums)
-    yield _take(dense, [_decode_table(values.dtype) for values in dense])
+    yield _take(dense, dense_codes)
 
 
-def _in_the_way(values: Sequence[Array], path: Callable[[int], str]) -> str:
+def _in_the_way(
+    values: Sequence[Array], codes: list[Float8 | None], path: Callable[[int], str]
+) -> str:
     """Why one of the arrays cannot be written in place."""
     for place, array in enumerate(values):
         if not array.flags.writeable:
             return f"{path(place)} is read-only; clip_by_global_norm returns new arrays instead"
     for place, array in enumerate(values):
-        if cpu.take([_as_codes(array)], [_decode_table(array.dtype)], writable=True) is None:
+        if cpu.take([array], _decode([codes[place]]), writable=True) is None:
             return (
                 f"{path(place)} has elements that share memory (strides {array.strides}); "
                 "clip_by_global_norm returns new arrays instead"
@@ -194,30 +232,32 @@ def code_dtype(dtype: np.dtype[Any]) -> np.dtype[Any] | None:
 
 
 def _as_codes(values: Array) -> Array:
-    code = code_dtype(values.dtype)
-    assert code is not None, "an array that has passed every check"
+    code = code_dtype(values.dtype) or values.dtype
     return values if code is values.dtype else values.view(code)
 
 
-_decode_tables: dict[np.dtype[Any], bytes] = {}
+_float8s: dict[np.dtype[Any], Float8] = {}
 
 
-def _decode_table(dtype: np.dtype[Any]) -> bytes | None:
-    """For float8, the float32 values of its 256 codes."""
+def _float8(dtype: np.dtype[Any]) -> Float8 | None:
     if dtype.itemsize != 1:
         return None
-    if dtype not in _decode_tables:
+    if dtype not in _float8s:
+
+        def encode(values: Array) -> bytes:
+            with np.errstate(invalid="ignore"):
+                return values.astype(dtype).tobytes()
+
         codes = np.arange(256, dtype=np.uint8)
-        _decode_tables[dtype] = codes.view(dtype).astype(np.float32).tobytes()
-    return _decode_tables[dtype]
+        _float8s[dtype] = Float8(codes.view(dtype).astype(np.float32).tobytes(), encode)
+    return _float8s[dtype]
 
 
-def _recode_table(dtype: np.dtype[Any], factor: Scaled) -> bytes | None:
-    """For float8, the code of each code's value times the factor."""
-    if dtype.itemsize != 1:
+def _recode_table(codes: Float8 | None, factor: Scaled) -> bytes | None:
+    """The code of each code's value times the factor."""
+    if codes is None:
         return None
-    values = np.frombuffer(_decode_table(dtype) or b"", np.float32)
+    values = np.frombuffer(codes.decode, np.float32)
     product = np.empty_like(values)
     cpu.scale(_take([values], None), _take([product], None), *factor, None)
-    with np.errstate(invalid="ignore"):
-        return product.astype(dtype).tobytes()
+    return codes.encode(product)

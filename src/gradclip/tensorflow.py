@@ -26,15 +26,14 @@ called from one with ``jit_compile=True`` needs ``jit_compile=True`` too.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
-from functools import partial
-from types import TracebackType
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any
 
 import tensorflow as tf
 from tensorflow.python.ops import clip_ops
 
 from gradclip import _clip
+from gradclip._patch import Patch
 
 __all__ = ["clip_by_global_norm", "global_norm", "patch"]
 
@@ -116,13 +115,13 @@ def _tensors(t_list: Any) -> list[Any]:
     ]
 
 
-class patch:  # noqa: N801  (used as a function)
+class patch(Patch):  # noqa: N801  (used as a function)
     """Put `gradclip` in place of TensorFlow's functions, and of Keras's own use of them.
 
     From the call on, or within the ``with`` statement, ``tf.clip_by_global_norm``,
     ``tf.linalg.global_norm``, their names in ``tf.compat``, and every Keras optimizer with a
     ``global_clipnorm`` clip by the exact norm. Functions traced before keep what they were traced
-    with.
+    with. ``undo()`` puts back what was there before.
 
     >>> with patch():
     ...     tf.clip_by_global_norm is clip_by_global_norm
@@ -131,47 +130,12 @@ class patch:  # noqa: N801  (used as a function)
     False
     """
 
-    _active = 0
-    _undo: ClassVar[list[Callable[[], None]]] = []
+    def _install(self) -> None:
+        for module in (tf, tf.linalg, tf.compat.v1, tf.compat.v1.linalg, tf.compat.v2, clip_ops):
+            for function in (clip_by_global_norm, global_norm):
+                if hasattr(module, function.__name__):
+                    self._put(module, function.__name__, function)
+        if importlib.util.find_spec("keras"):
+            from gradclip import keras
 
-    def __init__(self) -> None:
-        self._undone = False
-        if not patch._active:
-            _install()
-        patch._active += 1
-
-    def undo(self) -> None:
-        """Put back what was there before; of several patches, the last one does."""
-        if self._undone:
-            return
-        self._undone = True
-        patch._active -= 1
-        while not patch._active and patch._undo:
-            patch._undo.pop()()
-
-    def __enter__(self) -> patch:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.undo()
-
-
-def _install() -> None:
-    ours: dict[str, Callable[..., Any]] = {
-        "clip_by_global_norm": clip_by_global_norm,
-        "global_norm": global_norm,
-    }
-    for module in (tf, tf.linalg, tf.compat.v1, tf.compat.v1.linalg, tf.compat.v2, clip_ops):
-        for name, function in ours.items():
-            if hasattr(module, name):
-                patch._undo.append(partial(setattr, module, name, getattr(module, name)))
-                setattr(module, name, function)
-    if importlib.util.find_spec("keras"):
-        from gradclip import keras
-
-        patch._undo.append(keras._install())
+            self._undo.append(keras._install())

@@ -13,7 +13,7 @@ import struct
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -31,11 +31,18 @@ T = TypeVar("T")
 
 
 class Leaves(Protocol):
-    """The memory of a list of arrays, held for a call. Threads share out each walk."""
+    """The memory of a list of arrays, held for a call. Threads share out each walk.
+
+    A walk takes the calling thread's share, or, where there is a team, those of so many threads.
+    """
 
     @property
     def nbytes(self) -> int:
         """Bytes of all leaves."""
+
+    @property
+    def team_size(self) -> int:
+        """How many threads the framework has for the calling one; 1 if they cannot be asked."""
 
     @property
     def has_f64(self) -> bool:
@@ -44,11 +51,11 @@ class Leaves(Protocol):
     def rewind(self) -> None:
         """Start over: before each walk."""
 
-    def sum_squares(self) -> tuple[float, float, bool, bool]:
-        """This thread's share of sum x^2 as (high, low, has_inf, has_nan); float64 passed over."""
+    def sum_squares(self, threads: int) -> list[tuple[float, float, bool, bool]]:
+        """Shares of sum x^2 as (high, low, has_inf, has_nan); float64 is passed over."""
 
-    def exact_squares(self) -> tuple[bytes, bytes, float]:
-        """This thread's share, exactly: words for narrow and wide types, largest finite |x|."""
+    def exact_squares(self, threads: int) -> list[tuple[bytes, bytes, float]]:
+        """Shares, exactly: words for narrow and wide types, largest finite |x|."""
 
     def scale(
         self,
@@ -58,8 +65,9 @@ class Leaves(Protocol):
         wide: float,
         shift: float,
         recode: list[bytes | None] | None,
+        threads: int,
     ) -> None:
-        """Write this thread's share of source times factor."""
+        """Write shares of source times factor."""
 
 
 def kernel() -> str:
@@ -79,6 +87,22 @@ def take(arrays: list[Any], decode: list[bytes | None] | None, *, writable: bool
     return _cpu.take(arrays, writable, decode)
 
 
+def use_torch(functions: tuple[int, ...], numbers: tuple[int, ...], tensor: type) -> None:
+    """Tell the C kernel where PyTorch's C interface is."""
+    assert _cpu is not None, "the C kernel is in use"
+    _cpu.use_torch(functions, numbers, tensor)
+
+
+def take_tensors(tensors: Sequence[Any], *, writable: bool) -> Leaves | None:
+    """Hold the memory of PyTorch's tensors, or None where one of them needs care.
+
+    Only after `use_torch`, and only objects of type torch.Tensor, or of a type that adds no memory
+    of its own to it.
+    """
+    assert _cpu is not None, "the C kernel is in use"
+    return _cpu.take_tensors(tensors, writable)
+
+
 _warned = False
 
 
@@ -92,6 +116,12 @@ def _warn_once() -> None:
             RuntimeWarning,
             stacklevel=2,
         )
+
+
+def watch() -> Any:
+    """What measures a parameter's gradient when it is called with the parameter: `_cpu.Watch`."""
+    assert _cpu is not None, "the C kernel is in use"
+    return _cpu.Watch(threads())
 
 
 def sum_squares(leaves: Leaves) -> list[tuple[float, float, bool, bool]]:
@@ -117,9 +147,9 @@ def scale(
     for each leaf of codes.
     """
     rounded = float(struct.unpack("f", struct.pack("f", significand))[0])
-    # Below the float64 range a factor takes every float32 to zero; it stays above zero itself so
-    # that inf * factor is inf.
-    narrow_wide = max(math.ldexp(rounded, exponent), 5e-324)
+    # Below the float64 range a factor takes every float32 to zero; unless it is zero it stays above
+    # zero itself, so that inf * factor is inf.
+    narrow_wide = math.ldexp(rounded, exponent) or (5e-324 if rounded else 0.0)
     narrow = narrow_wide if narrow_wide >= 2.0**-126 else 0.0
     # Where a factor is too small for float64, powers of two are split off: x * shift is exact, or
     # else the product rounds to zero anyway.
@@ -127,15 +157,26 @@ def scale(
     shift = math.ldexp(1.0, halves)
     wide = math.ldexp(significand, exponent - 2 * halves)
     source.rewind()
-    _walk(target, lambda: target.scale(source, narrow, narrow_wide, wide, shift, recode))
+
+    def job(threads: int) -> list[None]:
+        target.scale(source, narrow, narrow_wide, wide, shift, recode, threads)
+        return []
+
+    _walk(target, job)
 
 
-def _walk(leaves: Leaves, job: Callable[[], T]) -> list[T]:
+def _walk(leaves: Leaves, job: Callable[[int], list[T]]) -> list[T]:
     """Run ``job``, a walk of ``leaves``, on as many threads as it is worth; their results."""
     leaves.rewind()
-    helpers = min(threads(), leaves.nbytes // _BYTES_PER_THREAD) - 1
+    nbytes = leaves.nbytes
+    team = leaves.team_size
+    if team > 1 and _cpu is not None:
+        # They stay awake for a while after work, so they come sooner than a thread that sleeps,
+        # and it is they who would be in the way of another.
+        return job(max(1, min(team, threads(), nbytes // _cpu.BYTES_PER_TEAM_MEMBER)))
+    helpers = min(threads(), nbytes // _BYTES_PER_THREAD) - 1
     if helpers < 1:
-        return [job()]
+        return job(1)
     shared = _Shared(job)
     _ask_for_help(shared.take_part, helpers)
     shared.take_part()
@@ -145,8 +186,8 @@ def _walk(leaves: Leaves, job: Callable[[], T]) -> list[T]:
 class _Shared(Generic[T]):
     """A walk that any number of threads take part in, until the first has come to its end."""
 
-    def __init__(self, job: Callable[[], T]) -> None:
-        self._job: Callable[[], T] | None = job
+    def __init__(self, job: Callable[[int], list[T]]) -> None:
+        self._job: Callable[[int], list[T]] | None = job
         self._results: list[T] = []
         self._errors: list[BaseException] = []
         self._busy = 0
@@ -160,7 +201,7 @@ class _Shared(Generic[T]):
                 return
             self._busy += 1
         try:
-            self._results.append(job())
+            self._results += job(1)
         except BaseException as error:  # raised again where the walk was asked for
             self._errors.append(error)
         finally:
@@ -218,7 +259,6 @@ def _ask_for_help(job: Callable[[], None], helpers: int) -> None:
 
 
 def _serve(jobs: SimpleQueue[Callable[[], None]]) -> None:
-    _set_ieee()
     while True:
         jobs.get()()
 
@@ -239,10 +279,24 @@ def _keep_helpers_off_this_processor() -> None:
 def _forget_threads() -> None:
     global _lock, _queue, _helpers
     _lock, _queue, _helpers = threading.RLock(), SimpleQueue(), []
+    if _cpu is not None:
+        _cpu.leave_team()
 
 
-# A forked child has none of its parent's threads.
+# A forked child has none of its parent's threads; OpenMP would wait for them for ever.
 os.register_at_fork(after_in_child=_forget_threads)
+
+
+class ieee_arithmetic:  # noqa: N801  (used as a function)
+    """Round to nearest and keep subnormals, whatever the host has set; then as it was."""
+
+    __slots__ = ("_saved",)
+
+    def __enter__(self) -> None:
+        self._saved = _set_ieee()
+
+    def __exit__(self, *_: object) -> None:
+        _set_arithmetic(self._saved)
 
 
 _libc = ctypes.CDLL(None)
@@ -254,17 +308,14 @@ _DEFAULT = (
 )
 
 
-def _set_ieee() -> None:
-    _libc.fesetenv(_DEFAULT)
-
-
-@contextlib.contextmanager
-def ieee_arithmetic() -> Iterator[None]:
-    """Round to nearest and keep subnormals, whatever the host has set; then as it was."""
+def _set_ieee_by_ctypes() -> bytes:
     saved = ctypes.create_string_buffer(256)
     _libc.fegetenv(saved)
-    _set_ieee()
-    try:
-        yield
-    finally:
-        _libc.fesetenv(saved)
+    _libc.fesetenv(_DEFAULT)
+    return saved.raw
+
+
+if _cpu is None:
+    _set_ieee, _set_arithmetic = _set_ieee_by_ctypes, _libc.fesetenv
+else:
+    _set_ieee, _set_arithmetic = _cpu.set_ieee, _cpu.set_arithmetic

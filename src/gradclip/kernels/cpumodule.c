@@ -1,7 +1,8 @@
-/* The Python side of cpu.c: arrays come in as objects with the buffer protocol, the GIL is dropped
- * around every walk. Nothing here computes. */
+/* The Python side of cpu.c: arrays come in as objects with the buffer protocol, or as tensors behind
+ * PyTorch's C interface. The GIL is dropped around every walk. Nothing here computes. */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
+#include <fenv.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -11,7 +12,8 @@ typedef struct {
     PyObject_HEAD
     list_t list;
     Py_buffer *buffers;
-    Py_ssize_t held;
+    Py_ssize_t held;   /* buffers */
+    PyObject *tensors; /* or else a tuple of these */
     int64_t *geometry; /* the shapes and strides of all leaves */
     leaf_t *leaves;
     PyObject *decode;  /* keeps the tables alive that leaves point to */
@@ -55,18 +57,29 @@ static int by_stride(const void *a, const void *b) {
     return (x < y) - (x > y);
 }
 
-/* Lay out one buffer as few dimensions as possible, in the order of memory. The order in which
+/* Dimensions that a leaf may have. */
+enum { MOST_DIMENSIONS = 64 };
+
+/* An array as its owner describes it. */
+typedef struct {
+    char *data;
+    int parts; /* real numbers to an element */
+    int64_t ndim;
+    const int64_t *shape, *strides;
+    int64_t unit; /* bytes that a stride of 1 stands for */
+} array_t;
+
+/* Lay out an array as few dimensions as possible, in the order of memory. The order in which
  * elements are visited is free, so a negative stride is turned round. Returns 0, or -1 where
  * elements share memory and the leaf is to be written. */
-static int lay_out(const Py_buffer *buffer, leaf_t *leaf, int parts, int writable,
-                   int64_t *geometry) {
-    dimension_t dims[66];
-    int ndim = 0;
+static int lay_out(const array_t *array, leaf_t *leaf, int writable, int64_t *geometry) {
+    dimension_t dims[MOST_DIMENSIONS + 2];
+    int ndim = 0, parts = array->parts;
     int64_t item = item_size(leaf->kind), span = item * parts;
-    leaf->data = buffer->buf;
+    leaf->data = array->data;
     leaf->size = parts;
-    for (int d = 0; d < buffer->ndim; d++) {
-        int64_t length = buffer->shape[d], stride = buffer->strides[d];
+    for (int64_t d = 0; d < array->ndim; d++) {
+        int64_t length = array->shape[d], stride = array->strides[d] * array->unit;
         leaf->size *= length;
         if (length == 1) continue;
         if (stride < 0) {
@@ -130,16 +143,71 @@ static int drop_repeats(leaf_t *leaves, int64_t count) {
     return 0;
 }
 
+/* ---- PyTorch's C interface ---- */
+
+typedef int32_t failed_t; /* 0: all went well */
+
+/* Functions of libtorch_cpu, from torch/csrc/inductor/aoti_torch/c/shim.h, and its numbers. */
+static struct {
+    failed_t (*get_data)(void *, void **);
+    failed_t (*get_ndim)(void *, int64_t *);
+    failed_t (*get_shape)(void *, int64_t **);
+    failed_t (*get_strides)(void *, int64_t **);
+    failed_t (*get_offset)(void *, int64_t *);
+    failed_t (*get_storage)(void *, int64_t *);
+    failed_t (*get_dtype)(void *, int32_t *);
+    failed_t (*get_device)(void *, int32_t *);
+    failed_t (*get_layout)(void *, int32_t *);
+    /* GOMP_parallel and omp_get_max_threads of the OpenMP that libtorch_cpu has loaded, or NULL:
+     * each of a team of threads, the caller one of them, calls the function. */
+    void (*parallel)(void (*)(void *), void *, unsigned, unsigned);
+    int (*team_size)(void);
+    int32_t f16, bf16, f32, f64, c64, c128, cpu, strided;
+    int32_t at; /* where in a Python tensor PyTorch's own begins, to which a handle points */
+    PyTypeObject *tensor; /* torch.Tensor */
+} torch;
+
+/* ---- taking arrays and tensors ---- */
+
 static void leaves_dealloc(Leaves *self) {
     PyTypeObject *type = Py_TYPE((PyObject *)self);
     for (Py_ssize_t i = 0; i < self->held; i++) PyBuffer_Release(&self->buffers[i]);
     free(self->buffers);
+    Py_XDECREF(self->tensors);
     free(self->geometry);
     free(self->leaves);
     Py_XDECREF(self->decode);
     freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
     release(self);
     Py_DECREF(type);
+}
+
+static PyObject *leaves_type;
+
+/* Leaves with room for so many, of which none is held yet. */
+static Leaves *new_leaves(Py_ssize_t count) {
+    PyTypeObject *type = (PyTypeObject *)leaves_type;
+    allocfunc allocate = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
+    Leaves *self = (Leaves *)allocate(type, 0);
+    if (!self) return NULL;
+    self->leaves = calloc((size_t)count + 1, sizeof *self->leaves);
+    if (self->leaves) return self;
+    Py_DECREF(self);
+    PyErr_NoMemory();
+    return NULL;
+}
+
+/* List the leaves that are laid out. Returns -1 if memory runs out. */
+static int list_leaves(Leaves *self, Py_ssize_t count, int writable) {
+    if (writable && drop_repeats(self->leaves, count) < 0) return -1;
+    self->list.leaves = self->leaves;
+    self->list.count = count;
+    for (Py_ssize_t i = 0; i < count; i++) {
+        self->has_f64 |= self->leaves[i].kind == F64;
+        self->leaves[i].first = self->list.size;
+        self->list.size += self->leaves[i].size;
+    }
+    return 0;
 }
 
 PyDoc_STRVAR(take_doc,
@@ -149,8 +217,6 @@ PyDoc_STRVAR(take_doc,
 "only float16, float32, float64, complex64 and complex128. Else it has an entry for each array: a uint16 array is\n"
 "bfloat16, and a uint8 array holds codes whose 256 float32 values the entry gives as bytes.\n"
 "With writable, an array listed twice counts once.");
-
-static PyObject *leaves_type;
 
 static PyObject *take(PyObject *module, PyObject *args) {
     PyObject *arrays, *decode;
@@ -162,16 +228,12 @@ static PyObject *take(PyObject *module, PyObject *args) {
         PyErr_SetString(PyExc_ValueError, "decode must be None or a list as long as arrays");
         return NULL;
     }
-    PyTypeObject *type = (PyTypeObject *)leaves_type;
-    allocfunc allocate = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
-    Leaves *self = (Leaves *)allocate(type, 0);
+    Leaves *self = new_leaves(count);
     if (!self) return NULL;
     self->decode = decode == Py_None ? NULL : PyList_AsTuple(decode);
     if (decode != Py_None && !self->decode) goto error;
-    size_t room = (size_t)count + 1;
-    self->buffers = calloc(room, sizeof *self->buffers);
-    self->leaves = calloc(room, sizeof *self->leaves);
-    if (!self->buffers || !self->leaves) goto memory;
+    self->buffers = calloc((size_t)count + 1, sizeof *self->buffers);
+    if (!self->buffers) goto memory;
     size_t dimensions = 0;
     int flags = PyBUF_STRIDES | PyBUF_FORMAT | (writable ? PyBUF_WRITABLE : 0);
     for (Py_ssize_t i = 0; i < count; i++) {
@@ -206,17 +268,12 @@ static PyObject *take(PyObject *module, PyObject *args) {
                 leaf->decode = (const float *)(const void *)bytes;
             }
         }
-        if (lay_out(&self->buffers[i], leaf, parts, writable, geometry) < 0) goto careful;
-        geometry += 2 * (self->buffers[i].ndim + 1);
-        self->has_f64 |= leaf->kind == F64;
+        const Py_buffer *buffer = &self->buffers[i];
+        const array_t array = {buffer->buf, parts, buffer->ndim, buffer->shape, buffer->strides, 1};
+        if (lay_out(&array, leaf, writable, geometry) < 0) goto careful;
+        geometry += 2 * (buffer->ndim + 1);
     }
-    if (writable && drop_repeats(self->leaves, count) < 0) goto memory;
-    self->list.leaves = self->leaves;
-    self->list.count = count;
-    for (Py_ssize_t i = 0; i < count; i++) {
-        self->leaves[i].first = self->list.size;
-        self->list.size += self->leaves[i].size;
-    }
+    if (list_leaves(self, count, writable) < 0) goto memory;
     return (PyObject *)self;
 careful:
     Py_DECREF(self);
@@ -228,7 +285,139 @@ error:
     return NULL;
 }
 
-/* ---- the walks ---- */
+PyDoc_STRVAR(use_torch_doc,
+"use_torch(functions, numbers, tensor)\n--\n\n"
+"Say where PyTorch's C interface is, in the order of cpumodule.c; and what torch.Tensor is.");
+
+static PyObject *use_torch(PyObject *module, PyObject *args) {
+    unsigned long long f[11];
+    PyObject *tensor;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "(KKKKKKKKKKK)(iiiiiiiii)O", &f[0], &f[1], &f[2], &f[3], &f[4],
+                          &f[5], &f[6], &f[7], &f[8], &f[9], &f[10], &torch.f16, &torch.bf16,
+                          &torch.f32, &torch.f64, &torch.c64, &torch.c128, &torch.cpu,
+                          &torch.strided, &torch.at, &tensor))
+        return NULL;
+    Py_INCREF(tensor);
+    torch.tensor = (PyTypeObject *)tensor;
+    torch.get_data = (failed_t(*)(void *, void **))(uintptr_t)f[0];
+    torch.get_ndim = (failed_t(*)(void *, int64_t *))(uintptr_t)f[1];
+    torch.get_shape = (failed_t(*)(void *, int64_t **))(uintptr_t)f[2];
+    torch.get_strides = (failed_t(*)(void *, int64_t **))(uintptr_t)f[3];
+    torch.get_offset = (failed_t(*)(void *, int64_t *))(uintptr_t)f[4];
+    torch.get_storage = (failed_t(*)(void *, int64_t *))(uintptr_t)f[5];
+    torch.get_dtype = (failed_t(*)(void *, int32_t *))(uintptr_t)f[6];
+    torch.get_device = (failed_t(*)(void *, int32_t *))(uintptr_t)f[7];
+    torch.get_layout = (failed_t(*)(void *, int32_t *))(uintptr_t)f[8];
+    torch.parallel = (void (*)(void (*)(void *), void *, unsigned, unsigned))(uintptr_t)f[9];
+    torch.team_size = (int (*)(void))(uintptr_t)f[10];
+    Py_RETURN_NONE;
+}
+
+static PyObject *leave_team(PyObject *module, PyObject *unused) {
+    (void)module, (void)unused;
+    torch.parallel = NULL;
+    Py_RETURN_NONE;
+}
+
+/* 0 and *kind, *parts for a dtype of PyTorch that this kernel reads, else -1. */
+static int read_dtype(int32_t dtype, kind_t *kind, int *parts) {
+    *parts = dtype == torch.c64 || dtype == torch.c128 ? 2 : 1;
+    if (dtype == torch.f32 || dtype == torch.c64)
+        *kind = F32;
+    else if (dtype == torch.f64 || dtype == torch.c128)
+        *kind = F64;
+    else if (dtype == torch.bf16)
+        *kind = BF16;
+    else if (dtype == torch.f16)
+        *kind = F16;
+    else
+        return -1;
+    return 0;
+}
+
+/* 0 and the array of a tensor, or -1 if its elements do not lie in its storage on the CPU. */
+static int read_tensor(void *tensor, array_t *array, leaf_t *leaf) {
+    int32_t device, layout, dtype;
+    int64_t *shape, *strides, offset, storage;
+    void *data;
+    if (torch.get_device(tensor, &device) || device != torch.cpu) return -1;
+    if (torch.get_layout(tensor, &layout) || layout != torch.strided) return -1;
+    if (torch.get_dtype(tensor, &dtype) || read_dtype(dtype, &leaf->kind, &array->parts)) return -1;
+    if (torch.get_ndim(tensor, &array->ndim) || array->ndim > MOST_DIMENSIONS) return -1;
+    if (torch.get_shape(tensor, &shape) || torch.get_strides(tensor, &strides)) return -1;
+    if (torch.get_offset(tensor, &offset) || torch.get_storage(tensor, &storage)) return -1;
+    if (torch.get_data(tensor, &data)) return -1;
+    array->unit = item_size(leaf->kind) * array->parts;
+    int64_t end = offset + 1;
+    for (int64_t d = 0; d < array->ndim; d++) {
+        if (!shape[d]) end = 0;
+        if (end) end += (shape[d] - 1) * strides[d];
+    }
+    if (end * array->unit > storage) return -1;
+    array->data = data;
+    array->shape = shape;
+    array->strides = strides;
+    return 0;
+}
+
+static void *handle_of(PyObject *tensors, Py_ssize_t i) {
+    return (char *)PyTuple_GetItem(tensors, i) + torch.at;
+}
+
+enum { AHEAD = 8 };
+
+PyDoc_STRVAR(take_tensors_doc,
+"take_tensors(tensors, writable)\n--\n\n"
+"Hold the memory of torch.Tensor objects, or return None if one of them needs care.\n\n"
+"Only float16, bfloat16, float32, float64, complex64 and complex128 are taken, on the CPU.\n"
+"With writable, memory that is listed twice counts once.");
+
+static PyObject *take_tensors(PyObject *module, PyObject *args) {
+    PyObject *tensors;
+    int writable;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "Op", &tensors, &writable)) return NULL;
+    if (!torch.at) Py_RETURN_NONE;
+    tensors = PySequence_Tuple(tensors);
+    if (!tensors) return NULL;
+    Py_ssize_t count = PyTuple_Size(tensors);
+    Leaves *self = new_leaves(count);
+    if (!self) {
+        Py_DECREF(tensors);
+        return NULL;
+    }
+    self->tensors = tensors;
+    array_t *arrays = calloc((size_t)count + 1, sizeof *arrays);
+    if (!arrays) goto memory;
+    size_t dimensions = 0;
+    for (Py_ssize_t i = 0; i < count; i++) {
+        if (i + AHEAD < count) __builtin_prefetch(*(void **)handle_of(tensors, i + AHEAD));
+        if (read_tensor(handle_of(tensors, i), &arrays[i], &self->leaves[i]) < 0) goto careful;
+        dimensions += 2 * ((size_t)arrays[i].ndim + 1);
+    }
+    self->geometry = malloc((dimensions + 1) * sizeof *self->geometry);
+    if (!self->geometry) goto memory;
+    int64_t *geometry = self->geometry;
+    for (Py_ssize_t i = 0; i < count; i++) {
+        if (lay_out(&arrays[i], &self->leaves[i], writable, geometry) < 0) goto careful;
+        geometry += 2 * (arrays[i].ndim + 1);
+    }
+    if (list_leaves(self, count, writable) < 0) goto memory;
+    free(arrays);
+    return (PyObject *)self;
+careful:
+    free(arrays);
+    Py_DECREF(self);
+    Py_RETURN_NONE;
+memory:
+    PyErr_NoMemory();
+    free(arrays);
+    Py_DECREF(self);
+    return NULL;
+}
+
+/* ---- the walks: to nearest and with subnormals, whatever the thread is set to ---- */
 
 static PyObject *leaves_rewind(Leaves *self, PyObject *unused) {
     (void)unused;
@@ -236,31 +425,114 @@ static PyObject *leaves_rewind(Leaves *self, PyObject *unused) {
     Py_RETURN_NONE;
 }
 
-static PyObject *leaves_sum_squares(Leaves *self, PyObject *unused) {
-    sum_t sum;
-    (void)unused;
-    Py_BEGIN_ALLOW_THREADS
-    sum_squares(&self->list, &sum);
-    Py_END_ALLOW_THREADS
-    return Py_BuildValue("ddOO", sum.high, sum.low, sum.has_inf ? Py_True : Py_False,
-                         sum.has_nan ? Py_True : Py_False);
+/* A thread that is awake takes 5 us to come, in which one reads about so much. */
+enum { BYTES_PER_TEAM_MEMBER = 1 << 17 };
+
+/* A walk that each thread of a team takes a share in. */
+typedef struct {
+    void (*walk)(void *job, int share);
+    void *job;
+    _Atomic int shares;
+} team_t;
+
+static void take_part(void *data) {
+    team_t *team = data;
+    fenv_t saved;
+    fegetenv(&saved);
+    fesetenv(FE_DFL_ENV);
+    team->walk(team->job, atomic_fetch_add(&team->shares, 1));
+    fesetenv(&saved);
 }
 
-static PyObject *leaves_exact_squares(Leaves *self, PyObject *unused) {
-    total_t total;
-    (void)unused;
+/* Walk on this thread, or on so many of the team that it shares with PyTorch. Returns how many
+ * shares there were. */
+static int walk_together(void (*walk)(void *, int), void *job, int threads) {
+    team_t team = {walk, job, 0};
     Py_BEGIN_ALLOW_THREADS
-    exact_squares(&self->list, &total);
+    if (threads > 1 && torch.parallel)
+        torch.parallel(take_part, &team, (unsigned)threads, 0);
+    else
+        take_part(&team);
     Py_END_ALLOW_THREADS
-    return Py_BuildValue("y#y#d", (const char *)total.narrow, (Py_ssize_t)sizeof total.narrow,
-                         (const char *)total.wide, (Py_ssize_t)sizeof total.wide, total.largest);
+    return atomic_load(&team.shares);
+}
+
+typedef struct {
+    list_t *list;
+    sum_t *sums;
+    total_t *totals;
+    const list_t *source;
+    const factor_t *factor;
+    const uint8_t *const *recode;
+} job_t;
+
+static void sum_share(void *data, int share) {
+    job_t *job = data;
+    sum_squares(job->list, &job->sums[share]);
+}
+
+static void exact_share(void *data, int share) {
+    job_t *job = data;
+    exact_squares(job->list, &job->totals[share]);
+}
+
+static void scale_share(void *data, int share) {
+    job_t *job = data;
+    (void)share;
+    scale(job->source, job->list, job->factor, job->recode);
+}
+
+/* The shares as a list of (high, low, has_inf, has_nan). */
+static PyObject *list_sums(const sum_t *sums, int shares) {
+    PyObject *list = PyList_New(0);
+    for (int i = 0; list && i < shares; i++) {
+        PyObject *share = Py_BuildValue("ddOO", sums[i].high, sums[i].low,
+                                        sums[i].has_inf ? Py_True : Py_False,
+                                        sums[i].has_nan ? Py_True : Py_False);
+        if (!share || PyList_Append(list, share) < 0) Py_CLEAR(list);
+        Py_XDECREF(share);
+    }
+    return list;
+}
+
+static PyObject *leaves_sum_squares(Leaves *self, PyObject *args) {
+    int threads;
+    if (!PyArg_ParseTuple(args, "i", &threads)) return NULL;
+    sum_t *sums = calloc((size_t)threads, sizeof *sums);
+    if (!sums) return PyErr_NoMemory();
+    job_t job = {.list = &self->list, .sums = sums};
+    int shares = walk_together(sum_share, &job, threads);
+    PyObject *list = list_sums(sums, shares);
+    free(sums);
+    return list;
+}
+
+static PyObject *leaves_exact_squares(Leaves *self, PyObject *args) {
+    int threads;
+    if (!PyArg_ParseTuple(args, "i", &threads)) return NULL;
+    total_t *totals = calloc((size_t)threads, sizeof *totals);
+    if (!totals) return PyErr_NoMemory();
+    job_t job = {.list = &self->list, .totals = totals};
+    int shares = walk_together(exact_share, &job, threads);
+    PyObject *list = PyList_New(0);
+    for (int i = 0; list && i < shares; i++) {
+        PyObject *share =
+            Py_BuildValue("y#y#d", (const char *)totals[i].narrow,
+                          (Py_ssize_t)sizeof totals[i].narrow, (const char *)totals[i].wide,
+                          (Py_ssize_t)sizeof totals[i].wide, totals[i].largest);
+        if (!share || PyList_Append(list, share) < 0) Py_CLEAR(list);
+        Py_XDECREF(share);
+    }
+    free(totals);
+    return list;
 }
 
 static PyObject *leaves_scale(Leaves *self, PyObject *args) {
     PyObject *source, *tables;
     factor_t factor;
-    if (!PyArg_ParseTuple(args, "OfdddO", &source, &factor.narrow, &factor.narrow_wide,
-                          &factor.wide, &factor.shift, &tables))
+    int threads;
+    if (!PyArg_ParseTuple(args, "OfdddOi", &source, &factor.narrow, &factor.narrow_wide,
+                          &factor.wide, &factor.shift, &tables, &threads))
         return NULL;
     if (Py_TYPE(source) != (PyTypeObject *)leaves_type) {
         PyErr_SetString(PyExc_TypeError, "source must be Leaves");
@@ -291,9 +563,8 @@ static PyObject *leaves_scale(Leaves *self, PyObject *args) {
         }
         recode[i] = (const uint8_t *)bytes;
     }
-    Py_BEGIN_ALLOW_THREADS
-    scale(from, &self->list, &factor, recode);
-    Py_END_ALLOW_THREADS
+    job_t job = {.list = &self->list, .source = from, .factor = &factor, .recode = recode};
+    walk_together(scale_share, &job, threads);
     free(recode);
     Py_RETURN_NONE;
 }
@@ -314,16 +585,27 @@ static PyObject *leaves_get_has_f64(Leaves *self, void *unused) {
 static PyMethodDef leaves_methods[] = {
     {"rewind", (PyCFunction)leaves_rewind, METH_NOARGS,
      "Start over: call it before the threads of each walk."},
-    {"sum_squares", (PyCFunction)leaves_sum_squares, METH_NOARGS,
-     "Add up this thread's share in float64: (high, low, has_inf, has_nan)."},
-    {"exact_squares", (PyCFunction)leaves_exact_squares, METH_NOARGS,
-     "Add up this thread's share exactly: (narrow words, wide words, largest finite |x|)."},
+    {"sum_squares", (PyCFunction)leaves_sum_squares, METH_VARARGS,
+     "sum_squares(threads): shares in float64, each (high, low, has_inf, has_nan)."},
+    {"exact_squares", (PyCFunction)leaves_exact_squares, METH_VARARGS,
+     "exact_squares(threads): shares, each (narrow words, wide words, largest finite |x|)."},
     {"scale", (PyCFunction)leaves_scale, METH_VARARGS,
-     "scale(source, narrow, narrow_wide, wide, shift, recode): write this thread's share."},
+     "scale(source, narrow, narrow_wide, wide, shift, recode, threads): write shares."},
     {NULL, NULL, 0, NULL},
 };
 
+/* How many threads of PyTorch work for this one; 1 if there is no asking them. */
+static int team_size(void) {
+    return torch.parallel && torch.team_size ? torch.team_size() : 1;
+}
+
+static PyObject *leaves_get_team_size(Leaves *self, void *unused) {
+    (void)unused;
+    return PyLong_FromLong(self->tensors ? team_size() : 1);
+}
+
 static PyGetSetDef leaves_getset[] = {
+    {"team_size", (getter)leaves_get_team_size, NULL, "Threads that a walk may use.", NULL},
     {"nbytes", (getter)leaves_get_nbytes, NULL, "Bytes of all leaves.", NULL},
     {"has_f64", (getter)leaves_get_has_f64, NULL, "If a leaf is float64 or complex128.", NULL},
     {NULL, NULL, NULL, NULL, NULL},
@@ -343,11 +625,151 @@ static PyType_Spec leaves_spec = {
     .slots = leaves_slots,
 };
 
+/* ---- the latest sum of squares of a parameter's gradient ---- */
+
+enum { MOST_SHARES = 64 };
+
+typedef struct {
+    PyObject_HEAD
+    int threads;        /* at most so many */
+    PyObject *gradient; /* what was measured, NULL if nothing was */
+    long long version;
+    void *data;
+    int shares;
+    sum_t sums[MOST_SHARES];
+} Watch;
+
+/* 0 and how often a tensor has been written, or -1 with an error. */
+static int read_version(PyObject *tensor, long long *version) {
+    PyObject *number = PyObject_GetAttrString(tensor, "_version");
+    *version = number ? PyLong_AsLongLong(number) : 0;
+    Py_XDECREF(number);
+    return PyErr_Occurred() ? -1 : 0;
+}
+
+static PyObject *watch_new(PyTypeObject *type, PyObject *args, PyObject *unused) {
+    int threads;
+    (void)unused;
+    if (!PyArg_ParseTuple(args, "i", &threads)) return NULL;
+    Watch *self = (Watch *)((allocfunc)PyType_GetSlot(type, Py_tp_alloc))(type, 0);
+    if (self) self->threads = threads < MOST_SHARES ? threads : MOST_SHARES;
+    return (PyObject *)self;
+}
+
+static void watch_dealloc(Watch *self) {
+    PyTypeObject *type = Py_TYPE((PyObject *)self);
+    Py_CLEAR(self->gradient);
+    ((freefunc)PyType_GetSlot(type, Py_tp_free))(self);
+    Py_DECREF(type);
+}
+
+static PyObject *watch_forget(Watch *self, PyObject *unused) {
+    (void)unused;
+    Py_CLEAR(self->gradient);
+    Py_RETURN_NONE;
+}
+
+PyDoc_STRVAR(watch_doc,
+"Watch(threads)\n--\n\n"
+"Called with a parameter, it measures its gradient. That holds on to the gradient, so that no\n"
+"other can be taken for it.\n\n"
+"In C, since it runs when a backward pass has driven everything else out of the caches.");
+
+static PyObject *watch_call(Watch *self, PyObject *args, PyObject *unused) {
+    PyObject *parameter;
+    (void)unused;
+    if (!PyArg_ParseTuple(args, "O", &parameter)) return NULL;
+    Py_CLEAR(self->gradient);
+    PyObject *gradient = PyObject_GetAttrString(parameter, "grad");
+    if (!gradient) return NULL;
+    array_t array;
+    leaf_t leaf = {0};
+    int64_t geometry[2 * (MOST_DIMENSIONS + 1)];
+    if (Py_TYPE(gradient) == torch.tensor &&
+        read_tensor((char *)gradient + torch.at, &array, &leaf) == 0 && leaf.kind != F64 &&
+        lay_out(&array, &leaf, 1, geometry) == 0) {
+        if (read_version(gradient, &self->version) < 0) {
+            Py_DECREF(gradient);
+            return NULL;
+        }
+        list_t list = {.leaves = &leaf, .count = 1, .size = leaf.size};
+        job_t job = {.list = &list, .sums = self->sums};
+        int64_t worth = leaf.size * item_size(leaf.kind) / BYTES_PER_TEAM_MEMBER;
+        int threads = team_size();
+        if (threads > self->threads) threads = self->threads;
+        if (threads > worth) threads = worth > 1 ? (int)worth : 1;
+        self->shares = walk_together(sum_share, &job, threads);
+        self->data = array.data;
+        self->gradient = gradient;
+    } else {
+        Py_DECREF(gradient);
+    }
+    Py_RETURN_NONE;
+}
+
+static PyObject *watch_sums(Watch *self, PyObject *gradient) {
+    long long version;
+    void *data;
+    if (gradient != self->gradient || Py_TYPE(gradient) != torch.tensor) Py_RETURN_NONE;
+    if (read_version(gradient, &version) < 0) return NULL;
+    if (version != self->version ||
+        torch.get_data((char *)gradient + torch.at, &data) || data != self->data)
+        Py_RETURN_NONE;
+    return list_sums(self->sums, self->shares);
+}
+
+static PyMethodDef watch_methods[] = {
+    {"sums", (PyCFunction)watch_sums, METH_O,
+     "sums(gradient): as Leaves.sum_squares; None unless it is as it was when measured."},
+    {"forget", (PyCFunction)watch_forget, METH_NOARGS, "Let go of the gradient."},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyType_Slot watch_slots[] = {
+    {Py_tp_new, watch_new},
+    {Py_tp_dealloc, watch_dealloc},
+    {Py_tp_call, watch_call},
+    {Py_tp_methods, watch_methods},
+    {Py_tp_doc, (void *)watch_doc},
+    {0, NULL},
+};
+
+static PyType_Spec watch_spec = {
+    .name = "gradclip.kernels._cpu.Watch",
+    .basicsize = sizeof(Watch),
+    .flags = Py_TPFLAGS_DEFAULT,
+    .slots = watch_slots,
+};
+
 /* ---- the module ---- */
 
 static PyObject *py_kernel(PyObject *module, PyObject *unused) {
     (void)module, (void)unused;
     return PyUnicode_FromString(kernel_name());
+}
+
+PyDoc_STRVAR(set_ieee_doc,
+"set_ieee()\n--\n\n"
+"Round to nearest and keep subnormals on this thread; returns what it was set to.");
+
+static PyObject *set_ieee(PyObject *module, PyObject *unused) {
+    fenv_t saved;
+    (void)module, (void)unused;
+    fegetenv(&saved);
+    fesetenv(FE_DFL_ENV);
+    return PyBytes_FromStringAndSize((const char *)&saved, (Py_ssize_t)sizeof saved);
+}
+
+PyDoc_STRVAR(set_arithmetic_doc,
+"set_arithmetic(saved)\n--\n\nAs it was before set_ieee.");
+
+static PyObject *set_arithmetic(PyObject *module, PyObject *saved) {
+    fenv_t env;
+    (void)module;
+    if (PyBytes_Size(saved) != (Py_ssize_t)sizeof env) return NULL;
+    memcpy(&env, PyBytes_AsString(saved), sizeof env);
+    fesetenv(&env);
+    Py_RETURN_NONE;
 }
 
 static PyObject *py_kernels(PyObject *module, PyObject *unused) {
@@ -374,6 +796,11 @@ static PyObject *py_choose_kernel(PyObject *module, PyObject *args) {
 
 static PyMethodDef methods[] = {
     {"take", take, METH_VARARGS, take_doc},
+    {"take_tensors", take_tensors, METH_VARARGS, take_tensors_doc},
+    {"use_torch", use_torch, METH_VARARGS, use_torch_doc},
+    {"leave_team", leave_team, METH_NOARGS, "Ask no thread of PyTorch any more."},
+    {"set_ieee", set_ieee, METH_NOARGS, set_ieee_doc},
+    {"set_arithmetic", set_arithmetic, METH_O, set_arithmetic_doc},
     {"kernel", py_kernel, METH_NOARGS, "The kernel in use."},
     {"kernels", py_kernels, METH_NOARGS, "The kernels this processor can run, widest first."},
     {"choose_kernel", py_choose_kernel, METH_VARARGS, "Use the kernel of this name."},
@@ -388,7 +815,10 @@ PyMODINIT_FUNC PyInit__cpu(void) {
     choose_kernel(kernel_names()[0]);
     PyObject *module = PyModule_Create(&definition);
     leaves_type = PyType_FromSpec(&leaves_spec);
-    if (!module || !leaves_type || PyModule_AddObjectRef(module, "Leaves", leaves_type) < 0) {
+    PyObject *watch_type = PyType_FromSpec(&watch_spec);
+    if (!module || !leaves_type || PyModule_AddObjectRef(module, "Leaves", leaves_type) < 0 ||
+        !watch_type || PyModule_AddObjectRef(module, "Watch", watch_type) < 0 ||
+        PyModule_AddIntConstant(module, "BYTES_PER_TEAM_MEMBER", BYTES_PER_TEAM_MEMBER) < 0) {
         Py_XDECREF(module);
         return NULL;
     }

@@ -60,6 +60,8 @@ def _overlaps_itself(array: npt.NDArray[Any]) -> bool:
 class Leaves:
     """As `_cpu.Leaves`, but the first thread that comes does the whole walk."""
 
+    team_size = 1
+
     def __init__(
         self, arrays: list[npt.NDArray[Any]], writable: bool, decode: list[bytes | None]
     ) -> None:
@@ -85,7 +87,7 @@ class Leaves:
         todo, self._todo = self._todo, False
         return todo
 
-    def sum_squares(self) -> tuple[float, float, bool, bool]:
+    def sum_squares(self, _threads: int) -> list[tuple[float, float, bool, bool]]:
         """As `_cpu.Leaves.sum_squares`."""
         high, low, has_inf, has_nan = 0.0, 0.0, False, False
         for chunk in self._chunks(narrow=True) if self._begin() else ():
@@ -97,9 +99,9 @@ class Leaves:
                 part = total - high
                 low += (high - (total - part)) + (block - part)
                 high = total
-        return high, low, has_inf, has_nan
+        return [(high, low, has_inf, has_nan)]
 
-    def exact_squares(self) -> tuple[bytes, bytes, float]:
+    def exact_squares(self, _threads: int) -> list[tuple[bytes, bytes, float]]:
         """As `_cpu.Leaves.exact_squares`; every type goes into the wide words."""
         total, infs, nans, largest = 0, 0, 0, 0.0
         for chunk in self._chunks(narrow=False) if self._begin() else ():
@@ -112,7 +114,8 @@ class Leaves:
                 total += _square_sum(finite)
         words = [total >> 32 * place & 0xFFFFFFFF for place in range(_WIDE_WORDS)]
         wide = np.array([*words, infs, nans], np.int64)
-        return np.zeros(_NARROW_WORDS + 2, np.int64).tobytes(), wide.tobytes(), largest
+        narrow = np.zeros(_NARROW_WORDS + 2, np.int64)
+        return [(narrow.tobytes(), wide.tobytes(), largest)]
 
     def scale(
         self,
@@ -122,6 +125,7 @@ class Leaves:
         wide: float,
         shift: float,
         recode: list[bytes | None] | None,
+        _threads: int,
     ) -> None:
         """As `_cpu.Leaves.scale`."""
         if not self._begin():

@@ -124,8 +124,8 @@ def clip(
     Returns:
         The norm in its dtype, the norm as float64, then the new values.
     """
-    wide = any(ops.dtype(values) in _WIDE for values, _ in leaves)
-    norm = _measured(ops, leaves, wide) if use_norm is None else _number(ops, use_norm)
+    wide = is_wide(ops, leaves)
+    norm = measured(ops, leaves) if use_norm is None else _number(ops, use_norm)
     limit = _number(ops, clip_norm)
     above = _is_above(norm, limit)
     factor = _factor(ops, norm, limit)
@@ -134,8 +134,7 @@ def clip(
     def clipped(values: Any) -> Any:
         if ops.dtype(values).startswith("complex"):
             return ops.joined([clipped(part) for part in ops.parts(values)])
-        scale = _scaled_wide if ops.dtype(values) == "float64" else _scaled_narrow
-        kept = ops.where(above, scale(ops, values, factor), values)
+        kept = ops.where(above, scaled(ops, values, factor), values)
         if policy == "keep":
             return kept
         filling = ops.cast(
@@ -232,8 +231,14 @@ def _rounded(ops: Operations, number: Number, wide: bool) -> Any:
 # ---- measuring ----
 
 
-def _measured(ops: Operations, leaves: Sequence[tuple[Any, Any]], wide: bool) -> Number:
-    """The global norm, correctly rounded."""
+def is_wide(ops: Operations, leaves: Sequence[tuple[Any, Any]]) -> bool:
+    """If the norm of the leaves is float64."""
+    return any(ops.dtype(values) in _WIDE for values, _ in leaves)
+
+
+def measured(ops: Operations, leaves: Sequence[tuple[Any, Any]]) -> Number:
+    """The global norm of leaves, of (values, indices or None), correctly rounded."""
+    wide = is_wide(ops, leaves)
     narrow, rows = [], []  # real arrays of 32 bits or fewer; of float64
     for values, indices in leaves:
         if 0 in (ops.shape(values) or ()):
@@ -450,6 +455,13 @@ def _piece(ops: Operations, words: Any, bit: Any) -> Any:
 
 
 # ---- scaling ----
+
+
+def scaled(ops: Operations, x: Any, factor: Number) -> Any:
+    """An array times a factor of 53 bits, or 24 for leaves of 32 bits or fewer."""
+    if ops.dtype(x).startswith("complex"):
+        return ops.joined([scaled(ops, part, factor) for part in ops.parts(x)])
+    return (_scaled_wide if ops.dtype(x) == "float64" else _scaled_narrow)(ops, x, factor)
 
 
 def _scaled_narrow(ops: Operations, x: Any, factor: Number) -> Any:

@@ -1,0 +1,332 @@
+"""Clipping inside of an optimizer's step: measured while gradients are warm, folded into the step.
+
+A gradient is measured in the hook that runs when autograd has just written it, so it is read from
+the processor's caches. The step adds the parts up. Fused optimizers divide gradients by a number
+that they are given, so clipping takes no pass of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from operator import is_
+from typing import Any
+from weakref import WeakSet
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradclip import _clip
+from gradclip._decide import Fill, Keep, OnNonfinite, Scale, check_clip_norm, check_on_nonfinite
+from gradclip._exact import Part, Scaled, certified_norm
+from gradclip.backends import torch as backend
+from gradclip.kernels.cpu import ieee_arithmetic
+
+_attached: WeakSet[torch.optim.Optimizer] = WeakSet()
+
+
+class Clipper:
+    """Clips gradients inside of ``optimizer.step()`` by the global norm of its parameters.
+
+    ::
+
+        norm   = sqrt(sum of |g|^2 over every element g of every gradient)
+        factor = max_norm / norm    if norm > max_norm, else 1
+
+    Gradients are measured as backward writes them, so the step reads them no second time. Fused
+    Adam, AdamW, SGD and Adagrad divide by the factor as they step; for others gradients are scaled
+    before the step, if there is anything to clip. After a step in which a fused optimizer clipped,
+    ``grad`` holds what it made of it: divided by ``norm / max_norm`` in its own dtype.
+
+    With ``torch.amp.GradScaler``, fused or not, the limit is on the gradients without its scale,
+    and a step that the scaler skips is not counted. Gradients that are changed after backward are
+    measured again; a change through ``.data`` or ``.numpy()`` is one that PyTorch does not count,
+    so it is not seen. With ``torch.distributed`` in use every gradient is measured in the step.
+
+    Args:
+        optimizer: any optimizer whose step takes no closure. Its ``state_dict`` stays as it is.
+        max_norm: a number above 0 (``inf`` only measures), or one for each parameter group: then
+            each group is clipped by a norm of its own.
+        on_nonfinite: what becomes of the gradients where an element is NaN or inf, as in
+            `gradclip.clip_by_global_norm`.
+
+    ``norm``, ``factor``, ``steps`` and ``clipped_steps`` tell of it, in tensors; the first two of
+    one element for each group if ``max_norm`` has.
+
+    Raises:
+        TypeError, ValueError: a limit is no number or out of range, there are not as many as
+            groups, or the optimizer has a clipper already.
+        RuntimeError: from a step that is given a closure.
+        FloatingPointError: from a step, with ``on_nonfinite="raise"``; nothing has been written.
+
+    >>> weight = torch.nn.Parameter(torch.zeros(2))
+    >>> optimizer = torch.optim.SGD([weight], lr=1.0)
+    >>> clipper = Clipper(optimizer, max_norm=2.5)
+    >>> (weight @ torch.tensor([3.0, 4.0])).backward()
+    >>> optimizer.step()
+    >>> print(clipper.norm, weight.data)
+    tensor(5.) tensor([-1.5000, -2.0000])
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        max_norm: float | Sequence[float],
+        *,
+        on_nonfinite: OnNonfinite = "nan",
+    ) -> None:
+        check_on_nonfinite(on_nonfinite)
+        self._per_group = isinstance(max_norm, Sequence) and not isinstance(max_norm, str)
+        limits: Any = max_norm if self._per_group else [max_norm]
+        self._limits = [check_clip_norm(limit, "max_norm") for limit in limits]
+        if self._per_group and len(self._limits) != len(optimizer.param_groups):
+            raise ValueError(_number_of_limits(self._limits, optimizer))
+        if optimizer in _attached:
+            raise ValueError("the optimizer has a clipper already; remove() that one first")
+        self._on_nonfinite: OnNonfinite = on_nonfinite
+        self._optimizer = optimizer
+        self._places: list[_Place] = []
+        self._folded: Tensor | None = None
+        self._instead_of: Any = None
+        self._norms = [Scaled(0.0, 0)] * len(self._limits)
+        self._actions: list[Keep | Fill | Scale] = [Keep()] * len(self._limits)
+        self._wide = False
+        self._steps = self._clipped_steps = 0
+        self._find_places()
+        _attached.add(optimizer)
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
+
+    @property
+    def norm(self) -> Tensor:
+        """The global norm of the latest step, as it was before clipping."""
+        dtype = torch.float64 if self._wide else torch.float32
+        return self._tensor(list(map(float, self._norms)), dtype)
+
+    @property
+    def factor(self) -> Tensor:
+        """What gradients were multiplied by in the latest step, float64."""
+        return self._tensor(list(map(_factor, self._actions)), torch.float64)
+
+    @property
+    def steps(self) -> Tensor:
+        """How many steps there were, int64."""
+        return torch.tensor(self._steps)
+
+    @property
+    def clipped_steps(self) -> Tensor:
+        """In how many of them a norm was above its limit, int64."""
+        return torch.tensor(self._clipped_steps)
+
+    def _tensor(self, values: list[float], dtype: torch.dtype) -> Tensor:
+        return torch.tensor(values if self._per_group else values[0], dtype=dtype)
+
+    def remove(self) -> None:
+        """Clip no more; what was counted stays."""
+        for handle in self._handles:
+            handle.remove()
+        for place in self._places:
+            place.leave()
+        self._places = []
+        _attached.discard(self._optimizer)
+
+    # ---- the step ----
+
+    def _before_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # The optimizer itself is the first of args.
+        if len(args) > 1 or kwargs.get("closure") is not None:
+            raise RuntimeError(
+                "optimizer.step(closure) under gradclip.torch.attach: the closure would make the "
+                "gradients inside of the step. Call it before step(), or clip at its end by "
+                "gradclip.torch.clip_grad_norm_"
+            )
+        if self._per_group and len(self._limits) != len(optimizer.param_groups):
+            raise ValueError(_number_of_limits(self._limits, optimizer))
+        self._unfold()  # after a step that has failed
+        self._find_places()
+        if getattr(optimizer, "found_inf", None):
+            return  # a gradient overflowed under GradScaler's scale, so nothing is stepped
+        scale = float(getattr(optimizer, "grad_scale", None) or 1.0)
+        lists = self._gradients()
+        with ieee_arithmetic():
+            norms = [_unscaled(_norm(each), scale, each.wide) for each in lists]
+            actions = [
+                _clip.decided(backend, each.tensors, each.path, norm, limit, self._on_nonfinite)
+                for each, norm, limit in zip(lists, norms, self._limits, strict=True)
+            ]
+            self._carry_out(lists, actions, scale)
+        self._norms, self._actions = norms, actions
+        self._wide = any(each.wide for each in lists)
+        self._steps += 1
+        self._clipped_steps += any(isinstance(action, Scale) for action in actions)
+
+    def _find_places(self) -> None:
+        """See which parameters the optimizer has, and have each watched once it is trained."""
+        groups = [group["params"] for group in self._optimizer.param_groups]
+        parameters = [parameter for group in groups for parameter in group]
+        known = [place.parameter for place in self._places]
+        if len(parameters) != len(known) or not all(map(is_, parameters, known)):
+            old = {id(place.parameter): place for place in self._places}
+            self._places = [
+                (old.pop(id(parameter), None) or _Place(parameter)).moved_to(group, number)
+                for group, members in enumerate(groups)
+                for number, parameter in enumerate(members)
+            ]
+            for place in old.values():
+                place.leave()
+        for place in self._places:
+            if place.waits and place.parameter.requires_grad:
+                place.watch()
+
+    def _gradients(self) -> list[_Gradients]:
+        """The gradients there are, in lists of those that are clipped together."""
+        lists = [_Gradients() for _ in self._limits]
+        for place in self._places:
+            gradient = place.parameter.grad
+            if gradient is not None:
+                lists[place.group if self._per_group else 0].add(place, gradient)
+        return lists
+
+    def _carry_out(
+        self, lists: list[_Gradients], actions: list[Keep | Fill | Scale], scale: float
+    ) -> None:
+        match actions:
+            case [Scale(factor)] if self._fold(scale, factor):
+                return
+        todo = [
+            (backend.hold(each.tensors, each.path, writable=True), action)
+            for each, action in zip(lists, actions, strict=True)
+            if not isinstance(action, Keep)
+        ]
+        for held, action in todo:
+            _clip.carry_out_(backend, held, action)
+
+    def _fold(self, scale: float, factor: Scaled) -> bool:
+        """Have the optimizer divide by ``scale / factor``; False if it is not one that does."""
+        optimizer: Any = self._optimizer
+        fused = all(group.get("fused") for group in optimizer.param_groups)
+        if not fused or not getattr(optimizer, "_step_supports_amp_scaling", False):
+            return False
+        divisor = torch.tensor(scale / (float(factor) or math.ulp(0.0)), dtype=torch.float32)
+        if not divisor.isfinite():
+            return False
+        self._instead_of = vars(optimizer).get("grad_scale", _ABSENT)
+        self._folded = optimizer.grad_scale = divisor
+        return True
+
+    def _after_step(self, *_: Any) -> None:
+        self._unfold()
+        for place in self._places:
+            if place.watching is not None:
+                place.watching.forget()
+
+    def _unfold(self) -> None:
+        optimizer: Any = self._optimizer
+        if self._folded is not None and getattr(optimizer, "grad_scale", None) is self._folded:
+            if self._instead_of is _ABSENT:
+                del optimizer.grad_scale
+            else:
+                optimizer.grad_scale = self._instead_of
+        self._folded = None
+
+
+_ABSENT = object()
+
+
+class _Place:
+    """A parameter, its place in the optimizer, and the watch on its gradient."""
+
+    __slots__ = ("_handle", "group", "number", "parameter", "waits", "watching")
+
+    def __init__(self, parameter: Tensor) -> None:
+        self.parameter = parameter
+        self.waits = True  # to be watched: it is frozen
+        self.watching: Any = None
+        self._handle: Any = None
+
+    def moved_to(self, group: int, number: int) -> _Place:
+        """The place, at its place among the parameter groups."""
+        self.group, self.number = group, number
+        return self
+
+    def watch(self) -> None:
+        """Have the gradient measured when it is written, if that is worth it."""
+        self.waits = False
+        self.watching, self._handle = backend.watch(self.parameter) or (None, None)
+
+    def leave(self) -> None:
+        """Watch no more."""
+        if self._handle is not None:
+            self._handle.remove()
+
+
+class _Gradients:
+    """Gradients that are clipped together, and what is known of their sum of squares."""
+
+    def __init__(self) -> None:
+        self._places: list[_Place] = []
+        self.tensors: list[Tensor] = []
+        self.parts: list[Part] = []
+        self.cold: list[Tensor] = []
+        self.wide = False
+
+    def add(self, place: _Place, gradient: Tensor) -> None:
+        """One more."""
+        self._places.append(place)
+        self.tensors.append(gradient)
+        warm = None if place.watching is None else place.watching.sums(gradient)
+        if warm is not None:
+            self.parts += warm
+            return
+        self.cold.append(gradient)
+        self.wide = self.wide or gradient.dtype in backend.WIDE
+
+    def path(self, number: int) -> str:
+        """What an error calls one of them."""
+        place = self._places[number]
+        return f"param_groups[{place.group}]['params'][{place.number}].grad"
+
+
+def _norm(gradients: _Gradients) -> Scaled:
+    """The global norm: by what was measured while it was warm, if that is all there is to it."""
+    tensors = gradients.tensors
+    repeated = len(set(map(id, tensors))) < len(tensors)
+    if not gradients.wide and not repeated and not _is_distributed():
+        more = backend.sums(gradients.cold)
+        norm = None if more is None else certified_norm([*gradients.parts, *more])
+        if norm is not None:
+            return norm
+    return backend.measure(backend.hold(tensors, gradients.path, writable=True))
+
+
+def _unscaled(norm: Scaled, scale: float, wide: bool) -> Scaled:
+    """The norm of gradients that GradScaler has multiplied by ``scale``."""
+    if scale == 1 or not math.isfinite(norm.significand):
+        return norm
+    by = Scaled.of(scale)
+    quotient = norm.significand / by.significand
+    significand, exponent = math.frexp(quotient if wide else float(np.float32(quotient)))
+    return Scaled(significand, exponent + norm.exponent - by.exponent)
+
+
+def _factor(action: Keep | Fill | Scale) -> float:
+    match action:
+        case Scale(factor):
+            return float(factor)
+        case Fill(value):
+            return value
+    return 1.0
+
+
+def _is_distributed() -> bool:
+    """If other processes' gradients may be reduced into these, which no version counter shows."""
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized()
+
+
+def _number_of_limits(limits: Sequence[float], optimizer: torch.optim.Optimizer) -> str:
+    groups = len(optimizer.param_groups)
+    return f"max_norm has {len(limits)} limits, and the optimizer {groups} parameter groups"

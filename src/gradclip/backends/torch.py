@@ -1,0 +1,687 @@
+"""PyTorch: dense and sparse tensors, and `gradclip.IndexedSlices` of tensors.
+
+Tensors on the CPU go through the host's kernels where they lie; on other devices the same bits come
+from PyTorch's own operations. Where autograd or a function transform looks on, the clip is one
+`torch.autograd.Function`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradclip import _host
+from gradclip._decide import check_clip_norm, check_use_norm
+from gradclip._exact import Part, Scaled, Total
+from gradclip._host import Array, Float8
+from gradclip._protocol import Plain
+from gradclip._sparse import IndexedSlices, check_rows, merged_rows
+from gradclip._tree import Tree
+from gradclip.kernels import cpu, traced
+from gradclip.kernels.torch import Operations, pulled_back, pushed_forward, slope
+
+_ACCEPTED = "float16, bfloat16, float8, float32, float64 and complex tensors"
+_PLAIN_TYPES = {Tensor, torch.nn.Parameter}
+_FLOAT8 = {
+    torch.float8_e4m3fn,
+    torch.float8_e4m3fnuz,
+    torch.float8_e5m2,
+    torch.float8_e5m2fnuz,
+}
+_HALVES = {torch.float16, torch.bfloat16, torch.complex32}
+WIDE = {torch.float64, torch.complex128}
+_DTYPES = _HALVES | _FLOAT8 | WIDE | {torch.float32, torch.complex64}
+_COMPRESSED = {torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc}
+
+
+class Held(NamedTuple):
+    """Leaves that have passed every check."""
+
+    leaves: Sequence[Any]
+    host: _host.Held | None  # their memory; None where the host's kernels do not reach it
+
+
+# ---- the backend ----
+
+
+def hold(leaves: Sequence[Any], path: Callable[[int], str], *, writable: bool) -> Held:
+    """Check the leaves and take hold of their memory.
+
+    Raises:
+        TypeError: a leaf is of another dtype or type than those clipped.
+        ValueError: a sparse leaf is malformed, or the memory of one has been given up; with
+            ``writable``, elements of one share memory.
+    """
+    if _are_plain(leaves):
+        memory = _taken(leaves, writable=writable)
+        if memory is not None:
+            return Held(leaves, _host.Held(leaves, [], None, memory, writable, None))
+    values = [_checked(leaf, partial(path, place)) for place, leaf in enumerate(leaves)]
+    if not _on_host(values):
+        return Held(_distinct(leaves) if writable else leaves, None)
+    return Held(leaves, _host_held(leaves, values, path, writable=writable))
+
+
+def measure(held: Held) -> Scaled:
+    """The global norm, correctly rounded."""
+    if held.host is not None:
+        return _host.measure(held.host)
+    devices = {_values(leaf).device for leaf in held.leaves}
+    if len(devices) > 1:
+        return _host.measure(_on_the_host(held))
+    norm = traced.measured(Operations(devices.pop()), list(map(_with_rows, held.leaves)))
+    if norm.nan | norm.inf:
+        return Scaled.of(np.nan if norm.nan else np.inf)
+    significand, exponent = Scaled.of(float(norm.significand))
+    return Scaled(significand, exponent + int(norm.exponent) if significand else 0)
+
+
+def sums(tensors: Sequence[Tensor]) -> list[Part] | None:
+    """Each thread's share of sum x^2 in float64; None if the C kernel cannot add that up."""
+    memory = _taken(tensors, writable=False) if _are_plain(tensors) else None
+    if memory is None or memory.has_f64:
+        return None
+    return cpu.sum_squares(memory)
+
+
+def watch(parameter: Tensor) -> Any:
+    """Have a parameter's gradient measured whenever backward has written it, while it is warm.
+
+    Returns:
+        The watch and the handle of its hook; None where it is not worth it, or cannot be done.
+    """
+    large = parameter.numel() * parameter.element_size() >= _LARGE
+    if not large or cpu.kernel() == "numpy" or not _c_interface():
+        return None
+    watch = cpu.watch()
+    return watch, parameter.register_post_accumulate_grad_hook(watch)
+
+
+# Gradients of fewer bytes are in some cache at the step too, where one call measures them all.
+_LARGE = 1 << 16
+
+
+def total(held: Held) -> tuple[Total, float, bool]:
+    """The exact sum, the largest finite |x| (of a complex x, of its parts), if any is wide."""
+    return _host.total(held.host or _on_the_host(held))
+
+
+def norm_of_order(held: Held, order: float) -> Scaled:
+    """``(sum of |x|^order)^(1/order)``, or for inf the largest |x|; in float64, rounded once more.
+
+    NaN if any element is, else inf if any element is.
+    """
+    largest = 0.0
+    for piece in _magnitudes(held):
+        top = float(piece.max())
+        largest = top if math.isnan(top) else max(largest, top)
+        if math.isnan(largest):
+            break
+    norm = Scaled.of(largest)
+    if math.isfinite(order) and 0 < largest < math.inf:
+        # Parts of the largest: neither a sum nor its root overflows.
+        total = math.fsum(float((piece / largest).pow(order).sum()) for piece in _magnitudes(held))
+        significand, exponent = math.frexp(norm.significand * total ** (1 / order))
+        norm = Scaled(significand, norm.exponent + exponent)
+    rounded = norm if _is_wide(held) else norm._replace(significand=float(np.float32(norm[0])))
+    significand, exponent = math.frexp(rounded.significand)
+    return Scaled(significand, norm.exponent + exponent)
+
+
+def _magnitudes(held: Held) -> Iterator[Tensor]:
+    """``|x|`` of the leaves in float64, rows of one index added; some at a time, never none."""
+    for leaf in held.leaves:
+        values, rows = _with_rows(leaf)
+        merged = None if rows is None else _merged(leaf, np.empty(0))
+        parts = [values] if merged is None else map(torch.from_numpy, merged)
+        for part in parts:
+            for piece in torch.split(part.reshape(-1), 1 << 16):
+                if piece.numel():
+                    wide = torch.complex128 if piece.is_complex() else torch.float64
+                    yield piece.to(wide).abs()
+
+
+def _is_wide(held: Held) -> bool:
+    """If the norm is float64."""
+    if held.host is not None:
+        return held.host.memory.has_f64
+    return any(_values(leaf).dtype in WIDE for leaf in held.leaves)
+
+
+def count_nonfinite(leaf: Any) -> tuple[int, int]:
+    """How many elements are NaN, and how many are inf."""
+    values = _values(leaf)
+    if values.dtype in _FLOAT8 | {torch.complex32}:
+        values = values.to(torch.complex64 if values.is_complex() else torch.float32)
+    return int(values.isnan().sum()), int(values.isinf().sum())
+
+
+def scalar(norm: Scaled, held: Held) -> Tensor:
+    """The norm as a 0-d tensor, where the first leaf is."""
+    dtype = torch.float64 if _is_wide(held) else torch.float32
+    device = None if held.host is not None else _values(held.leaves[0]).device
+    return torch.tensor(float(norm), dtype=dtype, device=device)
+
+
+def copied(held: Held) -> list[Any]:
+    """New leaves, bit for bit the old ones."""
+    return [_with_values(leaf, _copy(_values(leaf))) for leaf in held.leaves]
+
+
+def filled(held: Held, value: float) -> list[Any]:
+    """New leaves, every element ``value``."""
+    new = [torch.empty_like(_values(leaf).detach()) for leaf in held.leaves]
+    _fill(new, value)
+    return list(map(_with_values, held.leaves, new))
+
+
+def scaled(held: Held, factor: Scaled) -> list[Any]:
+    """New leaves, every element multiplied."""
+    old = [_values(leaf).detach() for leaf in held.leaves]
+    if held.host is None:
+        new = [_scaled_elsewhere(values, factor) for values in old]
+    else:
+        new = [torch.empty_like(values) for values in old]
+        # The kernel walks memory: what is conjugated later, or lies in another order, is copied.
+        sources = [
+            values
+            if values.stride() == target.stride() and not _is_lazy(values)
+            else target.copy_(values)
+            for values, target in zip(old, new, strict=True)
+        ]
+        _host.scale_to(_held_plain(sources), _held_plain(new), factor)
+    return list(map(_with_values, held.leaves, new))
+
+
+def fill_(held: Held, value: float) -> None:
+    """Put ``value`` into every element."""
+    _fill(map(_values, held.leaves), value)
+
+
+def scale_(held: Held, factor: Scaled) -> None:
+    """Multiply every element where it lies; autograd sees that it has changed."""
+    if held.host is not None:
+        _host.scale_(held.host, factor)
+        as_they_are = held.host.codes is None
+        torch.autograd.graph.increment_version(
+            held.leaves if as_they_are else map(_values, held.leaves)
+        )
+        return
+    with torch.no_grad():
+        for tensor in map(_values, held.leaves):
+            tensor.copy_(_scaled_elsewhere(tensor, factor))
+
+
+def _fill(tensors: Iterable[Tensor], value: float) -> None:
+    with torch.no_grad():
+        for tensor in tensors:
+            if tensor.dtype in _FLOAT8:  # which has no fill_
+                tensor.copy_(torch.tensor(value))
+            else:
+                tensor.fill_(complex(value, value) if tensor.is_complex() else value)
+
+
+def _copy(values: Tensor) -> Tensor:
+    return torch.empty_like(values.detach()).copy_(values.detach())
+
+
+def _is_lazy(values: Tensor) -> bool:
+    """If the elements are the conjugates, or negatives, of what lies in memory."""
+    return values.is_conj() or values.is_neg()
+
+
+# ---- one leaf ----
+
+
+def _values(leaf: Any) -> Tensor:
+    """The tensor of a leaf's elements: of a sparse one, those it stores; the same memory."""
+    if isinstance(leaf, IndexedSlices):
+        values: Tensor = leaf.values
+        return values
+    if leaf.layout is torch.sparse_coo:
+        return leaf._values()
+    return leaf.values() if leaf.layout in _COMPRESSED else leaf
+
+
+def _checked(leaf: Any, path: Callable[[], str]) -> Tensor:
+    """The tensor of a leaf's elements, once the leaf has been found to be one that is clipped."""
+    tensor = leaf.values if isinstance(leaf, IndexedSlices) else leaf
+    kind = type(tensor)
+    served = isinstance(tensor, Tensor) and (
+        kind in _PLAIN_TYPES
+        or kind.__torch_dispatch__ is torch._C._disabled_torch_dispatch_impl
+        or kind.__torch_dispatch__ is Tensor.__torch_dispatch__
+    )
+    if not served or tensor.is_nested or tensor.is_quantized or tensor.is_mkldnn:
+        name = kind.__name__
+        if served:
+            name = "a tensor that is nested, quantized or of mkldnn"
+        raise TypeError(f"{path()} is {name}; gradclip clips {_ACCEPTED}")
+    if tensor.dtype not in _DTYPES:
+        name = str(tensor.dtype).removeprefix("torch.")
+        raise TypeError(f"{path()} is {name}; gradclip clips {_ACCEPTED}")
+    values = _values(leaf)
+    extent = sum((n - 1) * step for n, step in zip(values.shape, values.stride(), strict=True)) + 1
+    needed = (values.storage_offset() + extent) * values.element_size()
+    if values.is_meta or (values.numel() and needed > values.untyped_storage().nbytes()):
+        raise ValueError(f"{path()} has no memory (device {values.device})")
+    if values is not leaf:
+        _check_indices(leaf, path)
+    return values
+
+
+def _check_indices(leaf: Any, path: Callable[[], str]) -> None:
+    if isinstance(leaf, IndexedSlices):
+        shape = leaf.dense_shape
+        rows = IndexedSlices(_Shape(tuple(leaf.values.shape)), _array(leaf.indices), shape)
+        check_rows(rows, path)
+    elif leaf.layout in _COMPRESSED:
+        try:
+            torch._validate_sparse_compressed_tensor_args(
+                *_compressed_indices(leaf), leaf.values(), leaf.shape, leaf.layout
+            )
+        except RuntimeError as error:
+            raise ValueError(f"{path()} is malformed: {error}") from None
+    elif leaf._indices().numel():
+        indices = leaf._indices()
+        lengths = indices.new_tensor(leaf.shape[: leaf.sparse_dim()])[:, None]
+        wrong = ((indices < 0) | (indices >= lengths)).any(1)
+        if wrong.any():
+            axis = int(wrong.to(torch.int8).argmax())
+            raise ValueError(
+                f"{path()} has an index out of range on axis {axis} of length {leaf.shape[axis]}"
+            )
+
+
+class _Shape(NamedTuple):
+    """What `check_rows` asks of values."""
+
+    shape: tuple[int, ...]
+
+
+def _array(indices: Any) -> Any:
+    return indices.detach().cpu().numpy() if isinstance(indices, Tensor) else np.asarray(indices)
+
+
+def _compressed_indices(leaf: Tensor) -> tuple[Tensor, Tensor]:
+    if leaf.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return leaf.crow_indices(), leaf.col_indices()
+    return leaf.ccol_indices(), leaf.row_indices()
+
+
+def _rows(leaf: Any) -> Tensor | None:
+    """One index for each of a leaf's values; None if no two can share one."""
+    if isinstance(leaf, IndexedSlices):
+        return torch.as_tensor(leaf.indices, device=leaf.values.device)
+    if leaf.layout is not torch.sparse_coo or leaf.is_coalesced():
+        return None
+    indices = leaf._indices()
+    rows = indices.new_zeros(leaf._nnz())
+    for axis, length in enumerate(leaf.shape[: leaf.sparse_dim()]):
+        rows = rows * length + indices[axis]
+    return rows
+
+
+def _with_rows(leaf: Any) -> tuple[Tensor, Tensor | None]:
+    return _values(leaf).detach(), _rows(leaf)
+
+
+def _with_values(leaf: Any, values: Tensor) -> Any:
+    """A leaf with other elements."""
+    if isinstance(leaf, IndexedSlices):
+        return leaf._replace(values=values)
+    if leaf.layout is torch.sparse_coo:
+        return torch.sparse_coo_tensor(
+            leaf._indices(),
+            values,
+            leaf.shape,
+            is_coalesced=leaf.is_coalesced(),
+            check_invariants=False,
+        )
+    if leaf.layout in _COMPRESSED:
+        return torch.sparse_compressed_tensor(
+            *_compressed_indices(leaf),
+            values,
+            leaf.shape,
+            layout=leaf.layout,
+            check_invariants=False,
+        )
+    return values
+
+
+# ---- on the CPU ----
+
+
+def _on_host(values: Sequence[Tensor]) -> bool:
+    """If the host's kernels reach all tensors."""
+    return all(tensor.device.type == "cpu" for tensor in values)
+
+
+def _held_plain(values: list[Tensor]) -> _host.Held:
+    """Hold tensors that have passed every check, or are new."""
+    held = hold(values, str, writable=False).host
+    assert held is not None, "tensors on the CPU"
+    return held
+
+
+def _host_held(
+    leaves: Sequence[Any], values: Sequence[Tensor], path: Callable[[int], str], *, writable: bool
+) -> _host.Held:
+    """Hold the memory of tensors as that of arrays."""
+    merged = _merged if any(_values(leaf) is not leaf for leaf in leaves) else None
+    arrays = list(map(_memory, values))
+    codes = [_float8(tensor.dtype) if tensor.dtype in _FLOAT8 else None for tensor in values]
+    return _host.hold_codes(leaves, arrays, codes, merged, path, writable=writable)
+
+
+def _memory(values: Tensor) -> Array:
+    """The memory of a tensor as an array: uint16 for bfloat16, uint8 for float8."""
+    values = values.detach()
+    if values.is_conj():
+        values = values.conj()
+    if values.is_neg():
+        values = torch._neg_view(values)
+    if values.dtype is torch.bfloat16:
+        codes: Array = values.view(torch.int16).numpy()
+        return codes.view(np.uint16)
+    if values.dtype is torch.complex32:
+        values = torch.view_as_real(values)
+    array: Array = (values.view(torch.uint8) if values.dtype in _FLOAT8 else values).numpy()
+    return array
+
+
+def _merged(leaf: Any, _: Array) -> Iterator[Array] | None:
+    rows = _rows(leaf)
+    if rows is None:
+        return None
+    values = _values(leaf).detach()
+    if values.dtype in _HALVES | _FLOAT8:
+        values = values.to(torch.complex64 if values.is_complex() else torch.float32)
+    return merged_rows(values.resolve_conj().resolve_neg().numpy(), _array(rows))
+
+
+_float8s: dict[torch.dtype, Float8] = {}
+
+
+def _float8(dtype: torch.dtype) -> Float8:
+    if dtype not in _float8s:
+
+        def encode(values: Array) -> bytes:
+            codes: Array = torch.from_numpy(values).to(dtype).view(torch.uint8).numpy()
+            return codes.tobytes()
+
+        numbers: Array = torch.arange(256, dtype=torch.uint8).view(dtype).float().numpy()
+        _float8s[dtype] = Float8(numbers.tobytes(), encode)
+    return _float8s[dtype]
+
+
+def _are_plain(leaves: Sequence[Any]) -> bool:
+    return _PLAIN_TYPES.issuperset(map(type, leaves))
+
+
+def _taken(tensors: Sequence[Any], *, writable: bool) -> cpu.Leaves | None:
+    """The memory of plain tensors, by PyTorch's C interface; None where one needs care."""
+    in_a_transform = torch._C._functorch.peek_interpreter_stack() is not None
+    if in_a_transform or cpu.kernel() == "numpy" or not _c_interface():
+        return None
+    return cpu.take_tensors(tensors, writable=writable)
+
+
+_FUNCTIONS = (
+    "get_data_ptr",
+    "get_dim",
+    "get_sizes",
+    "get_strides",
+    "get_storage_offset",
+    "get_storage_size",
+    "get_dtype",
+    "get_device_type",
+    "get_layout",
+)
+_NUMBERS = (
+    "dtype_float16",
+    "dtype_bfloat16",
+    "dtype_float32",
+    "dtype_float64",
+    "dtype_complex64",
+    "dtype_complex128",
+    "device_type_cpu",
+    "layout_strided",
+)
+
+
+@functools.cache
+def _c_interface() -> bool:
+    """If this PyTorch has the C interface that the C kernel knows; it is told where."""
+    library = next((Path(torch.__file__).parent / "lib").glob("*torch_cpu.*"), None)
+    place = _place_of_a_tensor()
+    if library is None or place is None:
+        return False
+    shim = ctypes.CDLL(str(library))
+    names = [f"aoti_torch_{name}" for name in (*_FUNCTIONS, *_NUMBERS)]
+    if not all(hasattr(shim, name) for name in names):
+        return False
+    functions = [getattr(shim, name) for name in names]
+    addresses = [_address(function) for function in functions[: len(_FUNCTIONS)]]
+    for name in ("GOMP_parallel", "omp_get_max_threads"):
+        addresses.append(_address(getattr(shim, name)) if hasattr(shim, name) else 0)
+    numbers = [number() for number in functions[len(_FUNCTIONS) :]]
+    cpu.use_torch(tuple(addresses), (*numbers, place), Tensor)
+    return True
+
+
+def _address(function: Any) -> int:
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
+
+
+def _place_of_a_tensor() -> int | None:
+    """Where in the memory of a Python tensor its at::Tensor lies, if all kinds agree."""
+    with torch.inference_mode(False), torch.enable_grad():
+        owned_by_python = torch.zeros(2, device="cpu")
+        parameter = torch.nn.Parameter(torch.zeros(2, device="cpu"))
+        parameter.sum().backward()  # its gradient belongs to PyTorch
+    samples: tuple[Any, ...] = (owned_by_python, parameter, parameter.grad)
+    word = ctypes.sizeof(ctypes.c_void_p)
+    header, size = object.__basicsize__, Tensor.__basicsize__
+    for place in range(header, size - word + 1, word):
+        if all(
+            ctypes.c_void_p.from_address(id(tensor) + place).value == tensor._cdata
+            for tensor in samples
+        ):
+            return place
+    return None
+
+
+# ---- on other devices ----
+
+
+def _distinct(leaves: Sequence[Any]) -> list[Any]:
+    """The leaves, those that are listed twice once."""
+    return list({id(leaf): leaf for leaf in leaves}.values())
+
+
+def _on_the_host(held: Held) -> _host.Held:
+    """Copies of leaves, to be measured."""
+    leaves = [
+        leaf._replace(values=leaf.values.cpu()) if isinstance(leaf, IndexedSlices) else leaf.cpu()
+        for leaf in held.leaves
+    ]
+    return _host_held(leaves, list(map(_values, leaves)), str, writable=False)
+
+
+def _scaled_elsewhere(values: Tensor, factor: Scaled) -> Tensor:
+    if not factor.significand:
+        return values * 0
+    ops = Operations(values.device)
+    significand = ops.constant(int(factor.significand * 2**53), "int64")
+    exponent = ops.constant(factor.exponent - 53, "int64")
+    never = significand < 0
+    number = traced.Number(significand, exponent, never, never)
+    if values.dtype is torch.complex32:
+        parts = torch.view_as_real(values.resolve_conj())
+        return torch.view_as_complex(traced.scaled(ops, parts, number))
+    return torch.empty_like(values).copy_(traced.scaled(ops, values, number))
+
+
+# ---- where autograd or a function transform looks on ----
+
+
+def recorder(values: Sequence[Any]) -> _Recorder | None:
+    """Who clips where autograd, or a transform of `torch.func`, follows what becomes of tensors."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return _Recorder()
+    tensors = [
+        value.values if isinstance(value, IndexedSlices) else value
+        for value in values
+        if isinstance(value, Tensor | IndexedSlices)
+    ]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return _Recorder()
+    if torch.autograd.forward_ad._current_level >= 0:
+        return _Recorder()
+    return None
+
+
+class _Recorder:
+    """Clips by a `torch.autograd.Function`."""
+
+    def clip(
+        self,
+        tree: Tree,
+        plain: Plain,
+        clip_norm: Any,
+        use_norm: Any,
+        on_nonfinite: Any,
+        name: str | None,  # noqa: ARG002  (PyTorch names no operations)
+    ) -> tuple[list[Any], Any]:
+        """New leaves and the norm."""
+        call = _Call(plain, tree.leaves, on_nonfinite)
+        tensors = [_recordable(leaf, partial(tree.path, i)) for i, leaf in enumerate(tree.leaves)]
+        limits = [_limit("clip_norm", clip_norm), _limit("use_norm", use_norm)]
+        norm, *new = _Clip.apply(call, *limits, *tensors)
+        return list(map(_with_values, tree.leaves, new)), norm
+
+    def norm(self, tree: Tree, plain: Plain, name: str | None) -> Any:
+        """The global norm."""
+        return self.clip(tree, plain, np.inf, None, "keep", name)[1]
+
+
+class _Call(NamedTuple):
+    """What does not change where a clip is differentiated or mapped."""
+
+    plain: Plain
+    leaves: Sequence[Any]
+    on_nonfinite: Any
+
+    def clip(self, clip_norm: Any, use_norm: Any, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The norm, and new values, of tensors that nobody follows."""
+        limit = check_clip_norm(clip_norm)
+        given = None if use_norm is None else float(check_use_norm(use_norm))
+        leaves = list(map(_with_values, self.leaves, tensors))
+        new, norm, _ = self.plain(leaves, limit, given, self.on_nonfinite)
+        return (norm, *map(_values, new))
+
+    @property
+    def rows(self) -> list[Tensor | None]:
+        return [
+            None if isinstance(leaf, Tensor) and leaf.layout is torch.strided else _rows(leaf)
+            for leaf in self.leaves
+        ]
+
+
+def _recordable(leaf: Any, path: Callable[[], str]) -> Tensor:
+    """The elements of a leaf, as a tensor that autograd connects to it."""
+    if isinstance(leaf, Tensor) and leaf.layout is torch.sparse_coo:
+        if leaf.requires_grad and not leaf.is_coalesced():
+            raise ValueError(
+                f"{path()} requires a gradient and is not coalesced: coalesce it first"
+            )
+        return leaf.values() if leaf.is_coalesced() else leaf._values()
+    return _values(leaf)
+
+
+def _limit(name: str, value: Any) -> Any:
+    """A limit, checked if it is a number; a tensor is checked when its value is there."""
+    if not isinstance(value, Tensor) and value is not None:
+        return check_clip_norm(value) if name == "clip_norm" else float(check_use_norm(value))
+    return value
+
+
+class _Clip(torch.autograd.Function):
+    """(call, clip_norm, use_norm, *values) to (norm, *new values)."""
+
+    @staticmethod
+    def forward(call: _Call, clip_norm: Any, use_norm: Any, *values: Tensor) -> tuple[Tensor, ...]:
+        return call.clip(clip_norm, use_norm, values)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.call, clip_norm, use_norm, *values = inputs
+        ctx.limits = [None if isinstance(x, Tensor) else x for x in (clip_norm, use_norm)]
+        tensors = [x if isinstance(x, Tensor) else None for x in (clip_norm, use_norm)]
+        ctx.save_for_backward(output[0], *tensors, *values)
+        ctx.save_for_forward(output[0], *tensors, *values)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def _parts(ctx: Any) -> tuple[Any, ...]:
+        norm, limit, given, *values = ctx.saved_tensors
+        is_given = given is not None or ctx.limits[1] is not None
+        norm = norm if given is None else given
+        if limit is None:
+            limit = norm.new_tensor(ctx.limits[0], dtype=torch.float64)
+        return slope(norm, limit, ctx.call.on_nonfinite), is_given, values
+
+    @staticmethod
+    def backward(ctx: Any, d_norm: Any, *d_values: Any) -> tuple[Any, ...]:
+        at, given, values = _Clip._parts(ctx)
+        new, d_limit, d_given = pulled_back(
+            values, ctx.call.rows, at, given=given, d_norm=d_norm, d_values=d_values
+        )
+        limits = [d_limit, d_given if given else None]
+        wanted = ctx.needs_input_grad[1:3]
+        d_limits = [
+            None if not want or each is None else each.to(saved.dtype)
+            for each, want, saved in zip(limits, wanted, ctx.saved_tensors[1:3], strict=True)
+        ]
+        return (None, *d_limits, *new)
+
+    @staticmethod
+    def jvp(ctx: Any, _: Any, d_limit: Any, d_given: Any, *d_values: Any) -> tuple[Any, ...]:
+        at, given, values = _Clip._parts(ctx)
+        norm = ctx.saved_tensors[0]
+        d_norm, new = pushed_forward(
+            values,
+            ctx.call.rows,
+            at,
+            d_limit=d_limit,
+            d_given=d_given,
+            given=given,
+            d_values=d_values,
+        )
+        return (d_norm.to(norm.dtype), *new)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, call: _Call, *inputs: Any) -> tuple[Any, Any]:
+        """One after the other: each has a norm of its own."""
+        outputs = [
+            _Clip.apply(
+                call,
+                *(
+                    x if dim is None else x.select(dim, place)
+                    for x, dim in zip(inputs, in_dims[1:], strict=True)
+                ),
+            )
+            for place in range(info.batch_size)
+        ]
+        stacked = tuple(map(torch.stack, zip(*outputs, strict=True)))
+        return stacked, (0,) * len(stacked)

@@ -1,0 +1,335 @@
+"""PyTorch's own words: change the import, and clip by the right norm; or clip in `attach`.
+
+``clip_grad_norm_``, ``get_total_norm`` and ``clip_grads_with_norm_`` take and return what
+``torch.nn.utils``'s do. They differ in this, on purpose:
+
+- The norm is correctly rounded (of order 2; of other orders, summed in float64), in float32, or
+  float64 if a gradient is float64 or complex128. PyTorch sums in the dtype of the gradients,
+  returns the norm in it, and is 4.8 % low on 2^27 values of 1.1 in float32.
+- No 1e-6 is added to the norm. Where it is at most ``max_norm`` no gradient is written; PyTorch
+  multiplies each, by a number that is 1.
+- Finite gradients whose squares overflow are clipped rightly; PyTorch makes them 0.
+- A gradient that is listed twice counts once and is scaled once.
+- Sparse and float8 gradients are clipped; rows of one index are added first.
+- ``max_norm`` that is zero, negative or NaN is a ValueError; ``inf`` clips nothing.
+- An empty tensor counts 0 in a norm of any order.
+- ``foreach`` is without effect: there is one way, whatever the dtypes.
+- A gradient is changed below autograd, as under ``torch.no_grad``; its version counter says so.
+
+Gradients on other devices than the CPU are measured there by PyTorch's operations, to the same
+bits; that waits for the device. A DTensor is a TypeError.
+"""
+
+from __future__ import annotations
+
+import math
+import types
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import utils
+
+from gradclip import _clip
+from gradclip._clipper import Clipper
+from gradclip._decide import OnNonfinite, check_clip_norm, check_on_nonfinite, check_use_norm
+from gradclip._exact import Scaled
+from gradclip._patch import Patch
+from gradclip.backends import torch as backend
+from gradclip.kernels.cpu import ieee_arithmetic
+
+__all__ = [
+    "Clipper",
+    "attach",
+    "clip_grad_norm_",
+    "clip_grads_with_norm_",
+    "get_total_norm",
+    "patch",
+]
+
+attach = Clipper
+
+
+def clip_grad_norm_(
+    parameters: Tensor | Iterable[Tensor],
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+    *,
+    on_nonfinite: OnNonfinite | None = None,
+    group: Any = None,
+) -> Tensor:
+    """Scale the gradients of parameters down together so that their norm is at most ``max_norm``.
+
+    ::
+
+        total_norm = (sum of |g|^p over every element g of every gradient)^(1/p)
+        gradient  *= max_norm / total_norm    if total_norm > max_norm
+
+    Args:
+        parameters: parameters, or one; those without a gradient are passed over. Gradients of
+            float16, bfloat16, float8, float32, float64, complex; dense, or sparse.
+        max_norm: above 0; ``inf`` only measures.
+        norm_type: p, above 0; ``inf`` is the largest ``|g|``.
+        error_if_nonfinite: RuntimeError if the norm is NaN or inf.
+        foreach: without effect.
+        on_nonfinite: what becomes of the gradients where an element is NaN or inf: ``"nan"``,
+            ``"zero"``, ``"keep"`` or ``"raise"``, as in `gradclip.clip_by_global_norm`. None does
+            as PyTorch: NaN makes all NaN; inf makes itself NaN and what is finite 0.
+        group: who else holds parts of the same gradient. Not supported yet.
+
+    Returns:
+        total_norm before clipping, a scalar: float64 if a gradient is float64 or complex128, else
+        float32; 0 if there is no gradient.
+
+    Raises:
+        TypeError, ValueError: a limit is no number or out of range, or a gradient is not of the
+            dtypes and layouts that are clipped. Nothing has been written then.
+        RuntimeError: with ``error_if_nonfinite``; nothing has been written.
+        FloatingPointError: with ``on_nonfinite="raise"``; it names the gradients.
+
+    Follows ``torch.nn.utils.clip_grad_norm_``, with the differences that `gradclip.torch` lists.
+
+    >>> weight = torch.nn.Parameter(torch.zeros(2))
+    >>> weight.grad = torch.tensor([3.0, 4.0])
+    >>> print(clip_grad_norm_([weight], 2.5), weight.grad)
+    tensor(5.) tensor([1.5000, 2.0000])
+    """
+    del foreach
+    _clip._no_group(group)
+    parameters, was_generator = _listed(parameters)
+    if was_generator and not parameters:
+        warnings.warn(
+            "`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=2
+        )
+    order = _order(norm_type)
+    grads = _gradients(parameters)
+    if torch.compiler.is_compiling():
+        limit = torch.as_tensor(max_norm, dtype=torch.float64)
+        policy = (on_nonfinite or "", error_if_nonfinite)
+        return torch.ops.gradclip.clip_grads_(grads, limit, order, *policy)
+    return _clip_grads_(
+        grads, partial(_path, parameters), max_norm, order, on_nonfinite, error_if_nonfinite
+    )
+
+
+def get_total_norm(
+    tensors: Tensor | Iterable[Tensor],
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> Tensor:
+    """The norm of tensors together: ``(sum of |x|^p over every element x)^(1/p)``.
+
+    Args:
+        tensors: tensors, or one; one that is listed twice counts once.
+        norm_type: p, above 0; ``inf`` is the largest ``|x|``.
+        error_if_nonfinite: RuntimeError if the norm is NaN or inf.
+        foreach: without effect.
+
+    Returns:
+        A scalar: float64 if a tensor is float64 or complex128, else float32.
+
+    Raises:
+        TypeError, ValueError: a tensor is not of the dtypes and layouts that are clipped, or
+            ``norm_type`` is out of range.
+        RuntimeError: with ``error_if_nonfinite``.
+
+    Follows ``torch.nn.utils.get_total_norm``, with the differences that `gradclip.torch` lists.
+
+    >>> print(get_total_norm([torch.tensor([3.0, 0.0]), torch.tensor(4.0)]))
+    tensor(5.)
+    """
+    del foreach
+    tensors, _ = _listed(tensors)
+    order = _order(norm_type)
+    if torch.compiler.is_compiling():
+        return torch.ops.gradclip.total_norm(tensors, order, error_if_nonfinite)
+    return _total_norm(tensors, order, error_if_nonfinite)
+
+
+def clip_grads_with_norm_(
+    parameters: Tensor | Iterable[Tensor],
+    max_norm: float,
+    total_norm: Tensor,
+    foreach: bool | None = None,
+) -> None:
+    """Scale the gradients of parameters by ``max_norm / total_norm`` if that is below 1.
+
+    Args:
+        parameters: parameters, or one; those without a gradient are passed over.
+        max_norm: above 0; ``inf`` clips nothing.
+        total_norm: the norm, a scalar. NaN makes every gradient NaN, inf makes it 0.
+        foreach: without effect.
+
+    Raises:
+        TypeError, ValueError: a limit is no number or out of range, or a gradient is not of the
+            dtypes and layouts that are clipped. Nothing has been written then.
+
+    Follows ``torch.nn.utils.clip_grads_with_norm_``, with the differences that `gradclip.torch`
+    lists.
+
+    >>> weight = torch.nn.Parameter(torch.zeros(2))
+    >>> weight.grad = torch.tensor([3.0, 4.0])
+    >>> clip_grads_with_norm_([weight], 2.5, torch.tensor(5.0))
+    >>> weight.grad
+    tensor([1.5000, 2.0000])
+    """
+    del foreach
+    parameters, _ = _listed(parameters)
+    grads = _gradients(parameters)
+    if torch.compiler.is_compiling():
+        limits = [torch.as_tensor(x, dtype=torch.float64) for x in (max_norm, total_norm)]
+        torch.ops.gradclip.clip_grads_with_norm_(grads, *limits)
+    else:
+        _clip_grads_with_norm_(grads, partial(_path, parameters), max_norm, total_norm)
+
+
+class patch(Patch):  # noqa: N801  (used as a function)
+    """Put `gradclip` in place of the three functions in ``torch.nn.utils``.
+
+    From the call on, or within the ``with`` statement, for all code that looks them up there when
+    it clips, as Lightning, accelerate and transformers do. Code that has imported them by name
+    before keeps PyTorch's. ``undo()`` puts back what was there before.
+
+    >>> with patch():
+    ...     utils.clip_grad_norm_ is clip_grad_norm_
+    True
+    >>> utils.clip_grad_norm_ is clip_grad_norm_
+    False
+    """
+
+    def _install(self) -> None:
+        for function in (clip_grad_norm_, get_total_norm, clip_grads_with_norm_):
+            for module in (utils, utils.clip_grad):
+                if hasattr(module, function.__name__):
+                    self._put(module, function.__name__, function)
+
+
+# ---- the arguments ----
+
+
+def _listed(tensors: Tensor | Iterable[Tensor]) -> tuple[list[Tensor], bool]:
+    if isinstance(tensors, Tensor):
+        return [tensors], False
+    return list(tensors), isinstance(tensors, types.GeneratorType)
+
+
+def _gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
+    grads = [each.grad for each in parameters]
+    return [gradient for gradient in grads if gradient is not None]
+
+
+def _path(parameters: Sequence[Tensor], place: int) -> str:
+    places = [i for i, parameter in enumerate(parameters) if parameter.grad is not None]
+    return f"parameters[{places[place]}].grad"
+
+
+def _order(norm_type: Any) -> float:
+    order = float(norm_type)
+    if not order > 0:
+        raise ValueError(f"norm_type is {norm_type!r}; it must be above 0 (inf: the largest |x|)")
+    return order
+
+
+# ---- the flow ----
+
+
+def _measured(held: Any, order: float, error_if_nonfinite: bool) -> Scaled:
+    norm = backend.measure(held) if order == 2 else backend.norm_of_order(held, order)
+    if error_if_nonfinite and not math.isfinite(norm.significand):
+        raise RuntimeError(
+            f"The total norm of order {order} for gradients from `parameters` is non-finite, so it "
+            "cannot be clipped. To disable this error and scale the gradients by the non-finite "
+            "norm anyway, set `error_if_nonfinite=False`"
+        )
+    return norm
+
+
+def _total_norm(tensors: list[Tensor], order: float, error_if_nonfinite: bool) -> Tensor:
+    tensors = list({id(tensor): tensor for tensor in tensors}.values())
+    with ieee_arithmetic():
+        held = backend.hold(tensors, "tensors[{}]".format, writable=False)
+        return backend.scalar(_measured(held, order, error_if_nonfinite), held)
+
+
+def _clip_grads_(
+    grads: list[Tensor],
+    path: Callable[[int], str],
+    max_norm: Any,
+    order: float,
+    on_nonfinite: OnNonfinite | None,
+    error_if_nonfinite: bool,
+) -> Tensor:
+    if on_nonfinite is not None:
+        check_on_nonfinite(on_nonfinite)
+    limit = check_clip_norm(max_norm, "max_norm")
+    with ieee_arithmetic():
+        held = backend.hold(grads, path, writable=True)
+        norm = _measured(held, order, error_if_nonfinite)
+        _act_(grads, path, held, norm, limit, on_nonfinite)
+        return backend.scalar(norm, held)
+
+
+def _clip_grads_with_norm_(
+    grads: list[Tensor], path: Callable[[int], str], max_norm: Any, total_norm: Any
+) -> None:
+    limit = check_clip_norm(max_norm, "max_norm")
+    norm = check_use_norm(total_norm, "total_norm")
+    with ieee_arithmetic():
+        _act_(grads, path, backend.hold(grads, path, writable=True), norm, limit, None)
+
+
+def _act_(
+    grads: list[Tensor],
+    path: Callable[[int], str],
+    held: Any,
+    norm: Scaled,
+    limit: float,
+    on_nonfinite: OnNonfinite | None,
+) -> None:
+    if on_nonfinite is None and math.isinf(norm.significand):
+        backend.scale_(held, Scaled(0.0, 0))  # PyTorch's factor: what is inf becomes NaN
+    else:
+        action = _clip.decided(backend, grads, path, norm, limit, on_nonfinite or "nan")
+        _clip.carry_out_(backend, held, action)
+
+
+# ---- operations that torch.compile takes as they are ----
+
+
+def _float64_of(grads: list[Tensor]) -> Tensor:
+    wide = any(grad.dtype in (torch.float64, torch.complex128) for grad in grads)
+    return torch.empty((), dtype=torch.float64 if wide else torch.float32)
+
+
+@torch.library.custom_op("gradclip::clip_grads_", mutates_args=("grads",))
+def _clip_grads_op(
+    grads: list[Tensor],
+    max_norm: Tensor,
+    norm_type: float,
+    on_nonfinite: str,
+    error_if_nonfinite: bool,
+) -> Tensor:
+    policy: Any = on_nonfinite or None
+    path = "gradients[{}]".format
+    return _clip_grads_(grads, path, max_norm, norm_type, policy, error_if_nonfinite)
+
+
+@torch.library.custom_op("gradclip::clip_grads_with_norm_", mutates_args=("grads",))
+def _clip_grads_with_norm_op(grads: list[Tensor], max_norm: Tensor, total_norm: Tensor) -> None:
+    _clip_grads_with_norm_(grads, "gradients[{}]".format, max_norm, total_norm)
+
+
+@torch.library.custom_op("gradclip::total_norm", mutates_args=())
+def _total_norm_op(tensors: list[Tensor], norm_type: float, error_if_nonfinite: bool) -> Tensor:
+    return _total_norm(tensors, norm_type, error_if_nonfinite)
+
+
+_clip_grads_op.register_fake(lambda grads, *_: _float64_of(grads))
+_clip_grads_with_norm_op.register_fake(lambda *_: None)
+_total_norm_op.register_fake(lambda tensors, *_: _float64_of(tensors))
