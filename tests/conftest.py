@@ -34,6 +34,9 @@ FRAMEWORKS = {
     "sklearn": "scikit-learn",
     "jax": "jax",
     "optax": "optax",
+    "lightning": "lightning",
+    "accelerate": "accelerate",
+    "transformers": "transformers",
 }
 REQUIRE_ALL = os.environ.get("GRADCLIP_REQUIRE_ALL") == "1"
 

@@ -49,6 +49,7 @@ def test_quick_has_every_row(framework: Any) -> None:
         "small-clip": {"gradclip", "R", "S"} | OTHERS,
     }
     timed |= {name: {"gradclip", "TensorFlow"} for name in systems if name.startswith("tf-")}
+    timed |= {name: {"gradclip", "PyTorch"} for name in systems if name.startswith("torch-")}
     assert systems == {name: timed.get(name, {"gradclip"}) for name in _cases.CASES}
 
 

@@ -63,6 +63,7 @@ ARROWS = {
         "kernels.cpu",
         "kernels._cpu",
         "tensorflow",
+        "torch",
         "cli.",
     },
     "__main__": {"cli"},

@@ -375,6 +375,12 @@ def test_memory_that_has_been_given_up() -> None:
             function([leaf], 1.0)
 
 
+def test_a_tensor_of_zeros_that_has_no_memory() -> None:
+    for function in (gradclip.global_norm, gradclip.clip_by_global_norm_):
+        with pytest.raises(ValueError, match=r"^t_list\[0\] has no memory \(device cpu\)$"):
+            function([torch._efficientzerotensor((3,))], *[1.0][function is gradclip.global_norm :])
+
+
 def test_in_place_elements_that_share_memory() -> None:
     leaf = torch.ones(1).expand(5)
     with pytest.raises(ValueError, match=r"^t_list\[1\] has elements that share memory"):
@@ -527,6 +533,14 @@ def test_function_transforms() -> None:
     assert torch.equal(torch.func.vmap(clip_one)(rows, limits), each)
 
 
+def test_gradients_of_numbers_near_the_ends_of_their_range() -> None:
+    for dtype, size in ((torch.float64, 1e200), (torch.float64, 1e-200), (torch.float32, 3e38)):
+        x = torch.full((2,), size, dtype=dtype, requires_grad=True)
+        (clip_one(x, size / 1e3) * torch.tensor([1.0, 0.0])).sum().backward()
+        expected = 1e-3 / 2**1.5
+        np.testing.assert_allclose(x.grad.double().numpy(), [expected, -expected], rtol=1e-6)
+
+
 def test_slices_of_rows_that_add_up_are_differentiated() -> None:
     values = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
     rows = torch.tensor([1, 0, 1])
@@ -628,6 +642,7 @@ def test_norms_of_other_orders_neither_overflow_nor_miss() -> None:
     )
     assert gtorch.get_total_norm([torch.tensor([math.inf, 1.0])], 1.0) == math.inf
     assert gtorch.get_total_norm([sparse_ones(torch.float32)["coo"]], 1.0) == 7
+    assert gtorch.get_total_norm([torch.ones(10**6)], 0.01) == math.inf
 
 
 def test_no_gradients() -> None:
@@ -719,6 +734,23 @@ def test_a_parameter_listed_twice_counts_once() -> None:
     assert gtorch.get_total_norm([parameter.grad] * 3) == 2.5
     gtorch.clip_grads_with_norm_([parameter] * 2, 1.0, 2.0)
     assert parameter.grad.tolist() == [0.75, 1]
+
+
+@pytest.mark.parametrize("norm_type", [1.0, 3.0, math.inf])
+def test_listed_twice_with_other_norms(norm_type: float) -> None:
+    parameters = parameters_of([torch.tensor([3.0, 4.0])]) * 2
+    parameters += parameters_of([parameters[0].grad.view(-1)])
+    once = gtorch.get_total_norm(parameters[0].grad, norm_type)
+    assert gtorch.clip_grad_norm_(parameters, 1e9, norm_type) == once
+    assert gtorch.get_total_norm([p.grad for p in parameters], norm_type) == once
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_limit_of_inf_only_measures(bad: float) -> None:
+    parameter = parameters_of([torch.tensor([3.0, bad])])[0]
+    np.testing.assert_equal(float(gtorch.clip_grad_norm_([parameter], math.inf)), bad)
+    gtorch.clip_grads_with_norm_([parameter], math.inf, torch.tensor(bad))
+    np.testing.assert_array_equal(parameter.grad.numpy(), np.float32([3, bad]))
 
 
 def test_no_eps_and_nothing_is_written_at_the_limit() -> None:
@@ -886,6 +918,22 @@ def test_after_a_fork_and_in_threads() -> None:
     """
     done = run_python(code)
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "True 4", "")
+
+
+@pytest.mark.slow
+def test_a_child_that_is_the_first_to_clip() -> None:
+    code = """
+        import os
+        import torch, gradclip.torch
+        leaf = torch.ones(1 << 22)
+        leaf.exp()  # the parent's threads have worked, and it has not clipped
+        child = os.fork()
+        if not child:
+            os._exit(0 if gradclip.torch.get_total_norm([leaf]) == 2048 else 1)
+        print(os.waitpid(child, 0)[1])
+    """
+    done = run_python(code)
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "0", "")
 
 
 def test_clipping_allocates_nothing_that_grows() -> None:

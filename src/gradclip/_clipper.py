@@ -8,10 +8,12 @@ that they are given, so clipping takes no pass of its own.
 from __future__ import annotations
 
 import math
+import sys
+import weakref
 from collections.abc import Sequence
 from operator import is_
+from types import FrameType
 from typing import Any
-from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -23,7 +25,7 @@ from gradclip._exact import Part, Scaled, certified_norm
 from gradclip.backends import torch as backend
 from gradclip.kernels.cpu import ieee_arithmetic
 
-_attached: WeakSet[torch.optim.Optimizer] = WeakSet()
+_attached: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 
 
 class Clipper:
@@ -41,11 +43,14 @@ class Clipper:
 
     With ``torch.amp.GradScaler``, fused or not, the limit is on the gradients without its scale,
     and a step that the scaler skips is not counted. Gradients that are changed after backward are
-    measured again; a change through ``.data`` or ``.numpy()`` is one that PyTorch does not count,
-    so it is not seen. With ``torch.distributed`` in use every gradient is measured in the step.
+    measured again, as their version counters tell. A change that those do not count, through
+    ``.data``, ``.numpy()`` or DLPack, is seen only if it changes one of eight numbers that are
+    looked at.
+    With ``torch.distributed`` in use every gradient is measured in the step.
 
     Args:
-        optimizer: any optimizer whose step takes no closure. Its ``state_dict`` stays as it is.
+        optimizer: any optimizer, or one that accelerate has prepared, whose step is given no
+            closure. Its ``state_dict`` stays as it is.
         max_norm: a number above 0 (``inf`` only measures), or one for each parameter group: then
             each group is clipped by a norm of its own.
         on_nonfinite: what becomes of the gradients where an element is NaN or inf, as in
@@ -77,6 +82,10 @@ class Clipper:
         on_nonfinite: OnNonfinite = "nan",
     ) -> None:
         check_on_nonfinite(on_nonfinite)
+        while not hasattr(optimizer, "_optimizer_step_pre_hooks") and hasattr(
+            optimizer, "optimizer"
+        ):
+            optimizer = optimizer.optimizer  # it wraps the one that steps
         self._per_group = isinstance(max_norm, Sequence) and not isinstance(max_norm, str)
         limits: Any = max_norm if self._per_group else [max_norm]
         self._limits = [check_clip_norm(limit, "max_norm") for limit in limits]
@@ -92,13 +101,20 @@ class Clipper:
         self._norms = [Scaled(0.0, 0)] * len(self._limits)
         self._actions: list[Keep | Fill | Scale] = [Keep()] * len(self._limits)
         self._wide = False
+        self._step: FrameType | None = None  # the one that is under way
         self._steps = self._clipped_steps = 0
-        self._find_places()
-        _attached.add(optimizer)
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
+        _attached.add(optimizer)
+        # The watches go with the optimizer, though parameters may outlive it.
+        self._finalizer = weakref.finalize(optimizer, _leave, self._places)
+        try:
+            self._find_places()
+        except BaseException:
+            self.remove()
+            raise
 
     @property
     def norm(self) -> Tensor:
@@ -114,30 +130,33 @@ class Clipper:
     @property
     def steps(self) -> Tensor:
         """How many steps there were, int64."""
-        return torch.tensor(self._steps)
+        return _cpu_tensor(self._steps, torch.int64)
 
     @property
     def clipped_steps(self) -> Tensor:
         """In how many of them a norm was above its limit, int64."""
-        return torch.tensor(self._clipped_steps)
+        return _cpu_tensor(self._clipped_steps, torch.int64)
 
     def _tensor(self, values: list[float], dtype: torch.dtype) -> Tensor:
-        return torch.tensor(values if self._per_group else values[0], dtype=dtype)
+        with ieee_arithmetic():
+            return _cpu_tensor(values if self._per_group else values[0], dtype)
 
     def remove(self) -> None:
         """Clip no more; what was counted stays."""
+        self._unfold()
         for handle in self._handles:
             handle.remove()
-        for place in self._places:
-            place.leave()
-        self._places = []
+        self._finalizer()
         _attached.discard(self._optimizer)
 
     # ---- the step ----
 
     def _before_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if _calls(self._step):
+            return  # a step that calls its base class's: it has been clipped
+        self._step = sys._getframe(1)
         # The optimizer itself is the first of args.
-        if len(args) > 1 or kwargs.get("closure") is not None:
+        if any(each is not None for each in (*args[1:], kwargs.get("closure"))):
             raise RuntimeError(
                 "optimizer.step(closure) under gradclip.torch.attach: the closure would make the "
                 "gradients inside of the step. Call it before step(), or clip at its end by "
@@ -170,7 +189,7 @@ class Clipper:
         known = [place.parameter for place in self._places]
         if len(parameters) != len(known) or not all(map(is_, parameters, known)):
             old = {id(place.parameter): place for place in self._places}
-            self._places = [
+            self._places[:] = [
                 (old.pop(id(parameter), None) or _Place(parameter)).moved_to(group, number)
                 for group, members in enumerate(groups)
                 for number, parameter in enumerate(members)
@@ -178,7 +197,8 @@ class Clipper:
             for place in old.values():
                 place.leave()
         for place in self._places:
-            if place.waits and place.parameter.requires_grad:
+            trained = place.waits and place.parameter.requires_grad
+            if trained and not torch.nn.parameter.is_lazy(place.parameter):
                 place.watch()
 
     def _gradients(self) -> list[_Gradients]:
@@ -194,7 +214,7 @@ class Clipper:
         self, lists: list[_Gradients], actions: list[Keep | Fill | Scale], scale: float
     ) -> None:
         match actions:
-            case [Scale(factor)] if self._fold(scale, factor):
+            case [Scale(factor)] if not lists[0].repeated and self._fold(scale, factor):
                 return
         todo = [
             (backend.hold(each.tensors, each.path, writable=True), action)
@@ -210,14 +230,17 @@ class Clipper:
         fused = all(group.get("fused") for group in optimizer.param_groups)
         if not fused or not getattr(optimizer, "_step_supports_amp_scaling", False):
             return False
-        divisor = torch.tensor(scale / (float(factor) or math.ulp(0.0)), dtype=torch.float32)
-        if not divisor.isfinite():
+        divisor = scale / (float(factor) or math.ulp(0.0))
+        if not divisor < torch.finfo(torch.float32).max:
             return False
         self._instead_of = vars(optimizer).get("grad_scale", _ABSENT)
-        self._folded = optimizer.grad_scale = divisor
+        self._folded = optimizer.grad_scale = _cpu_tensor(divisor, torch.float32)
         return True
 
     def _after_step(self, *_: Any) -> None:
+        if sys._getframe(1) is not self._step:
+            return
+        self._step = None
         self._unfold()
         for place in self._places:
             if place.watching is not None:
@@ -236,6 +259,24 @@ class Clipper:
 _ABSENT = object()
 
 
+def _cpu_tensor(values: Any, dtype: torch.dtype) -> Tensor:
+    return torch.tensor(values, dtype=dtype, device="cpu")
+
+
+def _calls(step: FrameType | None) -> bool:
+    """If a step is under way that has led to where we are: it is not one that has failed."""
+    frame = sys._getframe(1) if step is not None else None
+    while frame is not None and frame is not step:
+        frame = frame.f_back
+    return frame is not None
+
+
+def _leave(places: list[_Place]) -> None:
+    for place in places:
+        place.leave()
+    places.clear()
+
+
 class _Place:
     """A parameter, its place in the optimizer, and the watch on its gradient."""
 
@@ -243,7 +284,7 @@ class _Place:
 
     def __init__(self, parameter: Tensor) -> None:
         self.parameter = parameter
-        self.waits = True  # to be watched: it is frozen
+        self.waits = True  # to be watched: it may be frozen, or have no shape yet
         self.watching: Any = None
         self._handle: Any = None
 
@@ -271,12 +312,17 @@ class _Gradients:
         self.tensors: list[Tensor] = []
         self.parts: list[Part] = []
         self.cold: list[Tensor] = []
-        self.wide = False
+        self.wide = self.repeated = False
+        self._keys: set[int] = set()
 
     def add(self, place: _Place, gradient: Tensor) -> None:
         """One more."""
         self._places.append(place)
         self.tensors.append(gradient)
+        dense = gradient.layout is torch.strided and gradient.numel()
+        key = gradient.data_ptr() if dense else id(gradient)
+        self.repeated = self.repeated or key in self._keys
+        self._keys.add(key)
         warm = None if place.watching is None else place.watching.sums(gradient)
         if warm is not None:
             self.parts += warm
@@ -293,8 +339,7 @@ class _Gradients:
 def _norm(gradients: _Gradients) -> Scaled:
     """The global norm: by what was measured while it was warm, if that is all there is to it."""
     tensors = gradients.tensors
-    repeated = len(set(map(id, tensors))) < len(tensors)
-    if not gradients.wide and not repeated and not _is_distributed():
+    if not gradients.wide and not gradients.repeated and not _is_distributed():
         more = backend.sums(gradients.cold)
         norm = None if more is None else certified_norm([*gradients.parts, *more])
         if norm is not None:

@@ -11,7 +11,10 @@
 - Finite gradients whose squares overflow are clipped rightly; PyTorch makes them 0.
 - A gradient that is listed twice counts once and is scaled once.
 - Sparse and float8 gradients are clipped; rows of one index are added first.
-- ``max_norm`` that is zero, negative or NaN is a ValueError; ``inf`` clips nothing.
+- ``max_norm`` is a number or a tensor of shape (). Zero, negative or NaN is a ValueError; with
+  ``inf`` nothing is written, even where a gradient is inf, of which PyTorch makes all NaN.
+- ``norm_type`` is above 0; PyTorch has 0 and below too.
+- A gradient whose elements share memory, as ``expand`` makes, is a ValueError.
 - An empty tensor counts 0 in a norm of any order.
 - ``foreach`` is without effect: there is one way, whatever the dtypes.
 - A gradient is changed below autograd, as under ``torch.no_grad``; its version counter says so.
@@ -251,9 +254,10 @@ def _measured(held: Any, order: float, error_if_nonfinite: bool) -> Scaled:
 
 
 def _total_norm(tensors: list[Tensor], order: float, error_if_nonfinite: bool) -> Tensor:
-    tensors = list({id(tensor): tensor for tensor in tensors}.values())
     with ieee_arithmetic():
         held = backend.hold(tensors, "tensors[{}]".format, writable=False)
+        if len(once := backend.distinct(tensors)) < len(tensors):
+            held = backend.hold(once, str, writable=False)
         return backend.scalar(_measured(held, order, error_if_nonfinite), held)
 
 
@@ -292,6 +296,8 @@ def _act_(
     limit: float,
     on_nonfinite: OnNonfinite | None,
 ) -> None:
+    if on_nonfinite is None and math.isinf(limit):
+        return  # only measured, whatever the norm
     if on_nonfinite is None and math.isinf(norm.significand):
         backend.scale_(held, Scaled(0.0, 0))  # PyTorch's factor: what is inf becomes NaN
     else:
@@ -304,7 +310,8 @@ def _act_(
 
 def _float64_of(grads: list[Tensor]) -> Tensor:
     wide = any(grad.dtype in (torch.float64, torch.complex128) for grad in grads)
-    return torch.empty((), dtype=torch.float64 if wide else torch.float32)
+    device = grads[0].device if grads else "cpu"
+    return torch.empty((), dtype=torch.float64 if wide else torch.float32, device=device)
 
 
 @torch.library.custom_op("gradclip::clip_grads_", mutates_args=("grads",))

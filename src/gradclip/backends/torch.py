@@ -67,7 +67,7 @@ def hold(leaves: Sequence[Any], path: Callable[[int], str], *, writable: bool) -
             return Held(leaves, _host.Held(leaves, [], None, memory, writable, None))
     values = [_checked(leaf, partial(path, place)) for place, leaf in enumerate(leaves)]
     if not _on_host(values):
-        return Held(_distinct(leaves) if writable else leaves, None)
+        return Held(distinct(leaves) if writable else leaves, None)
     return Held(leaves, _host_held(leaves, values, path, writable=writable))
 
 
@@ -100,7 +100,7 @@ def watch(parameter: Tensor) -> Any:
         The watch and the handle of its hook; None where it is not worth it, or cannot be done.
     """
     large = parameter.numel() * parameter.element_size() >= _LARGE
-    if not large or cpu.kernel() == "numpy" or not _c_interface():
+    if not large or not parameter.is_leaf or cpu.kernel() == "numpy" or not _c_interface():
         return None
     watch = cpu.watch()
     return watch, parameter.register_post_accumulate_grad_hook(watch)
@@ -130,6 +130,8 @@ def norm_of_order(held: Held, order: float) -> Scaled:
     if math.isfinite(order) and 0 < largest < math.inf:
         # Parts of the largest: neither a sum nor its root overflows.
         total = math.fsum(float((piece / largest).pow(order).sum()) for piece in _magnitudes(held))
+        if math.log2(total) / order > 1000:
+            return Scaled.of(math.inf)
         significand, exponent = math.frexp(norm.significand * total ** (1 / order))
         norm = Scaled(significand, norm.exponent + exponent)
     rounded = norm if _is_wide(held) else norm._replace(significand=float(np.float32(norm[0])))
@@ -139,7 +141,7 @@ def norm_of_order(held: Held, order: float) -> Scaled:
 
 def _magnitudes(held: Held) -> Iterator[Tensor]:
     """``|x|`` of the leaves in float64, rows of one index added; some at a time, never none."""
-    for leaf in held.leaves:
+    for leaf in distinct(held.leaves):
         values, rows = _with_rows(leaf)
         merged = None if rows is None else _merged(leaf, np.empty(0))
         parts = [values] if merged is None else map(torch.from_numpy, merged)
@@ -168,7 +170,7 @@ def count_nonfinite(leaf: Any) -> tuple[int, int]:
 def scalar(norm: Scaled, held: Held) -> Tensor:
     """The norm as a 0-d tensor, where the first leaf is."""
     dtype = torch.float64 if _is_wide(held) else torch.float32
-    device = None if held.host is not None else _values(held.leaves[0]).device
+    device = "cpu" if held.host is not None else _values(held.leaves[0]).device
     return torch.tensor(float(norm), dtype=dtype, device=device)
 
 
@@ -225,7 +227,7 @@ def _fill(tensors: Iterable[Tensor], value: float) -> None:
     with torch.no_grad():
         for tensor in tensors:
             if tensor.dtype in _FLOAT8:  # which has no fill_
-                tensor.copy_(torch.tensor(value))
+                tensor.copy_(torch.tensor(value, device=tensor.device))
             else:
                 tensor.fill_(complex(value, value) if tensor.is_complex() else value)
 
@@ -237,6 +239,18 @@ def _copy(values: Tensor) -> Tensor:
 def _is_lazy(values: Tensor) -> bool:
     """If the elements are the conjugates, or negatives, of what lies in memory."""
     return values.is_conj() or values.is_neg()
+
+
+def distinct(leaves: Sequence[Any]) -> list[Any]:
+    """The leaves, those whose elements are in one memory once."""
+    return list({_key(leaf): leaf for leaf in reversed(leaves)}.values())[::-1]
+
+
+def _key(leaf: Any) -> Any:
+    values = _values(leaf)
+    if not values.numel() or not values.data_ptr():
+        return id(leaf)
+    return values.data_ptr(), values.dtype, values.shape, values.stride()
 
 
 # ---- one leaf ----
@@ -272,7 +286,8 @@ def _checked(leaf: Any, path: Callable[[], str]) -> Tensor:
     values = _values(leaf)
     extent = sum((n - 1) * step for n, step in zip(values.shape, values.stride(), strict=True)) + 1
     needed = (values.storage_offset() + extent) * values.element_size()
-    if values.is_meta or (values.numel() and needed > values.untyped_storage().nbytes()):
+    short = values.numel() and needed > values.untyped_storage().nbytes()
+    if values.is_meta or values._is_zerotensor() or short:
         raise ValueError(f"{path()} has no memory (device {values.device})")
     if values is not leaf:
         _check_indices(leaf, path)
@@ -416,10 +431,11 @@ def _float8(dtype: torch.dtype) -> Float8:
     if dtype not in _float8s:
 
         def encode(values: Array) -> bytes:
-            codes: Array = torch.from_numpy(values).to(dtype).view(torch.uint8).numpy()
-            return codes.tobytes()
+            new: Array = torch.from_numpy(values).to(dtype).view(torch.uint8).numpy()
+            return new.tobytes()
 
-        numbers: Array = torch.arange(256, dtype=torch.uint8).view(dtype).float().numpy()
+        codes = torch.arange(256, dtype=torch.uint8, device="cpu")
+        numbers: Array = codes.view(dtype).float().numpy()
         _float8s[dtype] = Float8(numbers.tobytes(), encode)
     return _float8s[dtype]
 
@@ -504,11 +520,6 @@ def _place_of_a_tensor() -> int | None:
 # ---- on other devices ----
 
 
-def _distinct(leaves: Sequence[Any]) -> list[Any]:
-    """The leaves, those that are listed twice once."""
-    return list({id(leaf): leaf for leaf in leaves}.values())
-
-
 def _on_the_host(held: Held) -> _host.Held:
     """Copies of leaves, to be measured."""
     leaves = [
@@ -567,7 +578,7 @@ class _Recorder:
         call = _Call(plain, tree.leaves, on_nonfinite)
         tensors = [_recordable(leaf, partial(tree.path, i)) for i, leaf in enumerate(tree.leaves)]
         limits = [_limit("clip_norm", clip_norm), _limit("use_norm", use_norm)]
-        norm, *new = _Clip.apply(call, *limits, *tensors)
+        norm, _, *new = _Clip.apply(call, *limits, *tensors)
         return list(map(_with_values, tree.leaves, new)), norm
 
     def norm(self, tree: Tree, plain: Plain, name: str | None) -> Any:
@@ -583,12 +594,12 @@ class _Call(NamedTuple):
     on_nonfinite: Any
 
     def clip(self, clip_norm: Any, use_norm: Any, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The norm, and new values, of tensors that nobody follows."""
+        """The norm, rounded and in float64, and new values, of tensors that nobody follows."""
         limit = check_clip_norm(clip_norm)
         given = None if use_norm is None else float(check_use_norm(use_norm))
         leaves = list(map(_with_values, self.leaves, tensors))
-        new, norm, _ = self.plain(leaves, limit, given, self.on_nonfinite)
-        return (norm, *map(_values, new))
+        new, norm, wide = self.plain(leaves, limit, given, self.on_nonfinite)
+        return (norm, norm.new_tensor(wide, dtype=torch.float64), *map(_values, new))
 
     @property
     def rows(self) -> list[Tensor | None]:
@@ -617,7 +628,7 @@ def _limit(name: str, value: Any) -> Any:
 
 
 class _Clip(torch.autograd.Function):
-    """(call, clip_norm, use_norm, *values) to (norm, *new values)."""
+    """(call, clip_norm, use_norm, *values) to (norm, norm in float64, *new values)."""
 
     @staticmethod
     def forward(call: _Call, clip_norm: Any, use_norm: Any, *values: Tensor) -> tuple[Tensor, ...]:
@@ -628,8 +639,9 @@ class _Clip(torch.autograd.Function):
         ctx.call, clip_norm, use_norm, *values = inputs
         ctx.limits = [None if isinstance(x, Tensor) else x for x in (clip_norm, use_norm)]
         tensors = [x if isinstance(x, Tensor) else None for x in (clip_norm, use_norm)]
-        ctx.save_for_backward(output[0], *tensors, *values)
-        ctx.save_for_forward(output[0], *tensors, *values)
+        ctx.norm_dtype = output[0].dtype
+        ctx.save_for_backward(output[1], *tensors, *values)
+        ctx.save_for_forward(output[1], *tensors, *values)
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -642,10 +654,10 @@ class _Clip(torch.autograd.Function):
         return slope(norm, limit, ctx.call.on_nonfinite), is_given, values
 
     @staticmethod
-    def backward(ctx: Any, d_norm: Any, *d_values: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, d_norm: Any, d_wide: Any, *d_values: Any) -> tuple[Any, ...]:
         at, given, values = _Clip._parts(ctx)
         new, d_limit, d_given = pulled_back(
-            values, ctx.call.rows, at, given=given, d_norm=d_norm, d_values=d_values
+            values, ctx.call.rows, at, given=given, d_norms=[d_norm, d_wide], d_values=d_values
         )
         limits = [d_limit, d_given if given else None]
         wanted = ctx.needs_input_grad[1:3]
@@ -658,7 +670,6 @@ class _Clip(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, _: Any, d_limit: Any, d_given: Any, *d_values: Any) -> tuple[Any, ...]:
         at, given, values = _Clip._parts(ctx)
-        norm = ctx.saved_tensors[0]
         d_norm, new = pushed_forward(
             values,
             ctx.call.rows,
@@ -668,7 +679,7 @@ class _Clip(torch.autograd.Function):
             given=given,
             d_values=d_values,
         )
-        return (d_norm.to(norm.dtype), *new)
+        return (d_norm.to(ctx.norm_dtype), d_norm, *new)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, call: _Call, *inputs: Any) -> tuple[Any, Any]:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from gradclip import clip_by_global_norm_, global_norm
 from gradclip._clip import survey
-from gradclip.cli import _contenders
+from gradclip.cli import _contenders, _training
 from gradclip.cli._contenders import Arrays, Call
 from gradclip.kernels.cpu import threads
 
@@ -32,6 +32,15 @@ class Case(NamedTuple):
     bars: tuple[Bar, ...]
     systems: Callable[[int], dict[str, Call]]
     threads: int | None = None
+
+
+class Turns(NamedTuple):
+    """Systems that take turns within something larger, and tell their own time."""
+
+    what: str
+    bars: tuple[Bar, ...]
+    turns: Callable[[int], Iterator[dict[str, float]]]
+    threads: None = None
 
 
 class Fresh(NamedTuple):
@@ -143,6 +152,25 @@ def _beside_tensorflow(
     return Case(what, (Bar(limit, "TensorFlow"),), systems)
 
 
+def _beside_torch(
+    what: str,
+    limit: float,
+    shapes: Shapes,
+    *,
+    dtype: str = "float32",
+    clipping: bool = False,
+) -> Case:
+    def systems(shrink: int) -> dict[str, Call]:
+        kept = shapes[: max(1, len(shapes) // shrink)]
+        return _contenders.torch_clips(kept, dtype, clipping=clipping)
+
+    return Case(what, (Bar(limit, "PyTorch"),), systems)
+
+
+def _in_training(what: str, limit: float, turns: Callable[..., Any], *, clipping: bool) -> Turns:
+    return Turns(what, (Bar(limit, "PyTorch"),), partial(turns, clipping=clipping))
+
+
 def _tensorflow_trace(shrink: int) -> dict[str, Call]:
     return _contenders.tensorflow_traces(3000 // shrink)
 
@@ -194,7 +222,10 @@ with tempfile.NamedTemporaryFile() as file:
 
 _LOOP = (Bar(1 / 8, "NumPy loop"), Bar(0.25, "ms"))
 
-CASES: dict[str, Case | Fresh] = {
+_10000_SHAPES: Shapes = [(16,)] * 10000
+_STEP, _INSIDE = _training.steps_that_clip, _training.steps_that_clip_inside
+
+CASES: dict[str, Case | Turns | Fresh] = {
     "norm-fp32": Case("norm, 400 MB fp32", (Bar(1.05, "R"),), partial(_norm, "float32", LARGE)),
     "norm-fp64": Case("norm, 400 MB fp64", (Bar(1.05, "R"),), partial(_norm, "float64", LARGE)),
     "norm-bf16": Case("norm, 200 MB bf16", (Bar(1.2, "R"),), partial(_norm, "bfloat16", HALF)),
@@ -236,6 +267,33 @@ CASES: dict[str, Case | Fresh] = {
     "tf-trace": Case(
         "tf.function, tracing 3000 tensors", (Bar(0.5, "TensorFlow"),), _tensorflow_trace
     ),
+    "torch-keep": _beside_torch("PyTorch, nothing to clip, 400 MB fp32", 0.5, [(10_000_000,)] * 10),
+    "torch-clip": _beside_torch(
+        "PyTorch, clipping, 400 MB fp32", 1.0, [(10_000_000,)] * 10, clipping=True
+    ),
+    "torch-bf16": _beside_torch(
+        "PyTorch, nothing to clip, 160 MB bf16", 0.4, [(8_000_000,)] * 10, dtype="bfloat16"
+    ),
+    "torch-fp16": _beside_torch(
+        "PyTorch, nothing to clip, 160 MB fp16", 0.2, [(8_000_000,)] * 10, dtype="float16"
+    ),
+    "torch-gpt2": _beside_torch("PyTorch, nothing to clip, GPT-2: 148 tensors", 0.5, _GPT2_SHAPES),
+    "torch-small-keep": _beside_torch("PyTorch, nothing to clip, 1000 x 1000", 0.12, _SMALL_SHAPES),
+    "torch-small-clip": _beside_torch(
+        "PyTorch, clipping, 1000 x 1000", 0.12, _SMALL_SHAPES, clipping=True
+    ),
+    "torch-many-keep": _beside_torch("PyTorch, nothing to clip, 10000 x 16", 0.15, _10000_SHAPES),
+    "torch-many-clip": _beside_torch(
+        "PyTorch, clipping, 10000 x 16", 0.15, _10000_SHAPES, clipping=True
+    ),
+    "torch-step-keep": _in_training(
+        "clip_grad_norm_ in training, nothing to clip", 0.5, _STEP, clipping=False
+    ),
+    "torch-step-clip": _in_training("clip_grad_norm_ in training", 0.5, _STEP, clipping=True),
+    "torch-attach-keep": _in_training(
+        "attach in training, nothing to clip", 0.25, _INSIDE, clipping=False
+    ),
+    "torch-attach-clip": _in_training("attach in training", 0.25, _INSIDE, clipping=True),
     "import": Fresh("import, beyond NumPy's own", Bar(50, "ms"), _IMPORT, 21),
     "first-call": Fresh("first call", Bar(10, "ms"), _FIRST_CALL, 21),
     "memory-in-place": Fresh(

@@ -88,6 +88,32 @@ def _optax(arrays: Arrays, limit: Limit) -> dict[str, Call]:
     return {"optax, jit": lambda: wait(clip(leaves, limit()))}
 
 
+def torch_clips(shapes: list[tuple[int, ...]], dtype: str, *, clipping: bool) -> dict[str, Call]:
+    """clip_grad_norm_ of gradclip and of PyTorch on new gradients, if PyTorch is installed."""
+    if not find_spec("torch"):
+        return {}
+    import torch
+
+    from gradclip.torch import clip_grad_norm_, get_total_norm
+
+    torch.manual_seed(0)
+    gradients = [torch.randn(shape).to(getattr(torch, dtype)) for shape in shapes]
+    parameters = [torch.nn.Parameter(torch.empty_like(gradient)) for gradient in gradients]
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+    limit = float(get_total_norm(gradients))
+
+    def call(clip: Clip) -> Call:
+        def next_call() -> object:
+            nonlocal limit
+            limit *= 0.999
+            return clip(parameters, limit)
+
+        return next_call if clipping else lambda: clip(parameters, 1e9)
+
+    return {"gradclip": call(clip_grad_norm_), "PyTorch": call(torch.nn.utils.clip_grad_norm_)}
+
+
 def tensorflow_clips(arrays: Arrays, limit: float, *, graph: bool) -> dict[str, Call]:
     """Clipping tensors by gradclip and by TensorFlow, if it is installed."""
 

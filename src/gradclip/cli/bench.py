@@ -20,12 +20,13 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from gradclip.cli import env
-from gradclip.cli._cases import CASES, Bar, Case, Fresh
+from gradclip.cli._cases import CASES, Bar, Case, Fresh, Turns
 from gradclip.cli._console import CliError, console, need_extra, print_json, print_table, progress
 from gradclip.cli._contenders import Call
 from gradclip.kernels.cpu import threads
@@ -116,10 +117,15 @@ def _measure(name: str, quick: bool) -> list[Row]:
     case = CASES[name]
     if isinstance(case, Fresh):
         return [_fresh(name, case, quick)]
-    systems = case.systems(QUICK_SHRINK if quick else 1)
-    if not systems:  # the framework of the case is not installed, as the report says
+    shrink, repeats = (QUICK_SHRINK, QUICK_REPEATS) if quick else (1, REPEATS)
+    if isinstance(case, Turns):
+        turns = list(islice(case.turns(shrink), 1, 1 + repeats))  # the first warms up
+        seconds = {system: [turn[system] for turn in turns] for system in (turns or [{}])[0]}
+    else:
+        systems = case.systems(shrink)
+        seconds = timings(systems, repeats) if systems else {}
+    if not seconds:  # the framework of the case is not installed, as the report says
         return []
-    seconds = timings(systems, QUICK_REPEATS if quick else REPEATS)
     medians = {system: median(each) for system, each in seconds.items()}
     both = medians.get("R", 0.0) + medians.get("S", 0.0)
     yardsticks = {**medians, "R + S": both, "ms": 1e-3}

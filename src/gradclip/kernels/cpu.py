@@ -9,13 +9,14 @@ import contextlib
 import ctypes
 import math
 import os
-import struct
 import sys
 import threading
 import warnings
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 from typing import Any, Generic, Protocol, TypeVar
+
+import numpy as np
 
 from gradclip.kernels import plain
 
@@ -146,7 +147,7 @@ def scale(
     Leaves of 32 bits or fewer take the factor rounded to 24 bits. ``recode`` has the 256 new bytes
     for each leaf of codes.
     """
-    rounded = float(struct.unpack("f", struct.pack("f", significand))[0])
+    rounded = float(np.float32(significand))
     # Below the float64 range a factor takes every float32 to zero; unless it is zero it stays above
     # zero itself, so that inf * factor is inf.
     narrow_wide = math.ldexp(rounded, exponent) or (5e-324 if rounded else 0.0)

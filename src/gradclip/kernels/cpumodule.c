@@ -162,6 +162,7 @@ static struct {
      * each of a team of threads, the caller one of them, calls the function. */
     void (*parallel)(void (*)(void *), void *, unsigned, unsigned);
     int (*team_size)(void);
+    int alone; /* in a forked child, which has none of its parent's threads */
     int32_t f16, bf16, f32, f64, c64, c128, cpu, strided;
     int32_t at; /* where in a Python tensor PyTorch's own begins, to which a handle points */
     PyTypeObject *tensor; /* torch.Tensor */
@@ -309,7 +310,8 @@ static PyObject *use_torch(PyObject *module, PyObject *args) {
     torch.get_dtype = (failed_t(*)(void *, int32_t *))(uintptr_t)f[6];
     torch.get_device = (failed_t(*)(void *, int32_t *))(uintptr_t)f[7];
     torch.get_layout = (failed_t(*)(void *, int32_t *))(uintptr_t)f[8];
-    torch.parallel = (void (*)(void (*)(void *), void *, unsigned, unsigned))(uintptr_t)f[9];
+    if (!torch.alone)
+        torch.parallel = (void (*)(void (*)(void *), void *, unsigned, unsigned))(uintptr_t)f[9];
     torch.team_size = (int (*)(void))(uintptr_t)f[10];
     Py_RETURN_NONE;
 }
@@ -317,6 +319,7 @@ static PyObject *use_torch(PyObject *module, PyObject *args) {
 static PyObject *leave_team(PyObject *module, PyObject *unused) {
     (void)module, (void)unused;
     torch.parallel = NULL;
+    torch.alone = 1;
     Py_RETURN_NONE;
 }
 
@@ -354,7 +357,7 @@ static int read_tensor(void *tensor, array_t *array, leaf_t *leaf) {
         if (!shape[d]) end = 0;
         if (end) end += (shape[d] - 1) * strides[d];
     }
-    if (end * array->unit > storage) return -1;
+    if (end * array->unit > storage || (end && !data)) return -1;
     array->data = data;
     array->shape = shape;
     array->strides = strides;
@@ -627,17 +630,39 @@ static PyType_Spec leaves_spec = {
 
 /* ---- the latest sum of squares of a parameter's gradient ---- */
 
-enum { MOST_SHARES = 64 };
+enum { MOST_SHARES = 64, SAMPLES = 8 };
 
 typedef struct {
     PyObject_HEAD
-    int threads;        /* at most so many */
-    PyObject *gradient; /* what was measured, NULL if nothing was */
+    int threads;         /* at most so many */
+    unsigned long calls;
+    PyObject *gradient;  /* a weak reference to what was measured, NULL if nothing was */
     long long version;
-    void *data;
+    const char *data;
+    int64_t last, item;  /* the place of the last number, and bytes of one */
+    uint32_t samples[SAMPLES];
     int shares;
     sum_t sums[MOST_SHARES];
 } Watch;
+
+static uint32_t sample(const Watch *self, int i) {
+    uint32_t bits = 0;
+    memcpy(&bits, self->data + self->last * i / (SAMPLES - 1) * self->item, (size_t)self->item);
+    return bits;
+}
+
+/* If numbers here and there are as they were when the gradient was measured. Some operations of
+ * PyTorch write a tensor without counting it: GradScaler.unscale_ does, which changes every number
+ * but 0. */
+static int looks_the_same(const Watch *self) {
+    uint32_t nonzero = 0, differ = 0;
+    for (int i = 0; i < SAMPLES; i++) {
+        nonzero |= self->samples[i] << (32 - 8 * self->item + 1);
+        differ |= self->samples[i] ^ sample(self, i);
+    }
+    int zero = self->shares == 1 && self->sums[0].high == 0;
+    return !differ && (nonzero || zero);
+}
 
 /* 0 and how often a tensor has been written, or -1 with an error. */
 static int read_version(PyObject *tensor, long long *version) {
@@ -671,9 +696,38 @@ static PyObject *watch_forget(Watch *self, PyObject *unused) {
 
 PyDoc_STRVAR(watch_doc,
 "Watch(threads)\n--\n\n"
-"Called with a parameter, it measures its gradient. That holds on to the gradient, so that no\n"
-"other can be taken for it.\n\n"
+"Called with a parameter, it measures its gradient, and remembers which tensor that was.\n\n"
 "In C, since it runs when a backward pass has driven everything else out of the caches.");
+
+/* Measure a gradient; nothing is remembered of one that another thread measures or writes too. */
+static int measure_gradient(Watch *self, PyObject *gradient, const leaf_t *leaf) {
+    long long before, after;
+    sum_t sums[MOST_SHARES];
+    unsigned long call = ++self->calls;
+    list_t list = {.leaves = leaf, .count = 1, .size = leaf->size};
+    job_t job = {.list = &list, .sums = sums};
+    int64_t worth = leaf->size * item_size(leaf->kind) / BYTES_PER_TEAM_MEMBER;
+    int threads = team_size();
+    if (threads > self->threads) threads = self->threads;
+    if (threads > worth) threads = worth > 1 ? (int)worth : 1;
+    if (read_version(gradient, &before) < 0) return -1;
+    int shares = walk_together(sum_share, &job, threads); /* other threads may run meanwhile */
+    if (read_version(gradient, &after) < 0) return -1;
+    if (call != self->calls || before != after) return 0;
+    PyObject *reference = PyWeakref_NewRef(gradient, NULL);
+    if (!reference) return -1;
+    self->version = after;
+    self->data = leaf->data;
+    self->last = leaf->size - 1;
+    self->item = item_size(leaf->kind);
+    for (int i = 0; i < SAMPLES; i++) self->samples[i] = sample(self, i);
+    self->shares = shares;
+    memcpy(self->sums, sums, (size_t)shares * sizeof *sums);
+    PyObject *old = self->gradient;
+    self->gradient = reference;
+    Py_XDECREF(old);
+    return 0;
+}
 
 static PyObject *watch_call(Watch *self, PyObject *args, PyObject *unused) {
     PyObject *parameter;
@@ -685,35 +739,26 @@ static PyObject *watch_call(Watch *self, PyObject *args, PyObject *unused) {
     array_t array;
     leaf_t leaf = {0};
     int64_t geometry[2 * (MOST_DIMENSIONS + 1)];
+    int failed = 0;
     if (Py_TYPE(gradient) == torch.tensor &&
         read_tensor((char *)gradient + torch.at, &array, &leaf) == 0 && leaf.kind != F64 &&
-        lay_out(&array, &leaf, 1, geometry) == 0) {
-        if (read_version(gradient, &self->version) < 0) {
-            Py_DECREF(gradient);
-            return NULL;
-        }
-        list_t list = {.leaves = &leaf, .count = 1, .size = leaf.size};
-        job_t job = {.list = &list, .sums = self->sums};
-        int64_t worth = leaf.size * item_size(leaf.kind) / BYTES_PER_TEAM_MEMBER;
-        int threads = team_size();
-        if (threads > self->threads) threads = self->threads;
-        if (threads > worth) threads = worth > 1 ? (int)worth : 1;
-        self->shares = walk_together(sum_share, &job, threads);
-        self->data = array.data;
-        self->gradient = gradient;
-    } else {
-        Py_DECREF(gradient);
-    }
+        lay_out(&array, &leaf, 1, geometry) == 0 && !leaf.ndim && leaf.size)
+        failed = measure_gradient(self, gradient, &leaf);
+    Py_DECREF(gradient);
+    if (failed) return NULL;
     Py_RETURN_NONE;
 }
 
 static PyObject *watch_sums(Watch *self, PyObject *gradient) {
     long long version;
     void *data;
-    if (gradient != self->gradient || Py_TYPE(gradient) != torch.tensor) Py_RETURN_NONE;
+    if (!self->gradient || PyWeakref_GetObject(self->gradient) != gradient ||
+        Py_TYPE(gradient) != torch.tensor)
+        Py_RETURN_NONE;
     if (read_version(gradient, &version) < 0) return NULL;
     if (version != self->version ||
-        torch.get_data((char *)gradient + torch.at, &data) || data != self->data)
+        torch.get_data((char *)gradient + torch.at, &data) || data != self->data ||
+        !looks_the_same(self))
         Py_RETURN_NONE;
     return list_sums(self->sums, self->shares);
 }

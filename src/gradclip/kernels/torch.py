@@ -41,7 +41,7 @@ def pulled_back(
     at: Slope,
     *,
     given: bool,
-    d_norm: Tensor | None,
+    d_norms: Sequence[Tensor | None],
     d_values: Sequence[Tensor | None],
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """The gradient in the inputs, the limit and the norm, from that in the outputs.
@@ -50,19 +50,15 @@ def pulled_back(
 
         dx = c dy + x / N (dN - c <x, dy> / N where it clips),   dlimit = <x, dy> / N
     """
-    inner = _inner(values, d_values, at)
-    d_limit = at.clips * inner / at.norm
-    d_measured = -at.clips * at.factor * inner / at.norm
-    if d_norm is not None:
-        d_measured = d_measured + d_norm.to(torch.float64)
-    along = at.rises * d_measured / at.norm
+    d_limit = at.clips * _inner([_unit(x, at) for x in values], d_values, at)
+    d_measured = -at.factor * d_limit
+    for change in d_norms:
+        if change is not None:
+            d_measured = d_measured + change.to(torch.float64)
     results = []
     for x, row, change in zip(values, rows, d_values, strict=True):
-        wide = widened(x) if row is None else summed_rows(widened(x), row)
-        # Where an element is NaN or inf, its share of 0 is 0.
-        result = torch.zeros_like(wide)
-        if not given:
-            result = torch.where(at.rises > 0, wide, result) * along
+        unit = _unit(x, at) if row is None else summed_rows(_unit(x, at), row)
+        result = torch.zeros_like(unit) if given else unit * d_measured
         if change is not None:
             result = result + widened(change) * at.factor
         results.append(result.to(x.dtype))
@@ -84,10 +80,10 @@ def pushed_forward(
         d_norm = torch.zeros_like(at.norm) if d_given is None else d_given.to(torch.float64)
     else:
         merged = [
-            widened(x) if row is None else summed_rows(widened(x), row)
+            _unit(x, at) if row is None else summed_rows(_unit(x, at), row)
             for x, row in zip(values, rows, strict=True)
         ]
-        d_norm = _inner(merged, d_values, at) / at.norm
+        d_norm = _inner(merged, d_values, at)
     d_factor = -at.factor * d_norm / at.norm
     if d_limit is not None:
         d_factor = d_factor + d_limit.to(torch.float64) / at.norm
@@ -110,6 +106,12 @@ def _inner(xs: Sequence[Tensor], ys: Sequence[Tensor | None], at: Slope) -> Tens
             terms.append((product.real if product.is_complex() else product).sum())
     zero = torch.zeros_like(at.norm)
     return torch.where(at.rises > 0, reduce(torch.add, terms, zero), zero)
+
+
+def _unit(x: Tensor, at: Slope) -> Tensor:
+    """``x / N``; 0 where N is 0 or no number, since of that each element's share is 0."""
+    wide = widened(x)
+    return torch.where(at.rises > 0, wide / at.norm, torch.zeros_like(wide))
 
 
 def widened(x: Tensor) -> Tensor:

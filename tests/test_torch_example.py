@@ -1,0 +1,58 @@
+"""`examples/torch_characters.py`: three ways to clip train the same network."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+# Its first import on a machine says on stderr that it looks for fonts.
+pytest.importorskip("matplotlib.font_manager")
+
+pytestmark = pytest.mark.slow
+EXAMPLE = Path(__file__).parent.parent / "examples" / "torch_characters.py"
+
+
+def run(cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(EXAMPLE), *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+
+
+def test_the_three_runs_are_one(tmp_path: Path) -> None:
+    picture = tmp_path / "characters.png"
+    done = run(tmp_path, "--quick", "--out", str(picture))
+    assert done.stderr == ""
+    assert done.returncode == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert list(tmp_path.iterdir()) == [picture]
+
+    def row(label: str) -> list[float]:
+        (line,) = re.findall(rf"^ {re.escape(label)}  +(.*)$", done.stdout, re.MULTILINE)
+        return [float(cell.rstrip("%")) for cell in line.split()]
+
+    for phase in ("forward", "backward", "clipping", "step", "all of these"):
+        assert all(time > 0 for time in row(f"{phase}, ms")), done.stdout
+    assert all(0 < share < 100 for share in row("steps clipped")), done.stdout
+    assert len(set(row("steps clipped"))) == 1, done.stdout
+    assert all(loss < 4 for loss in row("final loss (mean of last 20 steps)")), done.stdout
+    (difference,) = re.findall(
+        r"^largest difference between the losses: (\S+), in step \d+$", done.stdout, re.MULTILINE
+    )
+    assert 0 <= float(difference) < 1e-4, done.stdout
+
+
+@pytest.mark.parametrize("wrong", [["--steps", "2"], ["--out", "missing/characters.png"]])
+def test_what_cannot_be_done_is_said_before_training(wrong: list[str], tmp_path: Path) -> None:
+    done = run(tmp_path, *wrong)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "error: --steps must be 3 or more" in done.stderr
