@@ -44,9 +44,7 @@ def steps_that_clip_inside(shrink: int, *, clipping: bool) -> Iterator[Turn]:
     models = [_model(shrink), _model(shrink)]
     optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-5, fused=True) for m in models]
     watch = _Stopwatch()
-    watch.before_hooks(models[1], optimizers[1])
-    attach(optimizers[1], _limit(clipping))
-    watch.after_hooks(models[1], optimizers[1])
+    watch.around(models[1], optimizers[1], lambda: attach(optimizers[1], _limit(clipping)))
     while True:
         _backward(models[0], optimizers[0])
         parameters = list(models[0].parameters())
@@ -75,19 +73,22 @@ class _Stopwatch:
     def _stop(self, *_: Any) -> None:
         self.total += perf_counter() - self._started
 
-    def before_hooks(self, model: Any, optimizer: Any) -> None:
-        """Start where the hooks that are registered next begin."""
-        self._register(model, optimizer, self._start)
-
-    def after_hooks(self, model: Any, optimizer: Any) -> None:
-        """Stop where the hooks that were registered since end."""
-        self._register(model, optimizer, self._stop)
-
-    def _register(self, model: Any, optimizer: Any, hook: Callable[..., None]) -> None:
-        for parameter in model.parameters():
-            parameter.register_post_accumulate_grad_hook(hook)
-        optimizer.register_step_pre_hook(hook)
-        optimizer.register_step_post_hook(hook)
+    def around(self, model: Any, optimizer: Any, attach: Callable[[], object]) -> None:
+        """Put a hook before each that attach registers, and one after it."""
+        starts = [
+            (parameter, parameter.register_post_accumulate_grad_hook(self._start))
+            for parameter in model.parameters()
+        ]
+        optimizer.register_step_pre_hook(self._start)
+        optimizer.register_step_post_hook(self._start)
+        attach()
+        for parameter, handle in starts:
+            if len(parameter._post_accumulate_grad_hooks) > 1:
+                parameter.register_post_accumulate_grad_hook(self._stop)
+            else:
+                handle.remove()
+        optimizer.register_step_pre_hook(self._stop)
+        optimizer.register_step_post_hook(self._stop)
 
 
 def _limit(clipping: bool) -> float:
