@@ -886,6 +886,12 @@ def test_a_compiled_step() -> None:
     weight.grad = torch.tensor([3.0, 4.0])
     torch.compile(optimizer.step, backend="eager")()
     assert (weight.tolist(), float(clipper.norm)) == ([-1.5, -2.0], 5)
+    fused = torch.optim.SGD([weight], lr=1.0, fused=True)
+    clipper.remove()
+    clipper = gtorch.attach(fused, 1.0)
+    torch.compile(fused.step, backend="eager")()
+    assert float(clipper.factor) < 1
+    assert not hasattr(fused, "grad_scale")
     clip = torch.compile(lambda x: gradclip.clip_by_global_norm([x], 1.0)[0][0], backend="eager")
     assert torch.equal(clip(torch.tensor([3.0, 4.0])), torch.tensor([3.0, 4.0]) / 5)
 

@@ -1,8 +1,8 @@
 """Clipping inside of an optimizer's step: measured while gradients are warm, folded into the step.
 
-A gradient is measured in the hook that runs when autograd has just written it, so it is read from
-the processor's caches. The step adds the parts up. Fused optimizers divide gradients by a number
-that they are given, so clipping takes no pass of its own.
+A large gradient is measured in the hook that runs when autograd has just written it, so much of it
+is read from the processor's caches. The step adds the parts up. Fused optimizers divide gradients
+by a number that they are given, so clipping takes no pass of its own.
 """
 
 from __future__ import annotations
@@ -45,8 +45,7 @@ class Clipper:
     and a step that the scaler skips is not counted. Gradients that are changed after backward are
     measured again, as their version counters tell. A change that those do not count, through
     ``.data``, ``.numpy()`` or DLPack, is seen only if it changes one of eight numbers that are
-    looked at.
-    With ``torch.distributed`` in use every gradient is measured in the step.
+    looked at. With ``torch.distributed`` in use every gradient is measured in the step.
 
     Args:
         optimizer: any optimizer, or one that accelerate has prepared, whose step is given no
@@ -238,8 +237,8 @@ class Clipper:
         return True
 
     def _after_step(self, *_: Any) -> None:
-        if sys._getframe(1) is not self._step:
-            return
+        if sys._getframe(1) is not self._step and _calls(self._step):
+            return  # of the base class: the step goes on
         self._step = None
         self._unfold()
         for place in self._places:
@@ -319,8 +318,8 @@ class _Gradients:
         """One more."""
         self._places.append(place)
         self.tensors.append(gradient)
-        dense = gradient.layout is torch.strided and gradient.numel()
-        key = gradient.data_ptr() if dense else id(gradient)
+        dense = type(gradient) is Tensor and gradient.layout is torch.strided
+        key = (dense and gradient.data_ptr()) or id(gradient)
         self.repeated = self.repeated or key in self._keys
         self._keys.add(key)
         warm = None if place.watching is None else place.watching.sums(gradient)
