@@ -359,7 +359,13 @@ def test_killed_at_any_moment_it_leaves_a_whole_file_or_none(tmp_path: Path, lar
 def test_interrupted_it_leaves_nothing(
     tmp_path: Path, large: Path, number: int, status: int
 ) -> None:
-    assert _stopped(large, tmp_path / "o.npy", number, None) == status
+    out = tmp_path / "o.npy"
+    for _ in range(5):
+        stopped = _stopped(large, out, number, None)
+        if stopped:
+            break
+        out.unlink()  # the signal came after its work
+    assert stopped == status
     assert not list(tmp_path.iterdir())
 
 

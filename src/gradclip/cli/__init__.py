@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import io
 import os
@@ -67,10 +68,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return fail("interrupted", 130)
     except BrokenPipeError:
-        # The reader (head, less) has gone: what is still buffered has nowhere to go.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()  # the reader (head, less) has gone
         return 0
     except OSError as error:
+        if error.filename is None:
+            _drop_output()  # it may be the output that cannot be written
         where = "" if error.filename is None else f"{error.filename}: "
         return fail(f"{where}{error.strerror or error}", 2)
     return status
+
+
+def _drop_output() -> None:
+    """Have what is still buffered go nowhere: Python would fail again to write it at its end."""
+    with contextlib.suppress(io.UnsupportedOperation):  # standard output is no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

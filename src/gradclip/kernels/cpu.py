@@ -280,12 +280,12 @@ def _keep_helpers_off_this_processor() -> None:
 def _forget_threads() -> None:
     global _lock, _queue, _helpers
     _lock, _queue, _helpers = threading.RLock(), SimpleQueue(), []
-    if _cpu is not None:
-        _cpu.leave_team()
 
 
 # A forked child has none of its parent's threads; OpenMP would wait for them for ever.
 os.register_at_fork(after_in_child=_forget_threads)
+if _cpu is not None:
+    os.register_at_fork(after_in_child=_cpu.leave_team)
 
 
 class ieee_arithmetic:  # noqa: N801  (used as a function)
