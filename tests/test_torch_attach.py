@@ -283,6 +283,7 @@ IN_PLACE: list[Callable[[Any], Any]] = [
     lambda p: p.grad.mul_(7),
     lambda p: p.grad.view(-1)[:100].zero_(),
     lambda p: p.grad.t()[0].fill_(5.0),
+    lambda p: p.grad.view(-1)[100:3000].mul_(7),  # where no number is looked at
     lambda p: torch._foreach_mul_([p.grad], 3.0),
     lambda p: p.grad.copy_(torch.ones_like(p.grad)),
     lambda p: p.grad.clamp_(-1e-3, 1e-3),
@@ -295,13 +296,11 @@ def test_a_gradient_edited_in_place(change: Callable[[Any], Any]) -> None:
 
 
 def replaced_where_it_lay(parameter: Any) -> None:
-    """Another tensor, likely at the place of the old one."""
-    values = parameter.grad.tolist()
-    version = parameter.grad._version
+    """Another tensor, likely at the place of the old one, alike where numbers are looked at."""
+    values = parameter.grad.clone()
+    values.view(-1)[100:3000] *= 3
     parameter.grad = None
-    gc.collect()
-    new = torch.tensor(values).mul_(3.0) if version else torch.tensor(values) * 3.0
-    parameter.grad = new
+    parameter.grad = values.clone()
 
 
 REPLACED: list[Callable[[Any], Any]] = [
