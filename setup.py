@@ -23,8 +23,8 @@ setup(
     ext_modules=[
         Extension(
             "gradclip.kernels._cpu",
-            sources=["src/gradclip/kernels/cpumodule.c", "src/gradclip/kernels/cpu.c"],
-            depends=["src/gradclip/kernels/cpu.h", "src/gradclip/kernels/cpu_blocks.h"],
+            sources=[f"src/gradclip/kernels/{name}.c" for name in ("cpumodule", "cpu", "xla")],
+            depends=[f"src/gradclip/kernels/{name}.h" for name in ("cpu", "cpu_blocks", "xla")],
             define_macros=[("Py_LIMITED_API", "0x030B0000")],
             extra_compile_args=FLAGS,
             py_limited_api=True,

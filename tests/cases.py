@@ -186,6 +186,22 @@ def random_case(rng: np.random.Generator, dtypes: list[np.dtype[Any]]) -> Case:
         if layouts[-1] == "broadcast" and array.ndim:
             array[...] = array[:1]
         values.append(array)
+    return _with_limits(rng, values, layouts)
+
+
+def random_case_of_shapes(
+    rng: np.random.Generator, dtypes: list[np.dtype[Any]], shapes: list[tuple[int, ...]]
+) -> Case:
+    """The same where each shape costs a compilation: the dtypes in turn, contiguous."""
+    values = []
+    for place, shape in enumerate(shapes):
+        values.append(numbers(rng, dtypes[place % len(dtypes)], math.prod(shape)).reshape(shape))
+        if rng.random() < 0.01:
+            _nonfinite(rng, values[-1])
+    return _with_limits(rng, values, ["contiguous"] * len(values))
+
+
+def _with_limits(rng: np.random.Generator, values: list[Array], layouts: list[str]) -> Case:
     use_norm = None
     if rng.random() < 0.1:
         use_norm = float(2.0 ** rng.uniform(-1100, 1000) if rng.random() < 0.5 else rng.random())

@@ -34,6 +34,9 @@ FRAMEWORKS = {
     "sklearn": "scikit-learn",
     "jax": "jax",
     "optax": "optax",
+    "equinox": "equinox",
+    "flax": "flax",
+    "orbax": "orbax-checkpoint",
     "lightning": "lightning",
     "accelerate": "accelerate",
     "transformers": "transformers",
@@ -211,7 +214,53 @@ def _torch_coo(values: np.ndarray[Any, Any]) -> Any:
     return _torch().sparse_coo_tensor(rows, tensor, tensor.shape, check_invariants=False)
 
 
+def _jax() -> Any:
+    return importlib.import_module("jax")
+
+
+def _jax_array(values: np.ndarray[Any, Any]) -> Any:
+    jax = _jax()
+    with jax.enable_x64(True):
+        return jax.numpy.array(values)
+
+
+def _jax_slices(values: np.ndarray[Any, Any]) -> Any:
+    rows = _jax().numpy.arange(len(values))[::-1]
+    return gradclip.IndexedSlices(_jax_array(values), rows)
+
+
+def _jax_bcoo(values: np.ndarray[Any, Any]) -> Any:
+    rows = _jax().numpy.arange(len(values))[:, None]
+    sparse_of_jax = importlib.import_module("jax.experimental.sparse")
+    return sparse_of_jax.BCOO((_jax_array(values), rows), shape=values.shape)
+
+
+def _jax_read(leaf: Any) -> np.ndarray[Any, Any]:
+    if isinstance(leaf, gradclip.IndexedSlices):
+        leaf = leaf.values
+    return np.asarray(getattr(leaf, "data", leaf) if hasattr(leaf, "nse") else leaf)
+
+
+@functools.cache
+def _jitted(on_nonfinite: str) -> Any:
+    clip = functools.partial(gradclip.clip_by_global_norm, on_nonfinite=on_nonfinite)
+    return _jax().jit(clip)
+
+
+def _jax_jit(leaves: list[Any], clip_norm: float, on_nonfinite: str = "nan") -> Any:
+    with _jax().enable_x64(True):
+        return _jitted(on_nonfinite)(leaves, clip_norm)
+
+
 ADAPTERS: dict[str, dict[str, Adapter]] = {
+    "jax": {
+        "jax": Adapter(_jax_array, _jax_read, False),
+        "jax:slices": Adapter(_jax_slices, _jax_read, False),
+        "jax:bcoo": Adapter(_jax_bcoo, _jax_read, False),
+        "jax:jit": Adapter(_jax_array, _jax_read, False, _jax_jit),
+        "jax:jit-slices": Adapter(_jax_slices, _jax_read, False, _jax_jit),
+        "jax:jit-bcoo": Adapter(_jax_bcoo, _jax_read, False, _jax_jit),
+    },
     "torch": {
         "torch": Adapter(_torch_tensor, _torch_read),
         "torch:parameter": Adapter(

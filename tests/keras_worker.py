@@ -724,7 +724,7 @@ def test_the_fast_classes_of_torch_stay_in_use() -> None:
 
 
 @on_torch
-def test_gradients_are_not_modified_and_results_are_not_copied() -> None:
+def test_gradients_are_not_modified() -> None:
     gradient = torch.tensor([[3.0, 0.0], [0.0, 4.0]]).T
     (result,), norm = gradclip.keras._clip_torch([gradient], 2.5)
     assert gradient.tolist() == [[3, 0], [0, 4]]
@@ -732,27 +732,12 @@ def test_gradients_are_not_modified_and_results_are_not_copied() -> None:
     assert result.stride() == gradient.stride()
     assert norm.shape == ()
     assert norm.dtype == torch.float32
-    assert gradclip.keras._array(gradient).ctypes.data == gradient.data_ptr()
-    half = gradient.bfloat16()
-    assert gradclip.keras._array(half).ctypes.data == half.data_ptr()
 
 
 @on_torch
-@pytest.mark.parametrize(
-    ("gradient", "words"),
-    [
-        (lambda: torch.ones(2, device="meta"), "layout torch.strided on meta"),
-        (lambda: torch.ones(2).to_sparse(), "layout torch.sparse_coo on cpu"),
-    ],
-    ids=["device", "layout"],
-)
-def test_what_torch_tensors_are_not_served(gradient: Any, words: str) -> None:
-    message = (
-        f"a gradient is a tensor of {words}; on Keras's torch backend gradclip clips dense "
-        "tensors on the CPU"
-    )
-    with pytest.raises(TypeError, match=f"^{message}$"):
-        gradclip.keras._clip_torch([gradient()], 1.0)
+def test_a_tensor_without_memory_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^t_list\[0\] has no memory \(device meta\)$"):
+        gradclip.keras._clip_torch([torch.ones(2, device="meta")], 1.0)
 
 
 # ---- every optimizer at once ----

@@ -52,7 +52,8 @@ ARROWS = {
         "backends.torch",
         "kernels.cpu:ieee_arithmetic",
     },
-    "keras": {"gradclip", "tensorflow", "_decide", "kernels."},
+    "optax": {"_clip", "_decide", "_sparse"},
+    "keras": {"gradclip", "tensorflow", "_decide"},
     "cli.": {
         "gradclip",
         "_clip",
@@ -62,6 +63,7 @@ ARROWS = {
         "_sparse",
         "kernels.cpu",
         "kernels._cpu",
+        "optax",
         "tensorflow",
         "torch",
         "cli.",

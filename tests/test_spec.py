@@ -95,7 +95,7 @@ def test_a_name_changes_nothing() -> None:
 
 @pytest.mark.parametrize("function", [clip_by_global_norm, clip_by_global_norm_])
 def test_a_group_is_refused_not_ignored(function: Any) -> None:
-    text = "group is 'x'; no backend takes a group yet"
+    text = "group is 'x'; only JAX arrays take a group yet"
     with raises(NotImplementedError, text):
         function(three_four(), 1.0, group="x")
     with raises(NotImplementedError, text):
@@ -726,7 +726,7 @@ def test_other_dtypes_are_named_with_their_path(leaf: Any, dtype: str) -> None:
         global_norm(leaf)
 
 
-EVERY_LEAF = "every leaf must be an array of numpy or tensorflow or torch"
+EVERY_LEAF = "every leaf must be an array of jax or numpy or tensorflow or torch"
 
 
 @pytest.mark.parametrize(
@@ -742,10 +742,7 @@ def test_what_is_no_array_is_named_with_its_path(leaf: Any) -> None:
 
 
 def test_a_generator_within_a_nest_is_no_array() -> None:
-    with raises(
-        TypeError,
-        "t_list[1] is generator; every leaf must be an array of numpy or tensorflow or torch",
-    ):
+    with raises(TypeError, f"t_list[1] is generator; {EVERY_LEAF}"):
         global_norm([np.float32([1]), (x for x in three_four())])
 
 

@@ -612,6 +612,7 @@ def test_as_pytorch_in_float64(norm_type: Any, limit: float) -> None:
         torch.testing.assert_close(one.grad, other.grad, rtol=3e-6, atol=0)  # their 1e-6
 
 
+@pytest.mark.filterwarnings("ignore:ComplexHalf support:UserWarning")
 @pytest.mark.parametrize("norm_type", [0.5, 1, 3, math.inf, 2])
 @pytest.mark.parametrize("dtype", [*FLOATS, *FLOAT8, *COMPLEX], ids=str)
 def test_norms_of_every_order_against_float64(dtype: Any, norm_type: float) -> None:

@@ -13,6 +13,7 @@ from gradclip._decide import (
     Raise,
     Scale,
     check_clip_norm,
+    check_no_group,
     check_on_nonfinite,
     check_use_norm,
     decide,
@@ -35,7 +36,8 @@ def clip_by_global_norm(
 ) -> tuple[Any, Any]:
     """Scale arrays down together so that their global norm is at most ``clip_norm``.
 
-    Takes arrays of NumPy and SciPy, and tensors of TensorFlow, which differentiates through it.
+    Takes arrays of NumPy, SciPy and JAX, and tensors of TensorFlow and PyTorch; frameworks that
+    differentiate do so through it.
 
     ::
 
@@ -56,13 +58,16 @@ def clip_by_global_norm(
         name: names the operations where a framework has named ones; else without effect.
         on_nonfinite: what to make of a norm that is NaN or inf because an element is:
             ``"nan"`` every element NaN, ``"zero"`` every element 0, ``"keep"`` the inputs
-            unchanged, ``"raise"`` FloatingPointError; in a graph, which cannot raise, ValueError.
-        group: who else holds parts of the same gradient. No backend here supports one yet.
+            unchanged, ``"raise"`` FloatingPointError; in a graph or under jit, which cannot raise,
+            ValueError.
+        group: who else holds parts of the same gradient; the norm is that of all parts. For JAX
+            the name of an axis of ``jax.shard_map``, ``pmap`` or ``vmap``, or a tuple of names.
+            For other arrays there is none yet.
 
     Returns:
         ``(list_clipped, global_norm)``: the same nest with new arrays of the same dtypes, shapes
-        and layouts (TensorFlow's, which cannot change, come back themselves where nothing is
-        clipped); and a scalar, float64 if a leaf is float64 or complex128, else float32.
+        and layouts (those of TensorFlow and JAX, which cannot change, come back themselves where
+        nothing is clipped); and a scalar, float64 if a leaf is float64 or complex128, else float32.
 
     Raises:
         TypeError: a leaf is not of a dtype or framework that is served, leaves are of two
@@ -78,10 +83,9 @@ def clip_by_global_norm(
     [array([1.5]), array([2.])] 5.0
     """
     check_on_nonfinite(on_nonfinite)
-    _no_group(group)
     with ieee_arithmetic():
         tree, backend = _opened(t_list)
-        recorder = backend.recorder([*tree.leaves, clip_norm, use_norm])
+        recorder = backend.recorder([*tree.leaves, clip_norm, use_norm], group)
         if recorder is None:
             limit, given = _checked(clip_norm, use_norm)
             leaves, norm, _ = _clipped(tree, backend, limit, given, on_nonfinite)
@@ -124,7 +128,7 @@ def clip_by_global_norm_(
     5.0 [1.5 2. ]
     """
     check_on_nonfinite(on_nonfinite)
-    _no_group(group)
+    check_no_group(group)
     with ieee_arithmetic():
         limit, given = _checked(clip_norm, use_norm)
         tree, backend = _opened(t_list)
@@ -163,10 +167,9 @@ def global_norm(
     >>> print(global_norm({"w": np.float32([[3, 0], [0, 4]]), "b": None}))
     5.0
     """
-    _no_group(group)
     with ieee_arithmetic():
         tree, backend = _opened(t_list)
-        recorder = backend.recorder(tree.leaves)
+        recorder = backend.recorder(tree.leaves, group)
         if recorder is not None:
             return recorder.norm(tree, _plain(tree, backend), name)
         held = backend.hold(tree.leaves, tree.path, writable=False)
@@ -337,8 +340,3 @@ def _offenders(
     elif not found:
         found.append("rows with the same index add up to more than float64 holds")
     return f"the global norm is {float(norm)}: " + "; ".join(found)
-
-
-def _no_group(group: Any) -> None:
-    if group is not None:
-        raise NotImplementedError(f"group is {group!r}; no backend takes a group yet")

@@ -77,6 +77,16 @@ def check_on_nonfinite(on_nonfinite: Any) -> None:
         raise ValueError(f"on_nonfinite is {on_nonfinite!r}; it must be one of {choices}")
 
 
+def check_no_group(group: Any) -> None:
+    """For frameworks whose leaves cannot be spread over workers.
+
+    Raises:
+        NotImplementedError: a group is given.
+    """
+    if group is not None:
+        raise NotImplementedError(f"group is {group!r}; only JAX arrays take a group yet")
+
+
 def _real(name: str, value: Any) -> float:
     """A Python number or 0-d array as a float; every other thing is an error that shows it."""
     shape = tuple(getattr(value, "shape", ()))

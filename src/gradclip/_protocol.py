@@ -42,8 +42,12 @@ class Backend(Protocol):
     none can come.
     """
 
-    def recorder(self, values: Sequence[Any]) -> Recorder | None:
-        """Who clips in place of this flow, if what becomes of the values is being recorded."""
+    def recorder(self, values: Sequence[Any], group: Any) -> Recorder | None:
+        """Who clips in place of this flow, if what becomes of the values is being recorded.
+
+        Raises:
+            NotImplementedError: the framework's leaves cannot be spread over a ``group``.
+        """
 
     def hold(self, leaves: Sequence[Any], path: Callable[[int], str], *, writable: bool) -> Any:
         """Check the leaves and take hold of their memory.

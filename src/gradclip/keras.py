@@ -49,58 +49,19 @@ def _clip_tensorflow(grads: list[Any], limit: float) -> tuple[list[Any], Any]:
     return clip_by_global_norm(grads, limit)
 
 
-def _clip_jax(grads: list[Any], limit: float) -> tuple[list[Any], Any]:
-    import jax
-    import jax.numpy as jnp
-
-    from gradclip.kernels import traced
-    from gradclip.kernels.jax import Operations
-
-    with jax.enable_x64(True):
-        bound = jnp.asarray(limit, "float64")
-        leaves = [(grad, None) for grad in grads]
-        norm, _, *clipped = traced.clip(Operations(), leaves, bound, None, "nan")
-        return clipped, norm
-
-
 def _clip_torch(grads: list[Any], limit: float) -> tuple[list[Any], Any]:
     import torch
 
-    # Dynamo would retrace the NumPy code as torch operations, which round otherwise.
+    # Dynamo would retrace what is in Python as torch operations, which round otherwise.
     disabled: Any = torch.compiler.disable
-    return disabled(_clip_in_numpy)(grads, limit)  # type: ignore[no-any-return]
+    return disabled(gradclip.clip_by_global_norm)(grads, limit)  # type: ignore[no-any-return]
 
 
-def _clip_in_numpy(grads: list[Any], limit: float) -> tuple[list[Any], Any]:
-    clipped, norm = gradclip.clip_by_global_norm([_array(grad) for grad in grads], limit)
-    return [_tensor(array) for array in clipped], _tensor(norm)
-
-
-def _array(grad: Any) -> np.ndarray[Any, Any]:
-    """A tensor's memory as a NumPy array."""
-    import ml_dtypes
-    import torch
-
-    if grad.device.type != "cpu" or grad.layout is not torch.strided:
-        raise TypeError(
-            f"a gradient is a tensor of layout {grad.layout} on {grad.device}; on Keras's torch "
-            "backend gradclip clips dense tensors on the CPU"
-        )
-    if grad.dtype == torch.bfloat16:
-        return grad.detach().view(torch.uint16).numpy().view(ml_dtypes.bfloat16)  # type: ignore[no-any-return]
-    return grad.detach().numpy()  # type: ignore[no-any-return]
-
-
-def _tensor(array: Any) -> Any:
-    import torch
-
-    array = np.asarray(array)
-    if array.dtype.name == "bfloat16":
-        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
-
-
-_CLIP = {"jax": _clip_jax, "tensorflow": _clip_tensorflow, "torch": _clip_torch}
+_CLIP: dict[str, Callable[[list[Any], float], tuple[list[Any], Any]]] = {
+    "jax": gradclip.clip_by_global_norm,
+    "tensorflow": _clip_tensorflow,
+    "torch": _clip_torch,
+}
 
 
 # ---- clipping within an optimizer ----

@@ -38,7 +38,13 @@ from torch.nn import utils
 
 from gradclip import _clip
 from gradclip._clipper import Clipper
-from gradclip._decide import OnNonfinite, check_clip_norm, check_on_nonfinite, check_use_norm
+from gradclip._decide import (
+    OnNonfinite,
+    check_clip_norm,
+    check_no_group,
+    check_on_nonfinite,
+    check_use_norm,
+)
 from gradclip._exact import Scaled
 from gradclip._patch import Patch
 from gradclip.backends import torch as backend
@@ -103,7 +109,7 @@ def clip_grad_norm_(
     tensor(5.) tensor([1.5000, 2.0000])
     """
     del foreach
-    _clip._no_group(group)
+    check_no_group(group)
     parameters, was_generator = _listed(parameters)
     if was_generator and not parameters:
         warnings.warn(

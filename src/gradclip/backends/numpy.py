@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from gradclip import _host
+from gradclip._decide import check_no_group
 from gradclip._exact import Scaled
 from gradclip._host import Array, Held
 from gradclip._sparse import IndexedSlices, check_rows, merged_rows
@@ -21,8 +22,9 @@ _ACCEPTED = "float16, bfloat16, float8, float32, float64 and complex arrays"
 _IN_PLACE_FORMATS = ("bsr", "coo", "csc", "csr", "dia")
 
 
-def recorder(values: Sequence[Any]) -> None:
+def recorder(values: Sequence[Any], group: Any) -> None:  # noqa: ARG001
     """Nothing records what becomes of an array."""
+    check_no_group(group)
 
 
 def hold(leaves: Sequence[Any], path: Callable[[int], str], *, writable: bool) -> Held:

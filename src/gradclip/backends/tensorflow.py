@@ -18,7 +18,7 @@ from tensorflow.python.eager import record
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
 from gradclip import _host
-from gradclip._decide import check_clip_norm, check_use_norm
+from gradclip._decide import check_clip_norm, check_no_group, check_use_norm
 from gradclip._exact import Scaled
 from gradclip._host import Array, Held
 from gradclip._protocol import Plain
@@ -243,8 +243,9 @@ def _with_values(leaf: Any, tensor: Any) -> Any:
 # ---- recorded: in a graph, under a gradient tape, on another device ----
 
 
-def recorder(values: Sequence[Any]) -> _Recorder | None:
+def recorder(values: Sequence[Any], group: Any) -> _Recorder | None:
     """Who clips where a graph or a gradient tape records, or the tensors are elsewhere."""
+    check_no_group(group)
     if tf.executing_eagerly() and not record.could_possibly_record() and _on_host(values):
         return None
     return _Recorder()

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from gradclip import _host
-from gradclip._decide import check_clip_norm, check_use_norm
+from gradclip._decide import check_clip_norm, check_no_group, check_use_norm
 from gradclip._exact import Part, Scaled, Total
 from gradclip._host import Array, Float8
 from gradclip._protocol import Plain
@@ -546,8 +546,9 @@ def _scaled_elsewhere(values: Tensor, factor: Scaled) -> Tensor:
 # ---- where autograd or a function transform looks on ----
 
 
-def recorder(values: Sequence[Any]) -> _Recorder | None:
+def recorder(values: Sequence[Any], group: Any) -> _Recorder | None:
     """Who clips where autograd, or a transform of `torch.func`, follows what becomes of tensors."""
+    check_no_group(group)
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return _Recorder()
     tensors = [

@@ -549,7 +549,100 @@ void exact_squares(list_t *list, total_t *total) {
     carry(total->wide, WIDE_WORDS);
 }
 
+/* ---- the root ---- */
+
+enum { MOST_WORDS = 160 };
+
+static int bit_at(const int64_t *words, int64_t place) {
+    return (int)(words[place >> 5] >> (place & 31) & 1);
+}
+
+static int any_below(const int64_t *words, int64_t place) {
+    for (int64_t j = 0; j < place >> 5; j++)
+        if (words[j]) return 1;
+    return (words[place >> 5] & (((int64_t)1 << (place & 31)) - 1)) != 0;
+}
+
+void exact_root(const int64_t *words, int count, int precision, int lowest, int64_t root[2]) {
+    int64_t sum[MOST_WORDS + 1] = {0};
+    memcpy(sum, words, (size_t)count * sizeof *sum);
+    carry(sum, count + 1);
+    int64_t length = 32 * (count + 1);
+    while (length && !bit_at(sum, length - 1)) length--;
+    root[0] = root[1] = 0;
+    if (!length) return;
+    int64_t last = (length + 1) / 2 + WIDE_UNIT / 2 - precision;
+    if (last < lowest) last = lowest;
+    /* In halves of the last place, whose square is bit `first`: digit by digit, two bits at a time.
+     * The remainder is at most twice the root, of 54 bits. */
+    int64_t first = 2 * (last - 1) - WIDE_UNIT;
+    uint64_t halves = 0, rest = 0;
+    for (int64_t place = first + (length > first ? (length - first) / 2 * 2 : 0); place >= first;
+         place -= 2) {
+        rest = rest << 2 | (uint64_t)(bit_at(sum, place + 1) << 1 | bit_at(sum, place));
+        uint64_t trial = halves << 2 | 1;
+        halves <<= 1;
+        if (rest >= trial) {
+            rest -= trial;
+            halves |= 1;
+        }
+    }
+    int inexact = rest != 0 || any_below(sum, first);
+    uint64_t places = halves >> 1;
+    places += halves & 1 && (inexact || places & 1);
+    while (places && places < (uint64_t)1 << 52) {
+        places <<= 1;
+        last--;
+    }
+    while (places >> 53) { /* a carry out of 53 bits: the last is 0 */
+        places >>= 1;
+        last++;
+    }
+    root[0] = (int64_t)places;
+    root[1] = places ? last : 0;
+}
+
+/* See certified_norm in _exact.py, which does the same for the walks that Python asks for. */
+static const double BOUND = (4096 + 16) * 0x1p-53;
+
+/* To the nearest float32, its largest exponent lifted, its smallest kept. */
+static double round24(double x) {
+    int exponent;
+    double significand = frexp(x, &exponent);
+    return exponent < -125 ? (float)x : ldexp((float)significand, exponent);
+}
+
+int certified_root(const sum_t *sums, int count, int64_t root[2]) {
+    sum_t total = {0};
+    for (int i = 0; i < count; i++) add_block(&total, sums[i].high);
+    for (int i = 0; i < count; i++) add_block(&total, sums[i].low);
+    double sum = total.high + total.low;
+    double low = round24(sqrt(sum * (1 - BOUND))), high = round24(sqrt(sum * (1 + BOUND)));
+    int exponent;
+    root[0] = (int64_t)(frexp(low, &exponent) * 0x1p53);
+    root[1] = root[0] ? exponent - 53 : 0;
+    return low == high;
+}
+
 /* ---- scaling ---- */
+
+factor_t factor_of(double significand, int64_t exponent) {
+    const int64_t far = 1 << 13; /* such a factor takes everything to zero, or to inf */
+    int power = (int)(exponent > far ? far : exponent < -far ? -far : exponent);
+    float rounded = (float)significand;
+    factor_t factor;
+    /* Below the float64 range a factor takes every float32 to zero; unless it is zero it stays
+     * above zero itself, so that inf * factor is inf. */
+    factor.narrow_wide = ldexp(rounded, power);
+    if (rounded != 0 && factor.narrow_wide == 0) factor.narrow_wide = 0x1p-1074;
+    factor.narrow = factor.narrow_wide >= 0x1p-126 ? (float)factor.narrow_wide : 0;
+    /* Where a factor is too small for float64, powers of two are split off: x * shift is exact, or
+     * else the product rounds to zero anyway. */
+    int halves = (power < -1021 ? power + 1021 : 0) / 2 - (power < -1021 && (power + 1021) % 2);
+    factor.shift = ldexp(1, halves);
+    factor.wide = ldexp(significand, power - 2 * halves);
+    return factor;
+}
 
 static void scale_block(const leaf_t *leaf, const void *x, int n, const factor_t *factor,
                         const uint8_t *recode, void *out) {

@@ -62,6 +62,16 @@ void sum_squares(list_t *list, sum_t *sum);
 /* The same, exactly, F64 leaves too. The words of `total` are carry-normalised. */
 void exact_squares(list_t *list, total_t *total);
 
+/* Whether sums prove the correctly rounded float32 norm: 1 and root as in exact_root, or 0. */
+int certified_root(const sum_t *sums, int count, int64_t root[2]);
+
+/* The root of `count` words of unit WIDE_UNIT, rounded once, ties to even, to `precision` bits whose
+ * last place is not below 2^lowest: root[0] * 2^root[1], root[0] of 53 bits or 0. */
+void exact_root(const int64_t *words, int count, int precision, int lowest, int64_t root[2]);
+
+/* The factor significand * 2^exponent; the significand lies in [0.5, 1), or is 0. */
+factor_t factor_of(double significand, int64_t exponent);
+
 /* target = source * factor. Both lists have the same sizes and the same strides. recode[i] maps
  * the bytes of leaf i where it is of kind BYTE. */
 void scale(const list_t *source, list_t *target, const factor_t *factor,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import math
 import os
 import sys
 import threading
@@ -15,8 +14,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 from typing import Any, Generic, Protocol, TypeVar
-
-import numpy as np
 
 from gradclip.kernels import plain
 
@@ -61,10 +58,8 @@ class Leaves(Protocol):
     def scale(
         self,
         source: Any,
-        narrow: float,
-        narrow_wide: float,
-        wide: float,
-        shift: float,
+        significand: float,
+        exponent: int,
         recode: list[bytes | None] | None,
         threads: int,
     ) -> None:
@@ -119,6 +114,11 @@ def _warn_once() -> None:
         )
 
 
+def xla_handlers() -> dict[str, Any]:
+    """What XLA may call, as capsules; nothing where the C kernel was not built."""
+    return {} if _cpu is None else _cpu.xla_handlers()
+
+
 def watch() -> Any:
     """What measures a parameter's gradient when it is called with the parameter: `_cpu.Watch`."""
     assert _cpu is not None, "the C kernel is in use"
@@ -147,20 +147,10 @@ def scale(
     Leaves of 32 bits or fewer take the factor rounded to 24 bits. ``recode`` has the 256 new bytes
     for each leaf of codes.
     """
-    rounded = float(np.float32(significand))
-    # Below the float64 range a factor takes every float32 to zero; unless it is zero it stays above
-    # zero itself, so that inf * factor is inf.
-    narrow_wide = math.ldexp(rounded, exponent) or (5e-324 if rounded else 0.0)
-    narrow = narrow_wide if narrow_wide >= 2.0**-126 else 0.0
-    # Where a factor is too small for float64, powers of two are split off: x * shift is exact, or
-    # else the product rounds to zero anyway.
-    halves = min(exponent + 1021, 0) // 2
-    shift = math.ldexp(1.0, halves)
-    wide = math.ldexp(significand, exponent - 2 * halves)
     source.rewind()
 
     def job(threads: int) -> list[None]:
-        target.scale(source, narrow, narrow_wide, wide, shift, recode, threads)
+        target.scale(source, significand, exponent, recode, threads)
         return []
 
     _walk(target, job)

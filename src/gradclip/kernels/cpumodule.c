@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "cpu.h"
+#include "xla.h"
 
 typedef struct {
     PyObject_HEAD
@@ -532,11 +533,12 @@ static PyObject *leaves_exact_squares(Leaves *self, PyObject *args) {
 
 static PyObject *leaves_scale(Leaves *self, PyObject *args) {
     PyObject *source, *tables;
-    factor_t factor;
+    double significand;
+    long long exponent;
     int threads;
-    if (!PyArg_ParseTuple(args, "OfdddOi", &source, &factor.narrow, &factor.narrow_wide,
-                          &factor.wide, &factor.shift, &tables, &threads))
+    if (!PyArg_ParseTuple(args, "OdLOi", &source, &significand, &exponent, &tables, &threads))
         return NULL;
+    factor_t factor = factor_of(significand, exponent);
     if (Py_TYPE(source) != (PyTypeObject *)leaves_type) {
         PyErr_SetString(PyExc_TypeError, "source must be Leaves");
         return NULL;
@@ -593,7 +595,7 @@ static PyMethodDef leaves_methods[] = {
     {"exact_squares", (PyCFunction)leaves_exact_squares, METH_VARARGS,
      "exact_squares(threads): shares, each (narrow words, wide words, largest finite |x|)."},
     {"scale", (PyCFunction)leaves_scale, METH_VARARGS,
-     "scale(source, narrow, narrow_wide, wide, shift, recode, threads): write shares."},
+     "scale(source, significand, exponent, recode, threads): write shares."},
     {NULL, NULL, 0, NULL},
 };
 
@@ -839,7 +841,20 @@ static PyObject *py_choose_kernel(PyObject *module, PyObject *args) {
     Py_RETURN_NONE;
 }
 
+static PyObject *py_xla_handlers(PyObject *module, PyObject *unused) {
+    (void)module, (void)unused;
+    PyObject *handlers = PyDict_New();
+    for (const xla_handler_t *each = XLA_HANDLERS; handlers && each->name; each++) {
+        PyObject *capsule = PyCapsule_New((void *)(uintptr_t)each->handler, NULL, NULL);
+        if (!capsule || PyDict_SetItemString(handlers, each->name, capsule) < 0)
+            Py_CLEAR(handlers);
+        Py_XDECREF(capsule);
+    }
+    return handlers;
+}
+
 static PyMethodDef methods[] = {
+    {"xla_handlers", py_xla_handlers, METH_NOARGS, "What XLA may call: capsules by their names."},
     {"take", take, METH_VARARGS, take_doc},
     {"take_tensors", take_tensors, METH_VARARGS, take_tensors_doc},
     {"use_torch", use_torch, METH_VARARGS, use_torch_doc},

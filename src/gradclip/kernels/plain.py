@@ -120,16 +120,15 @@ class Leaves:
     def scale(
         self,
         source: Leaves,
-        narrow: float,
-        narrow_wide: float,
-        wide: float,
-        shift: float,
+        significand: float,
+        exponent: int,
         recode: list[bytes | None] | None,
         _threads: int,
     ) -> None:
         """As `_cpu.Leaves.scale`."""
         if not self._begin():
             return
+        narrow, shift, wide = _factor(significand, exponent)
         direct = narrow >= np.finfo(np.float32).smallest_normal
         tables = recode or [None] * len(self._arrays)
         for old, new, table in zip(source._arrays, self._arrays, tables, strict=True):
@@ -151,7 +150,7 @@ class Leaves:
                     elif direct:
                         out[...] = _encode(_decode(x, None) * np.float32(narrow), out.dtype)
                     else:
-                        product = _decode(x, None).astype(np.float64) * narrow_wide
+                        product = _decode(x, None).astype(np.float64) * narrow
                         out[...] = _encode(product.astype(np.float32), out.dtype)
 
     def _chunks(self, *, narrow: bool) -> Iterator[npt.NDArray[np.float64]]:
@@ -188,6 +187,18 @@ def _decode(x: npt.NDArray[Any], table: npt.NDArray[np.float32] | None) -> npt.N
     if x.dtype == np.uint16:
         return (x.astype(np.uint32) << 16).view(np.float32)
     return x if x.dtype == np.float64 else x.astype(np.float32)
+
+
+def _factor(significand: float, exponent: int) -> tuple[float, float, float]:
+    """The factor of narrow dtypes, of 24 bits; and of float64 its shift and the rest of it."""
+    rounded = float(np.float32(significand))
+    # Below the float64 range a factor takes every float32 to zero; unless it is zero it stays above
+    # zero itself, so that inf * factor is inf.
+    narrow = math.ldexp(rounded, exponent) or (5e-324 if rounded else 0.0)
+    # Where a factor is too small for float64, powers of two are split off: x * shift is exact, or
+    # else the product rounds to zero anyway.
+    halves = min(exponent + 1021, 0) // 2
+    return narrow, math.ldexp(1.0, halves), math.ldexp(significand, exponent - 2 * halves)
 
 
 def _encode(x: npt.NDArray[np.float32], dtype: np.dtype[Any]) -> npt.NDArray[Any]:

@@ -125,10 +125,8 @@ def clip(
         The norm in its dtype, the norm as float64, then the new values.
     """
     wide = is_wide(ops, leaves)
-    norm = measured(ops, leaves) if use_norm is None else _number(ops, use_norm)
-    limit = _number(ops, clip_norm)
-    above = _is_above(norm, limit)
-    factor = _factor(ops, norm, limit)
+    norm = measured(ops, leaves) if use_norm is None else number_of(ops, use_norm)
+    above, factor = compared(ops, norm, number_of(ops, clip_norm))
     failed = norm.inf | norm.nan
 
     def clipped(values: Any) -> Any:
@@ -143,21 +141,26 @@ def clip(
         return ops.where(failed, filling, kept)
 
     new = [clipped(values) for values, _ in leaves]
-    return [_rounded(ops, norm, wide), _rounded(ops, norm, True), *new]
+    return [rounded(ops, norm, wide=wide), rounded(ops, norm, wide=True), *new]
+
+
+def compared(ops: Operations, norm: Number, limit: Number) -> tuple[Any, Number]:
+    """If leaves of this norm are to be scaled down, and by what factor."""
+    return _is_above(norm, limit), _factor(ops, norm, limit)
 
 
 # ---- numbers ----
 
 
-def _number(ops: Operations, x: Any) -> Number:
+def number_of(ops: Operations, x: Any) -> Number:
     """A scalar, its significand of 53 bits unless it is 0.
 
     What is traced cannot be refused: below 0 it acts as 0.
     """
     wide = x if ops.dtype(x) == "float64" else _signed(ops, _codes(ops, x))
     bits = ops.bitcast(wide, "int64")  # a comparison would take a subnormal number for 0
-    significand, exponent = _normal(ops, *_split(ops, bits))
-    return Number(ops.where(bits < 0, 0, significand), exponent, x == math.inf, _is_nan(x))
+    significand, exponent = _normal(ops, *_split(ops, ops.where(bits < 0, 0, bits)))
+    return Number(significand, exponent, x == math.inf, _is_nan(x))
 
 
 def _is_nan(x: Any) -> Any:
@@ -189,7 +192,7 @@ def _is_above(norm: Number, limit: Number) -> Any:
         (norm.exponent == limit.exponent) & (norm.significand > limit.significand)
     )
     finite = ~(norm.inf | norm.nan)
-    return finite & (norm.significand > 0) & ((larger & ~limit.inf) | limit.nan)
+    return finite & (((norm.significand > 0) & larger & ~limit.inf) | limit.nan)
 
 
 def _factor(ops: Operations, norm: Number, limit: Number) -> Number:
@@ -213,7 +216,7 @@ def _to_places(ops: Operations, number: Number, precision: int, lowest: int) -> 
     return ops.right(number.significand + more, drop), number.exponent + drop
 
 
-def _rounded(ops: Operations, number: Number, wide: bool) -> Any:
+def rounded(ops: Operations, number: Number, *, wide: bool) -> Any:
     """As a scalar: float64, or else float32."""
     precision, lowest, bits, top = (53, -1074, "int64", 2047) if wide else (24, -149, "int32", 255)
     hidden = 1 << (precision - 1)
@@ -238,28 +241,30 @@ def is_wide(ops: Operations, leaves: Sequence[tuple[Any, Any]]) -> bool:
 
 def measured(ops: Operations, leaves: Sequence[tuple[Any, Any]]) -> Number:
     """The global norm of leaves, of (values, indices or None), correctly rounded."""
-    wide = is_wide(ops, leaves)
-    narrow, rows = [], []  # real arrays of 32 bits or fewer; of float64
+    return norm_of(ops, addends(ops, leaves), wide=is_wide(ops, leaves))
+
+
+def addends(ops: Operations, leaves: Sequence[tuple[Any, Any]]) -> list[Any]:
+    """Real arrays whose squares add up to those of the tensors that leaves stand for."""
+    found = []
     for values, indices in leaves:
         if 0 in (ops.shape(values) or ()):
             continue
-        parts = ops.parts(values) if ops.dtype(values).startswith("complex") else [values]
-        for part in parts:
-            if indices is not None:
-                rows.append(_summed_rows(ops, part, indices))
-            elif ops.dtype(part) == "float64":
-                rows.append(part)
-            else:
-                narrow.append(part)
-    zero = ops.constant(0, "int64")
-    if not narrow and not rows:
-        return Number(zero, zero, zero > 0, zero > 0)
+        for part in ops.parts(values) if ops.dtype(values).startswith("complex") else [values]:
+            found.append(part if indices is None else _summed_rows(ops, part, indices))
+    return found
 
-    every = [ops.cast(x, "float64") for x in [*narrow, *rows]]
+
+def norm_of(ops: Operations, xs: Sequence[Any], *, wide: bool) -> Number:
+    """The norm of real arrays, rounded to float64 if it is ``wide``, else to float32."""
+    zero = ops.constant(0, "int64")
+    if not xs:
+        return Number(zero, zero, zero > 0, zero > 0)
+    every = [ops.cast(x, "float64") for x in xs]
     if wide:
         nan = ops.any(ops.stack([ops.any(_is_nan(x)) for x in every]))
         inf = ops.any(ops.stack([ops.any(_is_inf(x)) for x in every])) & ~nan
-        significand, exponent = _exact(ops, narrow, rows, 53, -1074)
+        significand, exponent = _root(ops, _words(ops, _sums(ops, xs)), 53, -1074)
     else:
         total, *certified = _certified(ops, every)
         # No sum of squares of float32 numbers overflows float64.
@@ -267,7 +272,7 @@ def measured(ops: Operations, leaves: Sequence[tuple[Any, Any]]) -> Number:
         same = (certified[0] == certified[2]) & (certified[1] == certified[3])
 
         def exactly() -> list[Any]:
-            return _exact(ops, narrow, rows, 24, -149)
+            return _root(ops, _words(ops, _sums(ops, xs)), 24, -149)
 
         significand, exponent = ops.cond(same | nan | inf, lambda: certified[:2], exactly)
     return Number(*_normal(ops, significand, exponent), inf, nan)
@@ -281,11 +286,13 @@ def _certified(ops: Operations, numbers: Sequence[Any]) -> list[Any]:
     square below 2^-252, may have been flushed.
     """
     sums = []
-    longest = flushed = ops.constant(0.0, "float64")
+    zero = longest = flushed = ops.constant(0.0, "float64")
     for x in numbers:
         width, size = _width(ops.shape(x)), ops.cast(ops.size(x), "float64")
         squares = ops.reshape(x * x, (-1, width))
-        sums.append(ops.sum(ops.sum(squares, 0), None))
+        columns = ops.sum(squares, 0)
+        # It adds zero. Without it XLA makes one sum of the two, of any order.
+        sums.append(ops.sum(columns + ops.where(columns == -1.0, columns, zero), None))
         longest = ops.maximum(longest, size / width + width)
         flushed = flushed + size * 2.0**-252
     total = ops.sum(ops.stack(sums), None)
@@ -338,13 +345,25 @@ def _signed(ops: Operations, codes: Any) -> Any:
 # ---- the exact sum ----
 
 
-def _exact(
-    ops: Operations, narrow: Sequence[Any], rows: Sequence[Any], precision: int, lowest: int
-) -> list[Any]:
-    """The root of the exact sum of squares: significand and exponent.
+def total(ops: Operations, xs: Sequence[Any]) -> Any:
+    """The exact sum of squares of real arrays, as words that add up; see `root`."""
+    words = _words(ops, _sums(ops, xs))
+    counts = [ops.any(ops.stack([ops.any(each(x)) for x in xs])) for each in (_is_inf, _is_nan)]
+    return ops.concat([words, ops.cast(ops.stack(counts), "int64")])
 
-    Each square's limbs are added up, as integers, with those of all numbers of its exponent.
-    """
+
+def root(ops: Operations, words: Any, *, wide: bool) -> Number:
+    """The norm of a sum of totals, rounded to float64 if it is ``wide``, else to float32."""
+    nan = words[_WORDS + 1] > 0
+    inf = (words[_WORDS] > 0) & ~nan
+    to = (53, -1074) if wide else (24, -149)
+    return Number(*_normal(ops, *_root(ops, _carried(ops, words[:_WORDS]), *to)), inf, nan)
+
+
+def _sums(ops: Operations, xs: Sequence[Any]) -> Any:
+    """Each square's limbs added up, as integers, with those of all numbers of its exponent."""
+    narrow = [x for x in xs if ops.dtype(x) != "float64"]
+    rows = [x for x in xs if ops.dtype(x) == "float64"]
     sums = ops.reshape(ops.zeros(_CLASSES * _PLACES, "int64"), (_CLASSES, _PLACES))
     if narrow:
         sums = _added(
@@ -357,7 +376,7 @@ def _exact(
     if rows:
         bits = [ops.bitcast(x, "int64") for x in rows]
         sums = _added(ops, sums, bits, "int64", lambda x: x)
-    return _root(ops, _words(ops, sums), precision, lowest)
+    return sums
 
 
 def _added(
@@ -401,7 +420,11 @@ def _words(ops: Operations, sums: Any) -> Any:
     low, high = ops.left(flat & _MASK, offset), ops.left(ops.right(flat, 32), offset)
     terms = ops.concat([low & _MASK, ops.right(low, 32) + (high & _MASK), ops.right(high, 32)])
     places = ops.constant(np.concatenate([word, word + 1, word + 2]), "int64")
-    words = ops.segment_sum(terms, places, _WORDS)
+    return _carried(ops, ops.segment_sum(terms, places, _WORDS))
+
+
+def _carried(ops: Operations, words: Any) -> Any:
+    """The same number, each word in [0, 2^32)."""
     for _ in range(2):  # then every word is at most 2^32
         words = (words & _MASK) + _up(ops, ops.right(words, 32), 1)
     # Carries run on through words that are all ones: by a parallel prefix.

@@ -1,0 +1,140 @@
+"""What `test_jax.py` runs in a process of eight devices: the same bits, however divided."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import gradclip
+
+P = PartitionSpec
+ARRAYS = [
+    np.random.default_rng(0).standard_normal(shape).astype(dtype)
+    for shape, dtype in [((16, 8), "float32"), ((32,), "float32"), ((8, 6), jnp.bfloat16)]
+]
+EXPECTED, NORM = gradclip.clip_by_global_norm(ARRAYS, 1.0)
+clip = partial(gradclip.clip_by_global_norm, clip_norm=1.0)
+
+
+def assert_expected(result: tuple[Any, Any]) -> None:
+    """The bits of NumPy's; one norm, or the same one of each device."""
+    clipped, norm = result
+    assert (np.asarray(norm) == NORM).all(), norm
+    for new, wanted in zip(clipped, EXPECTED, strict=True):
+        assert new.dtype == wanted.dtype
+        assert np.asarray(new).tobytes() == wanted.tobytes()
+
+
+def assert_placed_alike(clipped: list[Any], arrays: list[Any]) -> None:
+    """Outputs lie where the inputs do."""
+    for new, old in zip(clipped, arrays, strict=True):
+        assert new.sharding.is_equivalent_to(old.sharding, old.ndim)
+
+
+def divided(ways: int, axis_type: AxisType) -> Any:
+    return jax.make_mesh((ways,), ("d",), devices=jax.devices()[:ways], axis_types=(axis_type,))
+
+
+def loss(clip: Callable[[Any], Any], arrays: Any) -> Any:
+    """A number that depends on what was clipped and on the norm."""
+    clipped, norm = clip(arrays)
+    return sum((x.astype("float32") ** 3).sum() for x in clipped) + norm
+
+
+def named_shardings(ways: int) -> None:
+    """XLA divides it by itself; outputs lie as the inputs do."""
+    placed = jax.device_put(ARRAYS, NamedSharding(divided(ways, AxisType.Auto), P("d")))
+    for function in (clip, jax.jit(clip)):
+        result = function(placed)
+        assert_expected(result)
+        assert_placed_alike(result[0], placed)
+    for each in ARRAYS, ARRAYS[::-1]:
+        moved = jax.device_put(each, NamedSharding(divided(ways, AxisType.Auto), P("d")))
+        assert jax.jit(gradclip.global_norm)(moved) == NORM
+
+
+def explicit_shardings(ways: int) -> None:
+    """Shardings that are a part of the types."""
+    mesh = divided(ways, AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(ARRAYS, NamedSharding(mesh, P("d")))
+        result = jax.jit(clip)(placed)
+        assert_expected(result)
+        assert_placed_alike(result[0], placed)
+
+
+def shard_map(ways: int, check_vma: bool) -> None:
+    """Each device clips its shards by the norm of all of them; gradients are those of the whole."""
+    sharded = jax.shard_map(
+        partial(clip, group="d"),
+        mesh=divided(ways, AxisType.Auto),
+        in_specs=P("d"),
+        out_specs=(P("d"), P()),
+        check_vma=check_vma,
+    )
+    assert_expected(sharded(ARRAYS))
+    assert_expected(jax.jit(sharded)(ARRAYS))
+    whole = jax.grad(partial(loss, clip))(list(map(jnp.asarray, ARRAYS)))
+    parts = jax.grad(partial(loss, sharded))(list(map(jnp.asarray, ARRAYS)))
+    for got, wanted in zip(parts, whole, strict=True):
+        tolerance = 1e-2 if wanted.dtype == jnp.bfloat16 else 1e-6
+        np.testing.assert_allclose(
+            np.asarray(got, "f8"), np.asarray(wanted, "f8"), rtol=tolerance, atol=tolerance
+        )
+
+
+def two_axes() -> None:
+    """A norm over both axes of a mesh; over the one that is manual; divided along two."""
+    mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
+    both = P(("x", "y"))
+    by_both = jax.shard_map(
+        partial(clip, group=("x", "y")), mesh=mesh, in_specs=both, out_specs=(both, P())
+    )
+    assert_expected(by_both(ARRAYS))
+    by_one = jax.shard_map(
+        partial(clip, group="x"),
+        mesh=mesh,
+        in_specs=P("x"),
+        out_specs=(P("x"), P()),
+        axis_names={"x"},
+    )
+    assert_expected(jax.jit(by_one)(ARRAYS))
+    placed = jax.device_put(ARRAYS[:1], NamedSharding(mesh, P("x", "y")))
+    rest = jax.device_put(ARRAYS[1:], NamedSharding(mesh, P("y")))
+    assert_expected(jax.jit(clip)(placed + rest))
+
+
+def other_ways() -> None:
+    """`pmap`; a list on a device that is not the first; one leaf only that is divided."""
+    shards = [array.reshape(8, -1) for array in ARRAYS]
+    clipped, norms = jax.pmap(partial(clip, group="d"), axis_name="d")(shards)
+    assert_expected(
+        (
+            [np.asarray(x).reshape(e.shape) for x, e in zip(clipped, EXPECTED, strict=True)],
+            norms,
+        )
+    )
+    device = jax.devices()[3]
+    there = jax.device_put(ARRAYS, device)
+    for function in (clip, jax.jit(clip)):
+        clipped, norm = function(there)
+        assert_expected((clipped, norm))
+        assert {x.device for x in [*clipped, norm]} == {device}
+
+
+def run() -> None:
+    """Every way."""
+    for ways in (1, 2, 8):
+        named_shardings(ways)
+        explicit_shardings(ways)
+        for check_vma in (True, False):
+            shard_map(ways, check_vma)
+    two_axes()
+    other_ways()
+    print("ok")
