@@ -1,0 +1,57 @@
+"""What `test_optax.py` runs in a process of eight devices."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from gradclip.optax import ClipByGlobalNormState, clip_by_global_norm
+
+SHARDED, WHOLE = PartitionSpec("data"), PartitionSpec()
+
+
+def run() -> None:
+    """Updates in shards give the bits of those on one device."""
+    rng = np.random.default_rng(0)
+    updates = {
+        "w": rng.normal(size=(16, 5)).astype("float32"),
+        "b": rng.normal(size=8).astype("float32"),
+    }
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    one = clip_by_global_norm(2.0)
+    expected = one.update(updates, one.init(updates))
+    assert int(expected[1].clipped_count) == 1
+
+    clip = clip_by_global_norm(2.0, axis_name="data")
+    specs = ClipByGlobalNormState(WHOLE, WHOLE, WHOLE, WHOLE)
+    sharded = partial(
+        jax.shard_map, mesh=mesh, in_specs=(SHARDED, specs), out_specs=(SHARDED, specs)
+    )
+    check_same(jax.jit(sharded(clip.update))(updates, clip.init(updates)), expected)
+
+    def two(updates, state):  # type: ignore[no-untyped-def]
+        """The state is the carry of a scan within the shards."""
+        step = lambda state, _: clip.update(updates, state)[::-1]  # noqa: E731
+        state, clipped = jax.lax.scan(step, state, length=2)
+        return jax.tree.map(lambda x: x[1], clipped), state
+
+    counted = expected[1]._replace(count=jnp.int32(2), clipped_count=jnp.int32(2))
+    check_same(jax.jit(sharded(two))(updates, clip.init(updates)), (expected[0], counted))
+
+    # XLA divides it by itself: no axis to name, eagerly and under jit.
+    placed = jax.device_put(updates, NamedSharding(mesh, SHARDED))
+    for update in (one.update, jax.jit(one.update)):
+        check_same(update(placed, one.init(placed)), expected)
+    print("ok")
+
+
+def check_same(actual: object, expected: object) -> None:
+    """The same bits in each leaf."""
+    pairs = zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True)
+    for got, wanted in pairs:
+        assert got.dtype == wanted.dtype
+        assert np.asarray(got).tobytes() == np.asarray(wanted).tobytes(), (got, wanted)
