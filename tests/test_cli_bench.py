@@ -7,6 +7,7 @@ import json
 import runpy
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ def test_quick_has_every_row(framework: Any) -> None:
     }
     timed |= {name: {"gradclip", "TensorFlow"} for name in systems if name.startswith("tf-")}
     timed |= {name: {"gradclip", "PyTorch"} for name in systems if name.startswith("torch-")}
+    timed |= {name: {"gradclip", "optax"} for name in systems if name.startswith("optax-")}
     assert systems == {name: timed.get(name, {"gradclip"}) for name in _cases.CASES}
 
 
@@ -143,8 +145,29 @@ def test_pages_written_are_seen(limit: float, expected: str) -> None:
 
 def test_a_framework_that_is_absent_has_no_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gradclip.cli._contenders.find_spec", lambda _: None)
-    for name in ("tf-eager-keep", "tf-trace"):
+    for name in (
+        "tf-eager-keep",
+        "tf-trace",
+        "optax-bf16-clip",
+        "optax-donated-clip",
+        "optax-compile",
+    ):
         assert bench._measure(name, quick=True) == []
+
+
+def test_one_turn_of_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts: list[int] = []
+
+    def turns(asked: Iterable[int]) -> Iterator[dict[str, float]]:
+        for count in asked:
+            counts.append(count)
+            yield {"gradclip": count / 10, "optax": float(count)}
+
+    monkeypatch.setattr("gradclip.cli._contenders.optax_compilations", turns)
+    ours, theirs = bench._measure("optax-compile", quick=False)
+    assert counts == [2, 3000]
+    assert (ours["value"], ours["bar"], ours["met"]) == (0.1, 0.2, True)
+    assert (ours["median_s"], theirs["median_s"], theirs["value"]) == (300.0, 3000.0, 1.0)
 
 
 def test_systems_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:

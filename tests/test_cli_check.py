@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
 
@@ -134,6 +135,44 @@ def test_fails_where_gradclip_raises(
     assert main(["check", "--json"]) == 1
     found = results(capsys.readouterr().out)
     assert found["3-4-5", "gradclip numpy"]["fate"] == "refused: ZeroDivisionError"
+
+
+@pytest.fixture
+def only_jax(framework: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """One list, and nothing traced before or left behind: jit would not look at it again."""
+    jax = framework("jax")
+    hard = [hard for hard in check.hard_lists(10) if hard.name == "3-4-5"]
+    monkeypatch.setattr(_systems, "FRAMEWORKS", {"jax": _systems._jax})
+    monkeypatch.setattr(check, "hard_lists", lambda _log2_size: hard)
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+@pytest.mark.usefixtures("only_jax")
+@pytest.mark.parametrize(
+    ("broken", "status"),
+    [
+        (None, 0),
+        ("gradclip.backends.jax.scaled", 1),
+        ("gradclip.kernels.xla.carry_out", 1),
+    ],
+)
+def test_jax_is_judged_eager_and_under_jit(
+    broken: str | None,
+    status: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def unscaled(given: Any, *_: Any) -> list[Any]:
+        return list(getattr(given, "leaves", given))
+
+    if broken:
+        monkeypatch.setattr(broken, unscaled)
+    assert main(["check"]) == status
+    out = capsys.readouterr().out
+    assert "gradclip jax: clip_by_global_norm and clip_by_global_norm under jit\n" in out
+    assert ("NOT EXACT: gradclip jax, 3-4-5: x5.0000, norm 5.0" in out) is bool(status)
 
 
 @pytest.mark.slow

@@ -38,6 +38,7 @@ def test_the_kernel_and_its_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     found = report()
     assert found["kernel"] == cpu.kernel()
     assert found["kernel"] in found["kernels"]
+    assert found["xla_calls_kernel"] is (cpu.kernel() != "numpy")
     assert (found["threads"], found["threads_from"]) == (3, "GRADCLIP_NUM_THREADS")
     monkeypatch.delenv("GRADCLIP_NUM_THREADS")
     found = report()
@@ -49,7 +50,10 @@ def test_without_the_c_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "_cpu", None)
     found = report()
     assert (found["kernel"], found["kernels"]) == ("numpy", ["numpy"])
-    assert "the C kernel was not built: NumPy does its work" in run_main("env")[1]
+    assert found["xla_calls_kernel"] is False
+    table = run_main("env")[1]
+    assert "the C kernel was not built: NumPy does its work" in table
+    assert "XLA does the work by its own operations" in table
 
 
 def test_backends(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,7 +74,14 @@ def test_no_framework_is_imported() -> None:
 def test_the_table_names_everything() -> None:
     status, out, err = run_main("env")
     assert (status, err) == (0, "")
-    for name in (*report()["versions"], "system", "processor", "kernel", "threads"):
+    for name in (
+        *report()["versions"],
+        "system",
+        "processor",
+        "kernel",
+        "under jax.jit",
+        "threads",
+    ):
         assert f"\n {name} " in out
 
 

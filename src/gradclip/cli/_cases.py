@@ -55,13 +55,27 @@ class Fresh(NamedTuple):
     processes: int = 1
 
 
+Shapes = list[tuple[int, ...]]
+
+
 def _normal(nbytes: int, dtype: str = "float32") -> Arrays:
+    size = nbytes // _named(dtype).itemsize // 4
+    return _random([(size,)] * 4, dtype)
+
+
+def _random(shapes: Shapes, dtype: str = "float32") -> Arrays:
+    generator = np.random.default_rng(0)
+    drawn = np.float64 if dtype == "float64" else np.float32
+    return [
+        generator.standard_normal(shape, drawn).astype(_named(dtype), copy=False)
+        for shape in shapes
+    ]
+
+
+def _named(dtype: str) -> np.dtype[Any]:
     if dtype == "bfloat16":
         import ml_dtypes  # noqa: F401  (makes the name known)
-    generator = np.random.default_rng(0)
-    size = nbytes // np.dtype(dtype).itemsize // 4
-    drawn = np.float64 if dtype == "float64" else np.float32
-    return [generator.standard_normal(size, drawn).astype(dtype, copy=False) for _ in range(4)]
+    return np.dtype(dtype)
 
 
 def _large(shrink: int) -> Arrays:
@@ -129,9 +143,9 @@ def _writer(arrays: Arrays) -> Call:
     return partial(lambda shares: list(pool.map(write, shares)), list(shares))
 
 
-Shapes = list[tuple[int, ...]]
 _LARGE_SHAPES: Shapes = [(5_000_000,)] * 10
 _SMALL_SHAPES: Shapes = [(1000,)] * 1000
+_BF16_SHAPES: Shapes = [(256,)] * 500
 _NORM, _WIDE = (768,), 4 * 768
 _ATTENTION: Shapes = [(768, 3 * 768), (3 * 768,), (768, 768), _NORM]
 _PERCEPTRON: Shapes = [(768, _WIDE), (_WIDE,), (_WIDE, 768), _NORM]
@@ -139,15 +153,20 @@ _BLOCK: Shapes = [_NORM, _NORM, *_ATTENTION, _NORM, _NORM, *_PERCEPTRON]
 _GPT2_SHAPES: Shapes = [(50257, 768), (1024, 768), *(_BLOCK * 12), _NORM, _NORM]
 
 
+def _fewer(shapes: Shapes, shrink: int) -> Shapes:
+    return shapes[: max(1, len(shapes) // shrink)]
+
+
+def _limit(arrays: Arrays, *, clipping: bool) -> float:
+    return float(global_norm(arrays)) * (0.5 if clipping else 2)
+
+
 def _beside_tensorflow(
     what: str, limit: float, shapes: Shapes, *, graph: bool = False, clipping: bool = False
 ) -> Case:
     def systems(shrink: int) -> dict[str, Call]:
-        generator = np.random.default_rng(0)
-        kept = shapes[: max(1, len(shapes) // shrink)]
-        arrays: Arrays = [generator.standard_normal(shape, np.float32) for shape in kept]
-        clip_norm = float(global_norm(arrays)) * (0.5 if clipping else 2)
-        return _contenders.tensorflow_clips(arrays, clip_norm, graph=graph)
+        arrays = _random(_fewer(shapes, shrink))
+        return _contenders.tensorflow_clips(arrays, _limit(arrays, clipping=clipping), graph=graph)
 
     return Case(what, (Bar(limit, "TensorFlow"),), systems)
 
@@ -161,8 +180,7 @@ def _beside_torch(
     clipping: bool = False,
 ) -> Case:
     def systems(shrink: int) -> dict[str, Call]:
-        kept = shapes[: max(1, len(shapes) // shrink)]
-        return _contenders.torch_clips(kept, dtype, clipping=clipping)
+        return _contenders.torch_clips(_fewer(shapes, shrink), dtype, clipping=clipping)
 
     return Case(what, (Bar(limit, "PyTorch"),), systems)
 
@@ -173,6 +191,35 @@ def _in_training(what: str, limit: float, turns: Callable[..., Any], *, clipping
 
 def _tensorflow_trace(shrink: int) -> dict[str, Call]:
     return _contenders.tensorflow_traces(3000 // shrink)
+
+
+def _beside_optax(
+    what: str,
+    limit: float,
+    shapes: Shapes,
+    *,
+    dtype: str = "float32",
+    jit: bool = False,
+    clipping: bool = False,
+) -> Case:
+    def systems(shrink: int) -> dict[str, Call]:
+        arrays = _random(_fewer(shapes, shrink), dtype)
+        return _contenders.optax_updates(arrays, _limit(arrays, clipping=clipping), jit=jit)
+
+    return Case(what, (Bar(limit, "optax"),), systems)
+
+
+def _donated_to_optax(what: str, limit: float, *, clipping: bool) -> Turns:
+    def turns(shrink: int) -> Iterator[dict[str, float]]:
+        arrays = _large(shrink)
+        return _contenders.optax_donations(arrays, _limit(arrays, clipping=clipping))
+
+    return Turns(what, (Bar(limit, "optax"),), turns)
+
+
+def _optax_compilation(shrink: int) -> Iterator[dict[str, float]]:
+    # The first turn warms up. One more is all there is time for: optax takes a minute.
+    return _contenders.optax_compilations((2, 3000 // shrink))
 
 
 _IMPORT = """
@@ -294,6 +341,34 @@ CASES: dict[str, Case | Turns | Fresh] = {
         "attach in training, nothing to clip", 0.25, _INSIDE, clipping=False
     ),
     "torch-attach-clip": _in_training("attach in training", 0.25, _INSIDE, clipping=True),
+    "optax-donated-keep": _donated_to_optax(
+        "optax under jit, donated, nothing to clip, 400 MB fp32", 1.0, clipping=False
+    ),
+    "optax-donated-clip": _donated_to_optax(
+        "optax under jit, donated, clipping, 400 MB fp32", 1.3, clipping=True
+    ),
+    "optax-small-keep": _beside_optax("optax, nothing to clip, 1000 x 1000", 0.2, _SMALL_SHAPES),
+    "optax-small-clip": _beside_optax(
+        "optax, clipping, 1000 x 1000", 0.2, _SMALL_SHAPES, clipping=True
+    ),
+    "optax-bf16-keep": _beside_optax(
+        "optax under jit, nothing to clip, bf16, 500 x 256",
+        1.5,
+        _BF16_SHAPES,
+        dtype="bfloat16",
+        jit=True,
+    ),
+    "optax-bf16-clip": _beside_optax(
+        "optax under jit, clipping, bf16, 500 x 256",
+        1.5,
+        _BF16_SHAPES,
+        dtype="bfloat16",
+        jit=True,
+        clipping=True,
+    ),
+    "optax-compile": Turns(
+        "optax under jit, compiling 3000 leaves", (Bar(0.2, "optax"),), _optax_compilation
+    ),
     "import": Fresh("import, beyond NumPy's own", Bar(50, "ms"), _IMPORT, 21),
     "first-call": Fresh("first call", Bar(10, "ms"), _FIRST_CALL, 21),
     "memory-in-place": Fresh(

@@ -5,8 +5,9 @@ Each gets the memory of the same arrays where it can work in place.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -152,3 +153,69 @@ def _beside_tensorflow(calls: Callable[[Any], Callable[[Clip], Call]]) -> dict[s
 
     call = calls(tf)
     return {"gradclip": call(clip_by_global_norm), "TensorFlow": call(tf.clip_by_global_norm)}
+
+
+def optax_updates(arrays: Arrays, limit: float, *, jit: bool) -> dict[str, Call]:
+    """Updates by gradclip.optax and by optax, if it is installed."""
+    if not find_spec("optax"):
+        return {}
+    import jax
+
+    wait: Callable[[Any], Any] = jax.block_until_ready
+    updates = [jax.numpy.array(array) for array in arrays]
+
+    def call(clip: Any) -> Call:
+        update, state = jax.jit(clip.update) if jit else clip.update, clip.init(updates)
+        return lambda: wait(update(updates, state))
+
+    return {system: call(clip) for system, clip in _transformations(limit).items()}
+
+
+def optax_donations(arrays: Arrays, limit: float) -> Iterator[dict[str, float]]:
+    """Seconds of each in a jitted update that may write into what it is given."""
+    if not find_spec("optax"):
+        return
+    import jax
+
+    wait: Callable[[Any], Any] = jax.block_until_ready
+    updates = [jax.numpy.array(array) for array in arrays]
+    systems = _transformations(limit)
+    compiled = {name: jax.jit(clip.update, donate_argnums=0) for name, clip in systems.items()}
+    while True:
+        turn = {}
+        for name, update in compiled.items():
+            given = wait([x.copy() for x in updates])
+            state = wait(systems[name].init(updates))
+            started = perf_counter()
+            new = wait(update(given, state))
+            turn[name] = perf_counter() - started
+            del new  # before the next copies are made
+        yield turn
+
+
+def optax_compilations(counts: Iterable[int]) -> Iterator[dict[str, float]]:
+    """Seconds of each to trace and compile an update of so many leaves, a turn for each count."""
+    if not find_spec("optax"):
+        return
+    import jax
+
+    for count in counts:
+        updates = [jax.numpy.ones(10)] * count
+        turn = {}
+        for name, clip in _transformations(1.0).items():
+            state = clip.init(updates)
+            started = perf_counter()
+            jax.jit(clip.update).lower(updates, state).compile()
+            turn[name] = perf_counter() - started
+        yield turn
+
+
+def _transformations(limit: float) -> dict[str, Any]:
+    import optax
+
+    import gradclip.optax
+
+    return {
+        "gradclip": gradclip.optax.clip_by_global_norm(limit),
+        "optax": optax.clip_by_global_norm(limit),
+    }

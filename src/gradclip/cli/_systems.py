@@ -38,11 +38,11 @@ class System(NamedTuple):
 
 
 class Framework(NamedTuple):
-    """The way of a leaf from NumPy into a framework and back."""
+    """The way of a leaf from NumPy into a framework and back, and gradclip's ways to clip there."""
 
     to: Callable[[Leaf], Any]
     back: Callable[[Any], Leaf]
-    mutable: bool
+    ways: dict[str, RawClip]
     scope: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
 
 
@@ -65,9 +65,7 @@ def systems() -> tuple[list[System], list[str]]:
             missing.append(name)
     for name in backend_names():
         if name in loaded:
-            ways: dict[str, RawClip] = {"clip_by_global_norm": clip_by_global_norm}
-            if loaded[name].mutable:
-                ways["clip_by_global_norm_"] = _in_place
+            ways = loaded[name].ways
             clips = [_between(loaded[name], way, contextlib.nullcontext) for way in ways.values()]
             ours.append(System(f"gradclip {name}", " and ".join(ways), clips, True))
     for name, incumbent in INCUMBENTS.items():
@@ -109,6 +107,10 @@ def _in_place(leaves: list[Any], clip_norm: float) -> tuple[list[Any], Any]:
     return leaves, norm
 
 
+_NEW: dict[str, RawClip] = {"clip_by_global_norm": clip_by_global_norm}
+_NEW_AND_IN_PLACE: dict[str, RawClip] = {**_NEW, "clip_by_global_norm_": _in_place}
+
+
 # ---- frameworks: one entry each, so that a backend with the same name is checked ----
 
 
@@ -118,7 +120,7 @@ def _numpy() -> Framework:
             return leaf._replace(values=leaf.values.copy())
         return leaf.copy()
 
-    return Framework(to, lambda leaf: leaf, mutable=True)
+    return Framework(to, lambda leaf: leaf, _NEW_AND_IN_PLACE)
 
 
 def _torch() -> Framework:
@@ -143,7 +145,7 @@ def _torch() -> Framework:
             return back(leaf.view(torch.int16)).view(bfloat16)
         return np.asarray(leaf.detach().cpu())
 
-    return Framework(to, back, mutable=True)
+    return Framework(to, back, _NEW_AND_IN_PLACE)
 
 
 def _tensorflow() -> Framework:
@@ -161,7 +163,7 @@ def _tensorflow() -> Framework:
             )
         return np.asarray(leaf.numpy())
 
-    return Framework(to, back, mutable=False)
+    return Framework(to, back, _NEW)
 
 
 def _jax() -> Framework:
@@ -179,7 +181,12 @@ def _jax() -> Framework:
             return IndexedSlices(back(leaf.data), np.asarray(leaf.indices)[:, 0], leaf.shape)
         return np.asarray(leaf)
 
-    return Framework(to, back, mutable=False, scope=lambda: jax.enable_x64(True))
+    @jax.jit
+    def under_jit(leaves: list[Any], clip_norm: float) -> tuple[list[Any], Any]:
+        return clip_by_global_norm(leaves, clip_norm)
+
+    ways: dict[str, RawClip] = {**_NEW, "clip_by_global_norm under jit": under_jit}
+    return Framework(to, back, ways, scope=lambda: jax.enable_x64(True))
 
 
 FRAMEWORKS: dict[str, Callable[[], Framework]] = {

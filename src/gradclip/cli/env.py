@@ -65,6 +65,7 @@ def facts() -> dict[str, Any]:
         "processor": _processor(),
         "kernel": cpu.kernel(),
         "kernels": _kernels(),
+        "xla_calls_kernel": bool(cpu.xla_handlers()),
         "threads": threads,
         "threads_from": _threads_from(),
         "backends": {name: find_spec(name) is not None for name in backend_names()},
@@ -113,6 +114,10 @@ def _rows(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "kernel", "the C kernel was not built: NumPy does its work, with the same bits"
     else:
         yield "kernel", f"{facts['kernel']} (of {', '.join(facts['kernels'])})"
+    if facts["xla_calls_kernel"]:
+        yield "under jax.jit", "XLA calls the kernel on the CPU; elsewhere its own operations"
+    else:
+        yield "under jax.jit", "XLA does the work by its own operations, with the same bits"
     yield "threads", f"{facts['threads']} ({facts['threads_from']})"
     for name, found in facts["backends"].items():
         yield f"backend {name}", "importable" if found else "not installed"
