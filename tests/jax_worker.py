@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import gradclip
+from gradclip.kernels import xla
 
 P = PartitionSpec
 ARRAYS = [
@@ -89,6 +91,46 @@ def shard_map(ways: int, check_vma: bool) -> None:
         )
 
 
+def of_two_kinds() -> None:
+    """A leaf that is divided and one that each device has whole: lists of their own."""
+    mesh = divided(2, AxisType.Auto)
+    alone = jax.shard_map(
+        lambda x, y: clip([x, y])[0], mesh=mesh, in_specs=(P("d"), P()), out_specs=[P("d"), P("d")]
+    )
+    for function in (alone, jax.jit(alone)):
+        first, second = function(*ARRAYS[:2])
+        for shard, new, other in zip(
+            np.split(ARRAYS[0], 2), np.split(first, 2), np.split(second, 2), strict=True
+        ):
+            wanted, _ = gradclip.clip_by_global_norm([shard, ARRAYS[1]], 1.0)
+            assert (new == wanted[0]).all()
+            assert (other == wanted[1]).all()
+
+
+def what_each_device_has() -> None:
+    """A leaf that each device has whole is the same on all of them after clipping, too."""
+    sharded = jax.shard_map(
+        partial(clip, group="d"),
+        mesh=divided(4, AxisType.Auto),
+        in_specs=([P("d"), P()],),
+        out_specs=([P("d"), P()], P()),
+    )
+    clipped, norm = sharded(ARRAYS[:2])
+    wanted, wanted_norm = gradclip.clip_by_global_norm([ARRAYS[0], *[ARRAYS[1]] * 4], 1.0)
+    assert norm == wanted_norm
+    for new, array in zip(clipped, wanted, strict=False):
+        assert (new == array).all()
+
+
+def where_no_place_was_asked_for() -> None:
+    """What is not bound to a device is not bound by clipping."""
+    array = jnp.asarray(ARRAYS[1])
+    (new,), norm = clip([array])
+    assert [x.committed for x in (array, new, norm)] == [False] * 3
+    placed = jax.device_put(array, NamedSharding(divided(4, AxisType.Auto), P("d")))
+    assert (placed + new).shape == (placed * norm).shape == array.shape
+
+
 def two_axes() -> None:
     """A norm over both axes of a mesh; over the one that is manual; divided along two."""
     mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
@@ -135,6 +177,13 @@ def run() -> None:
         explicit_shardings(ways)
         for check_vma in (True, False):
             shard_map(ways, check_vma)
+    of_two_kinds()
+    what_each_device_has()
+    where_no_place_was_asked_for()
     two_axes()
     other_ways()
+    jax.clear_caches()
+    with mock.patch.object(xla, "_one_device_sees_all", return_value=False):  # by operations
+        shard_map(2, check_vma=True)
+        of_two_kinds()
     print("ok")

@@ -9,7 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from gradclip.optax import ClipByGlobalNormState, clip_by_global_norm
+from gradclip.optax import (
+    ClipByGlobalNormState,
+    clip_by_global_norm,
+    per_example_global_norm_clip,
+)
 
 SHARDED, WHOLE = PartitionSpec("data"), PartitionSpec()
 
@@ -46,6 +50,17 @@ def run() -> None:
     placed = jax.device_put(updates, NamedSharding(mesh, SHARDED))
     for update in (one.update, jax.jit(one.update)):
         check_same(update(placed, one.init(placed)), expected)
+
+    # Examples in shards, each clipped by itself, and their sums added.
+    def per_example(grads):  # type: ignore[no-untyped-def]
+        return jax.lax.psum(per_example_global_norm_clip(grads, 2.0), "data")
+
+    some = {"w": updates["w"], "b": rng.normal(size=(16, 2)).astype("float32")}
+    sums, number = jax.shard_map(per_example, mesh=mesh, in_specs=SHARDED, out_specs=WHOLE)(some)
+    expected_sums, expected_number = per_example_global_norm_clip(some, 2.0)
+    assert number == expected_number > 0
+    for key, wanted in expected_sums.items():
+        np.testing.assert_allclose(sums[key], wanted, rtol=1e-5, atol=1e-6)
     print("ok")
 
 

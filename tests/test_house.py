@@ -52,7 +52,7 @@ ARROWS = {
         "backends.torch",
         "kernels.cpu:ieee_arithmetic",
     },
-    "optax": {"_clip", "_decide", "_sparse"},
+    "optax": {"_clip", "_decide", "_sparse", "kernels.xla"},
     "keras": {"gradclip", "tensorflow", "_decide"},
     "cli.": {
         "gradclip",

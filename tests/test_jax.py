@@ -7,10 +7,13 @@ import gc
 import importlib
 import math
 import os
+import pickle
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -27,6 +30,7 @@ if version("jax") is None:
     pytest.skip("jax is not installed", allow_module_level=True)
 import jax
 import jax.numpy as jnp
+from jax.experimental.serialize_executable import serialize
 from jax.experimental.sparse import BCOO
 
 from gradclip.kernels import traced, xla
@@ -256,6 +260,18 @@ def test_with_and_without_x64(way: str, x64: bool) -> None:
         assert (clipped[0].dtype, norm.dtype) == ("float64", "float64")
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+def test_subnormal_numbers_in_vectors_and_in_what_is_left_over(dtype: str) -> None:
+    """What compilers make of the last few numbers of an array flushes at other places."""
+    tiny = float(ml_dtypes.finfo(dtype).smallest_subnormal)
+    values = [np.full(size, -16 * tiny, DTYPES[dtype]) for size in (1, 2, 3, 7, 15, 33, 63)]
+    norm = float(gradclip.global_norm(values))
+    for limit in (norm / 2, norm * 2):
+        wanted = Clipped(*gradclip.clip_by_global_norm(values, limit))
+        check("jit", values, limit, wanted)
+        check("operations", values, limit, wanted)
+
+
 def test_what_jax_leaves_undone_about_subnormal_numbers() -> None:
     """XLA's threads flush them to zero; ours do not."""
     tiny = np.full(4, 2.0**-140, "float32")
@@ -426,6 +442,25 @@ def test_complex_derivatives() -> None:
     assert_close(jax.jacobian(flat)(parts), finite_differences(flat, (parts,))[0])
 
 
+def test_complex_gradients_without_x64() -> None:
+    """JAX transposes them outside of where float64 is enabled."""
+    z = jnp.array([3 + 1j, 4])
+    gradient = jax.jit(jax.grad(lambda z: gradclip.global_norm([z])))(z)
+    np.testing.assert_allclose(gradient, z.conj() / gradclip.global_norm([z]), rtol=1e-6)
+    clip = lambda z: gradclip.clip_by_global_norm([z], 1.0)[0][0].real.sum()  # noqa: E731
+    assert np.isfinite(jax.grad(clip)(z)).all()
+
+
+@pytest.mark.usefixtures("_x64")
+def test_jacobians_where_the_norm_is_beyond_float64() -> None:
+    for policy in ("nan", "zero", "keep"):
+        clip = lambda x, p=policy: gradclip.clip_by_global_norm(  # noqa: E731
+            [x], 1e308, on_nonfinite=p
+        )[0][0]
+        jacobian = jax.jacobian(clip)(jnp.full(4, 1.5e308))
+        assert_close(jacobian, (np.eye(4) - 0.25) / 3)
+
+
 def test_the_gradient_of_half_precision_has_its_dtype_and_neither_overflows() -> None:
     for dtype in ("float16", "bfloat16", "float32"):
         x = jnp.array([3e4, 4e4], dtype)
@@ -515,9 +550,20 @@ def test_over_an_axis_of_vmap() -> None:
     np.testing.assert_allclose(gradients, alone, rtol=1e-5, atol=1e-7)
 
 
-def test_a_group_of_no_axis() -> None:
+@pytest.mark.parametrize("compiled", [lambda f: f, jax.jit])
+def test_a_group_of_no_axis(compiled: Callable[..., Any]) -> None:
     with pytest.raises(NameError, match="nowhere"):
-        jax.jit(lambda x: gradclip.clip_by_global_norm([x], 1.0, group="nowhere"))(jnp.ones(2))
+        compiled(lambda x: gradclip.clip_by_global_norm([x], 1.0, group="nowhere"))(jnp.ones(2))
+
+
+@pytest.mark.parametrize("group", [0, (0,), ["i", 1], True])
+def test_a_group_by_number(group: Any) -> None:
+    """JAX would take it for an axis of the array that is summed."""
+    text = f"group is {group!r}; for JAX it is the name of an axis, or several"
+    measure = functools.partial(gradclip.global_norm, group=group)
+    for function in (measure, jax.jit(measure)):
+        with raises(TypeError, text):
+            function([jnp.ones(2)])
 
 
 @pytest.mark.slow
@@ -528,11 +574,54 @@ def test_over_eight_devices() -> None:
     assert (ended.stdout, ended.returncode) == ("ok\n", 0), ended.stderr
 
 
+# ---- modes of JAX ----
+
+
+def test_without_jit_and_looking_for_nan() -> None:
+    x = jnp.array([3.0, 4.0])
+    clip = lambda x: gradclip.clip_by_global_norm([x], 1.0)[0][0]  # noqa: E731
+    with jax.disable_jit():
+        np.testing.assert_array_equal(jax.vmap(clip)(x[None])[0], clip(x))
+        np.testing.assert_allclose(jax.grad(lambda x: clip(x)[0])(x), [0.128, -0.096], rtol=1e-6)
+    with jax.debug_nans(True), pytest.raises(FloatingPointError):
+        jax.grad(lambda x: clip(x).sum())(x * jnp.inf)
+
+
+def test_a_program_saved_in_one_process_runs_in_another(tmp_path: Path) -> None:
+    clip = jax.jit(lambda x: gradclip.clip_by_global_norm([x], 1.0))
+    compiled = clip.lower(jnp.array([3.0, 4.0])).compile()
+    (tmp_path / "program").write_bytes(pickle.dumps(serialize(compiled)))
+    code = """
+        import pathlib, pickle, sys
+        import jax.numpy as jnp
+        import gradclip
+        from jax.experimental.serialize_executable import deserialize_and_load
+        x = jnp.array([3.0, 4.0])
+        gradclip.global_norm([x])
+        program = pickle.loads(pathlib.Path(sys.argv[1]).read_bytes())
+        print(deserialize_and_load(*program)(x)[1])
+    """
+    ended = run_python(code, str(tmp_path / "program"))
+    assert (ended.stdout, ended.returncode) == ("5.0\n", 0), ended.stderr
+
+
+@pytest.mark.parametrize("dtype", ["float8_e5m2", "float8_e4m3", "float16", "float32"])
+@pytest.mark.parametrize("way", WAYS)
+def test_what_is_kept_is_kept_to_the_bit(way: str, dtype: str) -> None:
+    """NaN with a sign and a payload, beside a dtype of which XLA's operations take care."""
+    bits = 8 * DTYPES[dtype].itemsize
+    codes = np.array([2 ** (bits - 1) - 1, -1, -2, 56]).astype(f"u{bits // 8}")
+    leaves = [jnp.asarray(codes.view(DTYPES[dtype])), jnp.ones(1, "float8_e5m2")]
+    clipped, norm = WAYS[way](leaves, 1.0, on_nonfinite="keep")
+    assert np.isnan(norm)
+    np.testing.assert_array_equal(np.asarray(clipped[0]).view(codes.dtype), codes)
+
+
 # ---- buffers ----
 
 
 def test_donated_buffers_are_scaled_where_they_lie() -> None:
-    """Also those that an eager call has read: nothing keeps a hold of their memory."""
+    """Also those that an eager call has read."""
     clip = jax.jit(lambda x: gradclip.clip_by_global_norm(x, 1.0)[0], donate_argnums=0)
     for size in (100, 1 << 20):
         leaves = [jnp.full(size, 0.5) + 1, jnp.ones(size, "bfloat16") + 1]
@@ -590,6 +679,7 @@ def test_a_program_of_many_leaves_compiles_soon() -> None:
     text = clip.lower(leaves).as_text()
     assert text.count("gradclip_norm") == 1
     assert text.count("gradclip_scale") == math.ceil(1000 / 64)
+    assert text.count("output_operand_alias<") == 1000  # in place, where XLA may
     assert "stablehlo.reduce" not in text
 
 
@@ -647,6 +737,8 @@ def test_bcoo_of_every_shape(way: str) -> None:
     assert WAYS[way]([padded], 1.0)[1] == 5
     broadcast = BCOO((jnp.array([[3.0, 4.0]]), jnp.array([[[0], [2]]] * 2)), shape=(2, 3))
     assert float(WAYS[way]([broadcast], 1.0)[1]) == float(np.float32(math.sqrt(50)))
+    wrapped = BCOO((jnp.array([3.0, 100.0, 4.0]), jnp.array([[8], [-10], [-1]])), shape=(9,))
+    assert WAYS[way]([wrapped], 1.0)[1] == 7
     empty = BCOO((jnp.zeros((0,)), jnp.zeros((0, 1), "int32")), shape=(4,))
     assert WAYS[way]([empty, jnp.array([3.0])], 1.0)[1] == 3
 

@@ -24,6 +24,7 @@ if version("jax") is None or version("optax") is None:
 import jax
 import jax.numpy as jnp
 import optax
+from jax.experimental.sparse import BCOO
 
 import gradclip.optax as door
 
@@ -319,6 +320,20 @@ def test_numpy_arrays_and_numbers_become_arrays_of_jax() -> None:
         assert float(state.global_norm) == 5
     with pytest.raises(TypeError, match=r"\['w'\] is int32"):
         once(door.clip_by_global_norm(1.0), {"w": np.array([1])})
+
+
+def test_slices_of_numpy_arrays_are_clipped() -> None:
+    slices = gradclip.IndexedSlices(np.float32([[3, 4]]), np.array([1]), (5, 2))
+    for updates in ([slices], [slices, jnp.zeros(2)]):
+        clipped, state = once(door.clip_by_global_norm(2.5), updates)
+        assert state.global_norm == 5
+        assert isinstance(clipped[0].values, jax.Array)
+        assert clipped[0].values.tolist() == [[1.5, 2]]
+
+
+def test_the_state_begins_whatever_the_parameters_hold() -> None:
+    params = {"w": jnp.ones(2), "activation": jax.nn.relu, "name": "mlp"}
+    assert door.clip_by_global_norm(1.0).init(params).global_norm.dtype == "float32"
 
 
 def test_slices_stay_slices() -> None:
@@ -674,6 +689,27 @@ def test_numpy_examples() -> None:
 def test_bad_examples(grads: Any, limit: Any, error: type[Exception], text: str) -> None:
     with raises(error, text):
         door.per_example_global_norm_clip(grads, limit)
+
+
+@pytest.mark.parametrize(
+    ("leaf", "kind"),
+    [
+        (jax.random.split(jax.random.key(0)), "key<fry>"),
+        (BCOO.fromdense(jnp.ones((2, 2))), "BCOO"),
+        (gradclip.IndexedSlices(jnp.ones((2, 2)), jnp.arange(2)), "IndexedSlices"),
+        (np.zeros(2, jax.dtypes.float0), "ndarray"),
+    ],
+)
+def test_examples_that_are_no_dense_numbers(leaf: Any, kind: str) -> None:
+    with raises(TypeError, f"grads['w'] is {kind}; each leaf is to be a dense array of numbers"):
+        door.per_example_global_norm_clip({"w": leaf}, 1.0)
+
+
+def test_under_strict_promotion_of_dtypes() -> None:
+    with jax.numpy_dtype_promotion("strict"):
+        grads = [jnp.ones((2, 3)), jnp.ones((2, 1), "bfloat16"), jnp.ones((2, 1), "complex64")]
+        assert door.per_example_global_norm_clip(grads, 1.0)[1] == 2
+        assert once(door.clip_by_global_norm(1.0), grads)[1].clipped_count == 1
 
 
 def test_integer_examples_are_refused() -> None:

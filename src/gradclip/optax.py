@@ -36,10 +36,12 @@ import numpy as np
 import optax
 from jax import lax
 from jax.core import Tracer
+from jax.experimental.sparse import JAXSparse
 
 from gradclip import _clip
 from gradclip._decide import OnNonfinite, check_clip_norm, check_on_nonfinite, check_use_norm
 from gradclip._sparse import IndexedSlices
+from gradclip.kernels.xla import varying_alike
 
 __all__ = ["ClipByGlobalNormState", "clip_by_global_norm", "per_example_global_norm_clip"]
 
@@ -221,23 +223,32 @@ def _clipped(updates: Any, limit: Any, on_nonfinite: OnNonfinite, axis_name: Any
 
 def _arrays(tree: Any) -> Any:
     """The tree with every leaf an array of JAX, but those that the core has to see as they are."""
-    return jax.tree.map(
-        lambda leaf: leaf if _is_kept(leaf) else jnp.asarray(leaf), tree, is_leaf=_is_kept
-    )
+    return jax.tree.map(_array, tree, is_leaf=_is_leaf)
 
 
-def _is_kept(node: Any) -> bool:
-    """What is an array, slices, which are no container here, and float0, of which JAX has none."""
+def _array(leaf: Any) -> Any:
+    if isinstance(leaf, IndexedSlices):
+        return leaf._replace(values=jnp.asarray(leaf.values))
+    return leaf if _is_leaf(leaf) else jnp.asarray(leaf)
+
+
+def _is_leaf(node: Any) -> bool:
+    """What is an array, sparse ones, which are no container here, and float0."""
     return (
-        isinstance(node, jax.Array | IndexedSlices)
+        isinstance(node, jax.Array | IndexedSlices | JAXSparse)
         or getattr(node, "dtype", None) == jax.dtypes.float0
     )
 
 
 def _norm_dtype(params: Any) -> str:
     """The dtype of the norm of updates for these parameters."""
-    dtypes = {str(jnp.result_type(leaf)) for leaf in jax.tree.leaves(params)}
-    return "float64" if dtypes & {"float64", "complex128"} else "float32"
+    wide = "float64", "complex128"
+    may_be = [
+        leaf
+        for leaf in jax.tree.leaves(params)  # of which some may be functions or names
+        if isinstance(leaf, float | complex) or str(getattr(leaf, "dtype", None)) in wide
+    ]
+    return "float64" if any(str(jnp.result_type(leaf)) in wide for leaf in may_be) else "float32"
 
 
 @jax.jit
@@ -265,9 +276,15 @@ def _compared(norm: Any, limit: Any) -> tuple[Any, Any]:
 
 def _examples(grads: Any) -> int:
     """How many examples there are."""
-    shapes = {
-        jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(grads)
-    }
+    shapes = {}
+    for path, leaf in jax.tree.leaves_with_path(grads, is_leaf=_is_leaf):
+        if not isinstance(leaf, jax.Array) or not isinstance(leaf.dtype, np.dtype):
+            kind = getattr(leaf, "dtype", None) if isinstance(leaf, jax.Array) else type(leaf)
+            raise TypeError(
+                f"grads{jax.tree_util.keystr(path)} is {getattr(kind, '__name__', kind)}; each "
+                "leaf is to be a dense array of numbers"
+            )
+        shapes[jax.tree_util.keystr(path)] = leaf.shape
     lengths = {shape[:1] for shape in shapes.values()}
     if len(lengths) > 1 or () in lengths:
         raise ValueError(
@@ -290,8 +307,10 @@ def _clipped_sum(grads: Any, limit: Any, count: int) -> tuple[Any, Any]:
         return (total, number + above.astype("int32")), None
 
     def zeros(x: Any) -> Any:
-        return jnp.zeros(x.shape[1:], jnp.promote_types(x.dtype, "float64"))
+        return jnp.zeros(x.shape[1:], "complex128" if jnp.iscomplexobj(x) else "float64")
 
-    start = (jax.tree.map(zeros, grads), jnp.zeros((), "int32"))
-    (total, number), _ = lax.scan(add, start, grads, length=count)
+    zero, spec = jax.tree.flatten((jax.tree.map(zeros, grads), jnp.zeros((), "int32")))
+    # The sum varies, among the shards of shard_map, as the norms and limit do.
+    start = varying_alike([*zero, *jax.tree.leaves((grads, limit))])[: len(zero)]
+    (total, number), _ = lax.scan(add, jax.tree.unflatten(spec, start), grads, length=count)
     return jax.tree.map(lambda s, x: s.astype(x.dtype), total, grads), number

@@ -14,9 +14,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+LOWER = 2.0**-64
+
 
 def pushed_forward(
-    axes: Any, policy: str, norm: Any, primals: Any, tangents: Any
+    axes: Any, policy: str, norm: Any, lowered: Any, primals: Any, tangents: Any
 ) -> tuple[Any, list[Any]]:
     """The change of the norm and of the outputs, from that of the inputs.
 
@@ -24,12 +26,16 @@ def pushed_forward(
 
         dN = <x, dx> / N,   dy = c dx + x (dlimit - c dN) / N where it clips
 
-    JAX transposes it for reverse mode. Inputs are (limit, given norm or None, values, rows).
+    JAX transposes it for reverse mode. Inputs are (limit, given norm or None, values, rows);
+    ``lowered`` is the norm times `LOWER`, finite where the norm itself is beyond float64.
     """
     limit, given, values, rows = primals
     d_limit, d_given, d_values, _ = tangents
     d_limit = jnp.where(limit > 0, _float64(d_limit), 0.0)
-    limit = jnp.maximum(limit.astype("float64"), 0.0)
+    beyond = jnp.isinf(norm) & jnp.isfinite(lowered)
+    by = jnp.where(beyond, LOWER, 1.0)  # of norm, limit and x alike
+    norm = jnp.where(beyond, lowered, norm)
+    limit = jnp.maximum(limit.astype("float64"), 0.0) * by
     finite = jnp.isfinite(norm)
     rises, clips = finite & (norm > 0), finite & ~(norm <= limit)
     # Where a branch is not taken its derivative is to be 0, not 0 times inf.
@@ -41,15 +47,16 @@ def pushed_forward(
     if given is None:
         d_norm = jnp.zeros_like(norm)
         for x, dx, places in zip(values, d_values, rows, strict=True):
-            unit = jnp.where(rises, _widened(x) / safe, 0.0)
-            d_norm += _inner(unit, _widened(dx), places)
+            for part, d_part in zip(_parts(x), _parts(dx), strict=True):
+                unit = jnp.where(rises, part.astype("float64") * by / safe, 0.0)
+                d_norm += _inner(unit, d_part.astype("float64"), places)
         d_norm = d_norm if axes is None else lax.psum(d_norm, axes)
     else:
         d_norm = _float64(d_given)
     d_factor = jnp.where(clips, (d_limit - factor * d_norm) / safe, 0.0)
 
     def pushed(x: Any, dx: Any) -> Any:
-        along = jnp.where(clips, _widened(x), 0.0) * d_factor
+        along = jnp.where(clips, _widened(x) * by, 0.0) * d_factor
         return (_widened(dx) * factor + along).astype(x.dtype)
 
     return d_norm, [pushed(x, dx) for x, dx in zip(values, d_values, strict=True)]
@@ -64,13 +71,18 @@ def rows_of(x: Any, places: Any) -> tuple[Any, Any]:
 
 
 def _inner(x: Any, dx: Any, places: Any) -> Any:
-    """Re <x, dx>, of sparse leaves with rows of the same place added."""
+    """<x, dx>, of sparse leaves with rows of the same place added."""
     if places is not None:
         dx, _ = rows_of(dx, places)
         x, flat = rows_of(x, places)
         _, group = jnp.unique(flat, size=flat.size, return_inverse=True)
         x = jnp.zeros_like(x).at[group].add(x)[group]
-    return jnp.sum((x.conj() * dx).real)
+    return jnp.sum(x * dx)
+
+
+def _parts(x: Any) -> list[Any]:
+    """Before they are widened: JAX's transpose of a real part does not know of float64."""
+    return [x.real, x.imag] if jnp.iscomplexobj(x) else [x]
 
 
 def _widened(x: Any) -> Any:

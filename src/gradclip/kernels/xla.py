@@ -10,7 +10,7 @@ first axis, and each member is a list of its own.
 
 from __future__ import annotations
 
-import functools
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -21,7 +21,8 @@ import numpy as np
 from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
-from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+from jax.interpreters.xla import apply_primitive
+from jax.sharding import NamedSharding, PartitionSpec
 
 from gradclip.kernels import cpu, traced
 from gradclip.kernels.jax import Operations
@@ -44,7 +45,7 @@ def norm(xs: Arrays, *, wide: bool) -> traced.Number:
     """The norm of arrays, rounded to float64 if it is ``wide``, else to float32."""
     if not xs:
         return traced.norm_of(_OPS, [], wide=wide)
-    (number,) = _norm.bind(*_varying_alike(xs), wide=wide, batch=None)
+    (number,) = _norm.bind(*varying_alike(xs), wide=wide, batch=None)
     return _number(number)
 
 
@@ -52,7 +53,7 @@ def total(xs: Arrays) -> Any:
     """The exact sum of squares of arrays, as words that add up."""
     if not xs:
         return jnp.zeros(_TOTAL, "int64")
-    (words,) = _total.bind(*_varying_alike(xs), batch=None)
+    (words,) = _total.bind(*varying_alike(xs), batch=None)
     return words
 
 
@@ -65,16 +66,25 @@ def root(words: Any, *, wide: bool) -> traced.Number:
 def carry_out(xs: Arrays, action: Any, factor: traced.Number) -> list[Any]:
     """New arrays: as the action says, the old ones, scaled, all NaN or all zero."""
     decision = jnp.stack([jnp.asarray(part, "int64") for part in (action, *factor[:2])])
-    decision, *xs = _varying_alike([decision, *xs])
-    chunks = [xs[i : i + _SCALED_AT_ONCE] for i in range(0, len(xs), _SCALED_AT_ONCE)]
-    return [x for chunk in chunks for x in _carry_out.bind(decision, *chunk, batch=None)]
+    # Those that vary alike go together: what is the same on all devices is to stay so.
+    alike: dict[Any, list[int]] = {}
+    for place, x in enumerate(xs):
+        alike.setdefault(jax.typeof(x).mat.varying, []).append(place)
+    new = list(xs)
+    for places in alike.values():
+        for begin in range(0, len(places), _SCALED_AT_ONCE):
+            chunk = places[begin : begin + _SCALED_AT_ONCE]
+            operands = varying_alike([decision, *(xs[place] for place in chunk)])
+            for place, x in zip(chunk, _carry_out.bind(*operands, batch=None), strict=True):
+                new[place] = x
+    return new
 
 
 def _number(words: Any) -> traced.Number:
     return traced.Number(words[0], words[1], words[2] > 0, words[3] > 0)
 
 
-def _varying_alike(xs: Arrays) -> list[Any]:
+def varying_alike(xs: Arrays) -> list[Any]:
     """Arrays that all vary along the same axes of a mesh, as shard_map wants it said."""
     axes = [jax.typeof(x).mat.varying for x in xs]
     every = frozenset().union(*axes)
@@ -125,14 +135,18 @@ def _carried_out_by_operations(decision: Any, *xs: Any, batch: int | None) -> li
     def one(decision: Any, *xs: Any) -> list[Any]:
         action, *factor = decision
         number = traced.Number(factor[0], factor[1], False, False)
-        filling = jnp.where(action == NAN, jnp.nan, 0.0)
 
         def new(x: Any) -> Any:
-            kept = jnp.where(action == SCALE, traced.scaled(_OPS, x, number), x)
-            filled = filling.astype(x.dtype)
             if jnp.iscomplexobj(x):
-                filled = lax.complex(filled.real, filled.real)
-            return jnp.where(action >= NAN, filled, kept)
+                return lax.complex(new(x.real), new(x.imag))
+            # Among bits, since XLA makes one NaN of all; but not of bfloat16, whose last subnormal
+            # numbers it would then flush on the CPU.
+            to = x.dtype if x.dtype == "bfloat16" else np.dtype(f"uint{8 * x.dtype.itemsize}")
+            nan, zero = np.array([math.nan, 0.0]).astype(x.dtype).view(to)
+            filled = jnp.where(action == NAN, nan, zero)
+            found = jnp.where(action == KEEP, lax.bitcast_convert_type(x, to), filled)
+            scaled = lax.bitcast_convert_type(traced.scaled(_OPS, x, number), to)
+            return lax.bitcast_convert_type(jnp.where(action == SCALE, scaled, found), x.dtype)
 
         return [new(x) for x in xs]
 
@@ -142,17 +156,9 @@ def _carried_out_by_operations(decision: Any, *xs: Any, batch: int | None) -> li
 
 # ---- by the C kernel ----
 
-
-_known: set[str] = set()
-
-
-def _has_handler(target: str) -> bool:
-    """If the C kernel has it, of which XLA is told then; it has none where it was not built."""
-    handlers = cpu.xla_handlers()
-    if target in handlers and target not in _known:
-        jax.ffi.register_ffi_target(target, handlers[target], platform="cpu")
-        _known.add(target)
-    return target in handlers
+# At once, so that programs compiled elsewhere and saved find them.
+for _name, _handler in cpu.xla_handlers().items():
+    jax.ffi.register_ffi_target(_name, _handler, platform="cpu")
 
 
 def _one_device_sees_all(context: Any) -> bool:
@@ -172,8 +178,7 @@ def _lowered(by_operations: Callable[..., list[Any]]) -> Callable[..., Any]:
             [jax.core.ShapedArray(aval.shape, aval.dtype) for aval in avals]
             for avals in (context.avals_in, context.avals_out)
         ]
-        with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
-            return rule(context.replace(avals_in=avals[0], avals_out=avals[1]), *operands, **params)
+        return rule(context.replace(avals_in=avals[0], avals_out=avals[1]), *operands, **params)
 
     return lower
 
@@ -186,7 +191,7 @@ def _lowering(
     def lower(context: Any, *operands: Any, **params: Any) -> Any:
         avals = context.avals_in
         native = all(str(aval.dtype) in _NATIVE for aval in avals if aval.dtype != "int64")
-        if not (native and _has_handler(target) and _one_device_sees_all(context)):
+        if not (native and target in cpu.xla_handlers() and _one_device_sees_all(context)):
             return otherwise(context, *operands, **params)
         # What is not needed any more is scaled where it lies; the rest XLA copies first.
         aliases = {i + 1: i for i in range(len(operands) - 1)} if in_place else {}
@@ -233,11 +238,7 @@ def _primitive(
     primitive.multiple_results = True
     primitive.def_abstract_eval(result)
 
-    @functools.cache
-    def compiled(**params: Any) -> Any:
-        return jax.jit(partial(primitive.bind, **params))
-
-    primitive.def_impl(lambda *xs, **params: compiled(**params)(*xs))
+    primitive.def_impl(partial(apply_primitive, primitive))
     mlir.register_lowering(primitive, _lowered(by_operations))
     on_cpu = _lowering(f"gradclip_{name}", by_operations, in_place=in_place)
     mlir.register_lowering(primitive, on_cpu, platform="cpu")
