@@ -236,8 +236,8 @@ MUTATIONS: dict[str, tuple[Any, str, Any, Callable[[], None]]] = {
         test_spec.test_raise_names_each_offending_leaf_with_its_counts,
     ),
     "a group left out": (
-        _clip,
-        "_no_group",
+        backend,
+        "check_no_group",
         lambda _: None,
         partial(test_spec.test_a_group_is_refused_not_ignored, clip_by_global_norm),
     ),
