@@ -37,6 +37,7 @@ FRAMEWORKS = {
     "equinox": "equinox",
     "flax": "flax",
     "orbax": "orbax-checkpoint",
+    "mpi4py": "mpi4py",
     "lightning": "lightning",
     "accelerate": "accelerate",
     "transformers": "transformers",

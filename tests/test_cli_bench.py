@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import runpy
+import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -13,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from gradclip.cli import _cases, bench, main
+from gradclip._exact import merge
+from gradclip.cli import _cases, _ranks, bench, main
 
 DRAW = Path(__file__).parent.parent / "bench" / "draw.py"
 OTHERS = {"NumPy loop", "PyTorch", "TensorFlow", "optax, jit"}
@@ -50,7 +52,8 @@ def test_quick_has_every_row(framework: Any) -> None:
         "small-clip": {"gradclip", "R", "S"} | OTHERS,
     }
     timed |= {name: {"gradclip", "TensorFlow"} for name in systems if name.startswith("tf-")}
-    timed |= {name: {"gradclip", "PyTorch"} for name in systems if name.startswith("torch-")}
+    beside_torch = [name for name in systems if name.startswith(("torch-", "dtensor-"))]
+    timed |= {name: {"gradclip", "PyTorch"} for name in beside_torch}
     timed |= {name: {"gradclip", "optax"} for name in systems if name.startswith("optax-")}
     assert systems == {name: timed.get(name, {"gradclip"}) for name in _cases.CASES}
 
@@ -144,8 +147,10 @@ def test_pages_written_are_seen(limit: float, expected: str) -> None:
 
 
 def test_a_framework_that_is_absent_has_no_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gradclip.cli._contenders.find_spec", lambda _: None)
+    for module in ("_contenders", "_ranks"):
+        monkeypatch.setattr(f"gradclip.cli.{module}.find_spec", lambda _: None)
     for name in (
+        "dtensor-100",
         "tf-eager-keep",
         "tf-trace",
         "optax-bf16-clip",
@@ -153,6 +158,40 @@ def test_a_framework_that_is_absent_has_no_rows(monkeypatch: pytest.MonkeyPatch)
         "optax-compile",
     ):
         assert bench._measure(name, quick=True) == []
+
+
+@pytest.mark.slow
+def test_ranks_end_with_their_case(framework: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    framework("torch")
+    started: list[subprocess.Popen[str]] = []
+    start = _ranks._started
+    monkeypatch.setattr(_ranks, "_started", lambda *at: started.append(start(*at)) or started[-1])
+    rows = bench._measure("dtensor-100", quick=True)
+    assert [row["system"] for row in rows] == ["gradclip", "PyTorch"]
+    assert all(row["median_s"] > 0 for row in rows)
+    turns = _ranks.clips_of_dtensors(5)
+    assert next(turns).keys() == {"gradclip", "PyTorch"}
+    assert [process.poll() for process in started[-2:]] == [None, None]
+    with pytest.raises(KeyboardInterrupt):
+        turns.throw(KeyboardInterrupt)
+    assert [process.returncode for process in started] == 4 * [-signal.SIGKILL]
+
+
+def test_a_rank_that_ends_is_an_error(framework: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    framework("torch")
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(ChildProcessError, match=r"^a rank ended before its time$"):
+        next(_ranks.clips_of_dtensors(5))
+
+
+def test_merge_is_told_without_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    (row,) = bench._measure("merge", quick=True)
+    assert row["value"] == 1e3 * row["median_s"] > 0
+    row = bench._row("merge", "gradclip", 3.0, _cases.CASES["merge"].bars[0], quick=False)
+    assert (row["value"], row["unit"], row["bar"], row["met"]) == (3.0, "ms", None, None)
+    monkeypatch.setattr(_cases, "merge", lambda totals: merge(totals[1:]))
+    with pytest.raises(AssertionError):
+        bench._measure("merge", quick=True)
 
 
 def test_one_turn_of_compiling(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -237,14 +237,14 @@ MUTATIONS: dict[str, tuple[Any, str, Any, Callable[[], None]]] = {
     ),
     "a group left out": (
         backend,
-        "check_no_group",
-        lambda _: None,
+        "workers",
+        lambda *_: None,
         partial(test_spec.test_a_group_is_refused_not_ignored, clip_by_global_norm),
     ),
     "the norm always float32": (
         backend,
         "scalar",
-        lambda norm, _: np.float32(float(norm)),
+        lambda norm, *_, **__: np.float32(float(norm)),
         partial(test_spec.test_the_norm_is_float64_with_a_wide_leaf_else_float32, "float64"),
     ),
     "inputs handed back": (

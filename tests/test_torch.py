@@ -794,8 +794,11 @@ def test_other_arguments_out_of_range() -> None:
         parameter = torch.nn.Parameter(torch.ones(2, dtype=torch.int64), requires_grad=False)
         parameter.grad = torch.ones(2, dtype=torch.int64)
         gtorch.clip_grad_norm_([parameter], 1.0)
-    with pytest.raises(NotImplementedError):
-        gtorch.clip_grad_norm_(parameters, 1.0, group="world")
+    text = (
+        "group is 'x'; for tensors it is a ProcessGroup, a DeviceMesh or a communicator of mpi4py"
+    )
+    with raises(TypeError, text):
+        gtorch.clip_grad_norm_(parameters, 1.0, group="x")
 
 
 def test_max_norm_may_be_a_tensor() -> None:

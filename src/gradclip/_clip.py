@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from gradclip._decide import (
@@ -13,15 +14,15 @@ from gradclip._decide import (
     Raise,
     Scale,
     check_clip_norm,
-    check_no_group,
     check_on_nonfinite,
     check_use_norm,
     decide,
 )
-from gradclip._dispatch import backend_of
+from gradclip._dispatch import backend_of, backend_of_group
 from gradclip._exact import FLOAT32, FLOAT64, Scaled, Total, counts, merge, norm, square
 from gradclip._protocol import Backend, Plain
 from gradclip._tree import Tree, flatten
+from gradclip._workers import Joint, Workers
 from gradclip.kernels.cpu import ieee_arithmetic
 
 
@@ -60,9 +61,11 @@ def clip_by_global_norm(
             ``"nan"`` every element NaN, ``"zero"`` every element 0, ``"keep"`` the inputs
             unchanged, ``"raise"`` FloatingPointError; in a graph or under jit, which cannot raise,
             ValueError.
-        group: who else holds parts of the same gradient; the norm is that of all parts. For JAX
-            the name of an axis of ``jax.shard_map``, ``pmap`` or ``vmap``, or a tuple of names.
-            For other arrays there is none yet.
+        group: who else holds parts of the same gradient; the norm is that of all parts, on all
+            workers the same. Every one has to call, with whatever leaves it has, also with none.
+            For JAX the name of an axis of ``jax.shard_map``, ``pmap`` or ``vmap``, or a tuple of
+            names. For PyTorch a ``ProcessGroup`` or ``DeviceMesh``; a DTensor needs none. For
+            PyTorch and NumPy a communicator of mpi4py.
 
     Returns:
         ``(list_clipped, global_norm)``: the same nest with new arrays of the same dtypes, shapes
@@ -73,7 +76,8 @@ def clip_by_global_norm(
         TypeError: a leaf is not of a dtype or framework that is served, leaves are of two
             frameworks, or a limit is no real number.
         ValueError: a limit is out of range, or a sparse leaf is malformed.
-        FloatingPointError: with ``on_nonfinite="raise"``.
+        FloatingPointError: with ``on_nonfinite="raise"``; on all workers of a group.
+        RuntimeError: another worker has failed.
 
     Follows ``tf.clip_by_global_norm`` and Pascanu et al., 2012 (arXiv:1211.5063).
 
@@ -84,11 +88,14 @@ def clip_by_global_norm(
     """
     check_on_nonfinite(on_nonfinite)
     with ieee_arithmetic():
-        tree, backend = _opened(t_list)
-        recorder = backend.recorder([*tree.leaves, clip_norm, use_norm], group)
+        with _told(group):
+            tree, backend = _opened(t_list, group)
+            recorder = backend.recorder([*tree.leaves, clip_norm, use_norm], group)
         if recorder is None:
-            limit, given = _checked(clip_norm, use_norm)
-            leaves, norm, _ = _clipped(tree, backend, limit, given, on_nonfinite)
+            workers = backend.workers(tree.leaves, group)
+            with taking_part(workers, given=use_norm is not None) as part:
+                limit, given = _checked(clip_norm, use_norm)
+                leaves, norm, _ = _clipped(tree, backend, limit, given, on_nonfinite, part)
         else:
             plain = _plain(tree, backend)
             leaves, norm = recorder.clip(tree, plain, clip_norm, use_norm, on_nonfinite, name)
@@ -128,14 +135,16 @@ def clip_by_global_norm_(
     5.0 [1.5 2. ]
     """
     check_on_nonfinite(on_nonfinite)
-    check_no_group(group)
     with ieee_arithmetic():
-        limit, given = _checked(clip_norm, use_norm)
-        tree, backend = _opened(t_list)
-        held = backend.hold(tree.leaves, tree.path, writable=True)
-        measured, action = _decided(tree, backend, held, limit, given, on_nonfinite)
-        carry_out_(backend, held, action)
-        return backend.scalar(measured, held)
+        with _told(group):
+            tree, backend = _opened(t_list, group)
+        workers = backend.workers(tree.leaves, group)
+        with taking_part(workers, given=use_norm is not None) as part:
+            limit, given = _checked(clip_norm, use_norm)
+            held = backend.hold(tree.leaves, tree.path, writable=True)
+            found, action = _decided(tree, backend, held, limit, given, on_nonfinite, part)
+            carry_out_(backend, held, action)
+            return backend.scalar(found.norm, held, wide=found.wide)
 
 
 def global_norm(
@@ -168,17 +177,59 @@ def global_norm(
     5.0
     """
     with ieee_arithmetic():
-        tree, backend = _opened(t_list)
-        recorder = backend.recorder(tree.leaves, group)
+        with _told(group):
+            tree, backend = _opened(t_list, group)
+            recorder = backend.recorder(tree.leaves, group)
         if recorder is not None:
             return recorder.norm(tree, _plain(tree, backend), name)
-        held = backend.hold(tree.leaves, tree.path, writable=False)
-        return backend.scalar(backend.measure(held), held)
+        with taking_part(backend.workers(tree.leaves, group)) as part:
+            held = backend.hold(tree.leaves, tree.path, writable=False)
+            found = measured(backend, held, part)
+            return backend.scalar(found.norm, held, wide=found.wide)
 
 
 for _function in (clip_by_global_norm, clip_by_global_norm_, global_norm):
     # Where a tf.function calls them, AutoGraph is not to rewrite them: they tell graphs themselves.
     vars(_function)["autograph_info__"] = {}
+
+
+class Measured(NamedTuple):
+    """A global norm."""
+
+    norm: Scaled
+    wide: bool = False  # if it is float64 because of a leaf that another worker has
+
+
+def taking_part(
+    workers: Workers | None, *, given: bool = False, gathers: int = 0
+) -> contextlib.AbstractContextManager[Joint | None]:
+    """This worker's part in a measurement; none where it is alone, or the norm is ``given``."""
+    return contextlib.nullcontext() if workers is None or given else Joint(workers, gathers)
+
+
+@contextlib.contextmanager
+def _told(group: Any) -> Iterator[None]:
+    """Where a worker fails before its leaves are known, tell those of the group."""
+    try:
+        yield
+    except Exception:
+        served = backend_of_group(group)
+        if served is None:
+            raise
+        with taking_part(served.workers([], group)):
+            raise
+
+
+def measured(backend: Backend, held: Any, part: Joint | None) -> Measured:
+    """The global norm of leaves, and of those that other workers have.
+
+    Raises:
+        RuntimeError: another worker has failed.
+    """
+    if part is None:
+        return Measured(backend.measure(held))
+    total, wide = backend.share(held, part.workers)
+    return Measured(*part.norm(total, wide=wide))
 
 
 class Survey(NamedTuple):
@@ -247,6 +298,7 @@ def decided(
     on_nonfinite: OnNonfinite,
     *,
     given: bool = False,
+    part: Joint | None = None,
 ) -> Keep | Fill | Scale:
     """What is to be done to leaves of this norm.
 
@@ -255,13 +307,16 @@ def decided(
     """
     action = decide(norm, limit, on_nonfinite)
     if isinstance(action, Raise):
-        raise FloatingPointError(_offenders(backend, leaves, path, norm, given=given))
+        raise FloatingPointError(_offenders(backend, leaves, path, norm, given=given, part=part))
     return action
 
 
-def _opened(t_list: Any) -> tuple[Tree, Backend]:
-    """Take a nest apart, and find who serves its leaves."""
+def _opened(t_list: Any, group: Any = None) -> tuple[Tree, Backend]:
+    """Take a nest apart, and find who serves its leaves; of no leaves, who serves the group."""
     tree = flatten(t_list)
+    served = None if tree.leaves else backend_of_group(group)
+    if served is not None:
+        return tree, served
     return tree, backend_of(tree.leaves, tree.kinds, tree.path)
 
 
@@ -277,11 +332,19 @@ def _decided(
     limit: float,
     given: Scaled | None,
     on_nonfinite: OnNonfinite,
-) -> tuple[Scaled, Keep | Fill | Scale]:
+    part: Joint | None,
+) -> tuple[Measured, Keep | Fill | Scale]:
     """The norm, and what is to be done: everything up to the first write."""
-    norm = backend.measure(held) if given is None else given
-    return norm, decided(
-        backend, tree.leaves, tree.path, norm, limit, on_nonfinite, given=given is not None
+    found = measured(backend, held, part) if given is None else Measured(given)
+    return found, decided(
+        backend,
+        tree.leaves,
+        tree.path,
+        found.norm,
+        limit,
+        on_nonfinite,
+        given=given is not None,
+        part=part,
     )
 
 
@@ -291,10 +354,11 @@ def _clipped(
     limit: float,
     given: Scaled | None,
     on_nonfinite: OnNonfinite,
+    part: Joint | None,
 ) -> tuple[list[Any], Any, Scaled]:
     """New leaves, and the norm: as a scalar of their framework, and without a limit."""
     held = backend.hold(tree.leaves, tree.path, writable=False)
-    measured, action = _decided(tree, backend, held, limit, given, on_nonfinite)
+    found, action = _decided(tree, backend, held, limit, given, on_nonfinite, part)
     match action:
         case Scale(factor):
             leaves = backend.scaled(held, factor)
@@ -302,7 +366,7 @@ def _clipped(
             leaves = backend.filled(held, value)
         case Keep():
             leaves = backend.copied(held)
-    return leaves, backend.scalar(measured, held), measured
+    return leaves, backend.scalar(found.norm, held, wide=found.wide), found.norm
 
 
 def _plain(tree: Tree, backend: Backend) -> Plain:
@@ -314,7 +378,7 @@ def _plain(tree: Tree, backend: Backend) -> Plain:
         with ieee_arithmetic():
             given = None if use_norm is None else Scaled.of(use_norm)
             clipped, norm, measured = _clipped(
-                tree._replace(leaves=leaves), backend, limit, given, on_nonfinite
+                tree._replace(leaves=leaves), backend, limit, given, on_nonfinite, None
             )
             return clipped, norm, float(measured)
 
@@ -328,8 +392,9 @@ def _offenders(
     norm: Scaled,
     *,
     given: bool,
+    part: Joint | None,
 ) -> str:
-    """Each leaf that holds NaN or inf, with its counts."""
+    """Each leaf that holds NaN or inf, with its counts; of workers, those of this one."""
     found = []
     for place, leaf in enumerate(leaves):
         nans, infs = backend.count_nonfinite(leaf)
@@ -337,6 +402,9 @@ def _offenders(
             found.append(f"{path(place)} holds {nans} NaN and {infs} inf")
     if not found and given:
         found.append("given as use_norm, every leaf is finite")
+    elif not found and part is not None:
+        found.append("every leaf is finite; those of another are not")
     elif not found:
         found.append("rows with the same index add up to more than float64 holds")
-    return f"the global norm is {float(norm)}: " + "; ".join(found)
+    on = "" if part is None else f"on rank {part.workers.rank} of {part.workers.size} "
+    return f"the global norm is {float(norm)}: {on}" + "; ".join(found)

@@ -22,6 +22,7 @@ from torch import Tensor
 from gradclip import _clip
 from gradclip._decide import Fill, Keep, OnNonfinite, Scale, check_clip_norm, check_on_nonfinite
 from gradclip._exact import Part, Scaled, certified_norm
+from gradclip._workers import Joint
 from gradclip.backends import torch as backend
 from gradclip.kernels.cpu import ieee_arithmetic
 
@@ -54,6 +55,7 @@ class Clipper:
             each group is clipped by a norm of its own.
         on_nonfinite: what becomes of the gradients where an element is NaN or inf, as in
             `gradclip.clip_by_global_norm`.
+        group: as in `gradclip.torch.clip_grad_norm_`; every worker steps.
 
     ``norm``, ``factor``, ``steps`` and ``clipped_steps`` tell of it, in tensors; the first two of
     one element for each group if ``max_norm`` has.
@@ -79,6 +81,7 @@ class Clipper:
         max_norm: float | Sequence[float],
         *,
         on_nonfinite: OnNonfinite = "nan",
+        group: Any = None,
     ) -> None:
         check_on_nonfinite(on_nonfinite)
         while not hasattr(optimizer, "_optimizer_step_pre_hooks") and hasattr(
@@ -93,6 +96,7 @@ class Clipper:
         if optimizer in _attached:
             raise ValueError("the optimizer has a clipper already; remove() that one first")
         self._on_nonfinite: OnNonfinite = on_nonfinite
+        self._group = group
         self._optimizer = optimizer
         self._places: list[_Place] = []
         self._folded: Tensor | None = None
@@ -170,11 +174,13 @@ class Clipper:
         scale = float(getattr(optimizer, "grad_scale", None) or 1.0)
         lists = self._gradients()
         with ieee_arithmetic():
-            norms = [_unscaled(_norm(each), scale, each.wide) for each in lists]
-            actions = [
-                _clip.decided(backend, each.tensors, each.path, norm, limit, self._on_nonfinite)
-                for each, norm, limit in zip(lists, norms, self._limits, strict=True)
-            ]
+            norms, actions = [], []
+            for each, limit in zip(lists, self._limits, strict=True):
+                with _clip.taking_part(backend.workers(each.parameters, self._group)) as part:
+                    norm, wide = _norm(each, part)
+                    each.wide = each.wide or wide
+                    norms.append(_unscaled(norm, scale, each.wide))
+                    actions.append(self._decided(each, norms[-1], limit, part))
             self._carry_out(lists, actions, scale)
         self._norms, self._actions = norms, actions
         self._wide = any(each.wide for each in lists)
@@ -205,9 +211,24 @@ class Clipper:
         lists = [_Gradients() for _ in self._limits]
         for place in self._places:
             gradient = place.parameter.grad
+            found = lists[place.group if self._per_group else 0]
+            found.parameters.append(place.parameter)
             if gradient is not None:
-                lists[place.group if self._per_group else 0].add(place, gradient)
+                found.add(place, gradient)
         return lists
+
+    def _decided(
+        self, gradients: _Gradients, norm: Scaled, limit: float, part: Joint | None
+    ) -> Keep | Fill | Scale:
+        return _clip.decided(
+            backend,
+            gradients.tensors,
+            gradients.path,
+            norm,
+            limit,
+            self._on_nonfinite,
+            part=part,
+        )
 
     def _carry_out(
         self, lists: list[_Gradients], actions: list[Keep | Fill | Scale], scale: float
@@ -308,6 +329,7 @@ class _Gradients:
 
     def __init__(self) -> None:
         self._places: list[_Place] = []
+        self.parameters: list[Tensor] = []  # those without a gradient, too
         self.tensors: list[Tensor] = []
         self.parts: list[Part] = []
         self.cold: list[Tensor] = []
@@ -335,15 +357,17 @@ class _Gradients:
         return f"param_groups[{place.group}]['params'][{place.number}].grad"
 
 
-def _norm(gradients: _Gradients) -> Scaled:
+def _norm(gradients: _Gradients, part: Joint | None) -> _clip.Measured:
     """The global norm: by what was measured while it was warm, if that is all there is to it."""
     tensors = gradients.tensors
-    if not gradients.wide and not gradients.repeated and not _is_distributed():
+    alone = part is None and not _is_distributed()
+    if alone and not gradients.wide and not gradients.repeated:
         more = backend.sums(gradients.cold)
         norm = None if more is None else certified_norm([*gradients.parts, *more])
         if norm is not None:
-            return norm
-    return backend.measure(backend.hold(tensors, gradients.path, writable=True))
+            return _clip.Measured(norm)
+    held = backend.hold(tensors, gradients.path, writable=True)
+    return _clip.measured(backend, held, part)
 
 
 def _unscaled(norm: Scaled, scale: float, wide: bool) -> Scaled:

@@ -78,13 +78,13 @@ def check_on_nonfinite(on_nonfinite: Any) -> None:
 
 
 def check_no_group(group: Any) -> None:
-    """For frameworks whose leaves cannot be spread over workers.
+    """Where a gradient cannot be spread over workers.
 
     Raises:
         NotImplementedError: a group is given.
     """
     if group is not None:
-        raise NotImplementedError(f"group is {group!r}; only JAX arrays take a group yet")
+        raise NotImplementedError(f"group is {group!r}; there is none for these leaves")
 
 
 def _real(name: str, value: Any) -> float:

@@ -14,8 +14,8 @@ from typing import Any, cast
 from gradclip._protocol import Backend
 from gradclip._sparse import IndexedSlices
 
-# Types of these are arrays of another framework, or wrap them.
-_SERVED_BY = {"scipy": "numpy", "ml_dtypes": "numpy"}
+# Types of these are arrays of another framework, wrap them, or send them.
+_SERVED_BY = {"scipy": "numpy", "ml_dtypes": "numpy", "mpi4py": "numpy"}
 
 _names: dict[type, str | None] = {}
 
@@ -50,6 +50,12 @@ def backend_of(leaves: Sequence[Any], kinds: set[type], path: Callable[[int], st
             "one call clips leaves of one framework"
         )
     return load(names.pop() or "numpy" if names else "numpy")
+
+
+def backend_of_group(group: Any) -> Backend | None:
+    """The backend for a worker of a group that has no leaves; None if the type does not tell."""
+    name = _name(type(group))
+    return None if name is None else load(name)
 
 
 def load(name: str) -> Backend:

@@ -77,6 +77,14 @@ def merge(totals: Iterable[Total]) -> Total:
     return sum(totals, start=total_of())
 
 
+def normalised(total: Total) -> Total:
+    """The same total, each word but the last below 2^32: 2^31 of them add up without overflow."""
+    new = total.copy()
+    digits = square(total).to_bytes(4 * WORDS, "little")
+    new[:WORDS] = np.frombuffer(digits, "<u4")
+    return new
+
+
 def counts(total: Total) -> tuple[int, int]:
     """How many Inf and how many NaN were met."""
     return int(total[WORDS]), int(total[WORDS + 1])

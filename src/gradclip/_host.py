@@ -21,6 +21,7 @@ from gradclip._exact import (
     norm,
     total_of,
 )
+from gradclip._workers import Workers
 from gradclip.kernels import cpu
 
 Array = npt.NDArray[Any]
@@ -110,16 +111,23 @@ def total(held: Held) -> tuple[Total, float, bool]:
     return exact, largest, held.memory.has_f64
 
 
+def share(held: Held, workers: Workers) -> tuple[Total, bool]:
+    """What this worker adds to the sum of squares of all, and if a leaf is float64."""
+    del workers  # all of it, whoever they are
+    exact, _, wide = total(held)
+    return exact, wide
+
+
 def nonfinite(values: Array) -> tuple[int, int]:
     """How many elements are NaN, and how many are inf."""
     with np.errstate(invalid="ignore"):  # a signalling NaN
         return int(np.isnan(values).sum()), int(np.isinf(values).sum())
 
 
-def scalar(value: Scaled, held: Held) -> np.floating[Any]:
-    """The norm as NumPy scalar: float64 if a leaf is, else float32."""
+def scalar(value: Scaled, held: Held, *, wide: bool = False) -> np.floating[Any]:
+    """The norm as NumPy scalar: float64 if ``wide`` or a leaf is, else float32."""
     with np.errstate(over="ignore", under="ignore"):
-        return np.float64(value) if held.memory.has_f64 else np.float32(float(value))
+        return np.float64(value) if wide or held.memory.has_f64 else np.float32(float(value))
 
 
 def fill(targets: Sequence[Array], value: float) -> None:

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from gradclip._exact import Scaled, Total
 from gradclip._tree import Tree
+from gradclip._workers import Workers
 
 # Clip leaves that nothing records: (leaves, clip_norm, use_norm, on_nonfinite) to the new leaves,
 # the norm as a scalar of their framework, and as a float64.
@@ -46,7 +47,14 @@ class Backend(Protocol):
         """Who clips in place of this flow, if what becomes of the values is being recorded.
 
         Raises:
-            NotImplementedError: the framework's leaves cannot be spread over a ``group``.
+            NotImplementedError: what is recorded cannot be spread over a ``group``.
+        """
+
+    def workers(self, leaves: Sequence[Any], group: Any) -> Workers | None:
+        """Who holds parts of the same gradient; None if no other process does.
+
+        Raises:
+            TypeError: the group is none that the framework knows.
         """
 
     def hold(self, leaves: Sequence[Any], path: Callable[[int], str], *, writable: bool) -> Any:
@@ -63,11 +71,14 @@ class Backend(Protocol):
     def total(self, held: Any) -> tuple[Total, float, bool]:
         """The exact sum of squares, the largest finite |x|, and if a leaf is float64."""
 
+    def share(self, held: Any, workers: Workers) -> tuple[Total, bool]:
+        """What this worker adds to the sum of squares of all, and if a leaf is float64."""
+
     def count_nonfinite(self, leaf: Any) -> tuple[int, int]:
         """How many elements of one leaf are NaN, and how many are inf."""
 
-    def scalar(self, norm: Scaled, held: Any) -> Any:
-        """The norm as a 0-d value of the framework: float64 if a leaf is, else float32."""
+    def scalar(self, norm: Scaled, held: Any, *, wide: bool = False) -> Any:
+        """The norm as a 0-d value of the framework: float64 if ``wide`` or a leaf is."""
 
     def copied(self, held: Any) -> list[Any]:
         """New leaves, bit for bit the old ones."""

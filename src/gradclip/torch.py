@@ -19,12 +19,17 @@
 - ``foreach`` is without effect: there is one way, whatever the dtypes.
 - A gradient is changed below autograd, as under ``torch.no_grad``; its version counter says so.
 
+DTensors are counted by their placements, on any mix of meshes, with tensors beside them: one
+all-reduce, of one size. PyTorch takes one mesh, sums shards in their dtype, and returns the norm as
+a DTensor; here it is a tensor, the same on every rank.
+
 Gradients on other devices than the CPU are measured there by PyTorch's operations, to the same
-bits; that waits for the device. A DTensor is a TypeError.
+bits; that waits for the device.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import types
 import warnings
@@ -41,12 +46,12 @@ from gradclip._clipper import Clipper
 from gradclip._decide import (
     OnNonfinite,
     check_clip_norm,
-    check_no_group,
     check_on_nonfinite,
     check_use_norm,
 )
 from gradclip._exact import Scaled
 from gradclip._patch import Patch
+from gradclip._workers import Joint, Workers
 from gradclip.backends import torch as backend
 from gradclip.kernels.cpu import ieee_arithmetic
 
@@ -89,7 +94,9 @@ def clip_grad_norm_(
         on_nonfinite: what becomes of the gradients where an element is NaN or inf: ``"nan"``,
             ``"zero"``, ``"keep"`` or ``"raise"``, as in `gradclip.clip_by_global_norm`. None does
             as PyTorch: NaN makes all NaN; inf makes itself NaN and what is finite 0.
-        group: who else holds parts of the same gradient. Not supported yet.
+        group: a ``ProcessGroup``, ``DeviceMesh`` or mpi4py communicator of the workers that hold
+            other parameters of the same model, as the stages of a pipeline do; each calls. None:
+            those over whose meshes the DTensors among the parameters are spread, if any are.
 
     Returns:
         total_norm before clipping, a scalar: float64 if a gradient is float64 or complex128, else
@@ -98,7 +105,8 @@ def clip_grad_norm_(
     Raises:
         TypeError, ValueError: a limit is no number or out of range, or a gradient is not of the
             dtypes and layouts that are clipped. Nothing has been written then.
-        RuntimeError: with ``error_if_nonfinite``; nothing has been written.
+        RuntimeError: with ``error_if_nonfinite``, or another worker has failed; nothing has been
+            written.
         FloatingPointError: with ``on_nonfinite="raise"``; it names the gradients.
 
     Follows ``torch.nn.utils.clip_grad_norm_``, with the differences that `gradclip.torch` lists.
@@ -109,7 +117,6 @@ def clip_grad_norm_(
     tensor(5.) tensor([1.5000, 2.0000])
     """
     del foreach
-    check_no_group(group)
     parameters, was_generator = _listed(parameters)
     if was_generator and not parameters:
         warnings.warn(
@@ -117,12 +124,20 @@ def clip_grad_norm_(
         )
     order = _order(norm_type)
     grads = _gradients(parameters)
-    if torch.compiler.is_compiling():
+    # Of the parameters, since a worker may have no gradient and still has to take part.
+    workers = backend.workers(parameters, group)
+    if workers is None and torch.compiler.is_compiling():
         limit = torch.as_tensor(max_norm, dtype=torch.float64)
         policy = (on_nonfinite or "", error_if_nonfinite)
         return torch.ops.gradclip.clip_grads_(grads, limit, order, *policy)
     return _clip_grads_(
-        grads, partial(_path, parameters), max_norm, order, on_nonfinite, error_if_nonfinite
+        grads,
+        partial(_path, parameters),
+        max_norm,
+        order,
+        on_nonfinite,
+        error_if_nonfinite,
+        workers,
     )
 
 
@@ -131,6 +146,8 @@ def get_total_norm(
     norm_type: float = 2.0,
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
+    *,
+    group: Any = None,
 ) -> Tensor:
     """The norm of tensors together: ``(sum of |x|^p over every element x)^(1/p)``.
 
@@ -139,6 +156,7 @@ def get_total_norm(
         norm_type: p, above 0; ``inf`` is the largest ``|x|``.
         error_if_nonfinite: RuntimeError if the norm is NaN or inf.
         foreach: without effect.
+        group: as in `clip_grad_norm_`.
 
     Returns:
         A scalar: float64 if a tensor is float64 or complex128, else float32.
@@ -156,9 +174,10 @@ def get_total_norm(
     del foreach
     tensors, _ = _listed(tensors)
     order = _order(norm_type)
-    if torch.compiler.is_compiling():
+    workers = backend.workers(tensors, group)
+    if workers is None and torch.compiler.is_compiling():
         return torch.ops.gradclip.total_norm(tensors, order, error_if_nonfinite)
-    return _total_norm(tensors, order, error_if_nonfinite)
+    return _total_norm(tensors, order, error_if_nonfinite, workers)
 
 
 def clip_grads_with_norm_(
@@ -248,23 +267,47 @@ def _order(norm_type: Any) -> float:
 # ---- the flow ----
 
 
-def _measured(held: Any, order: float, error_if_nonfinite: bool) -> Scaled:
-    norm = backend.measure(held) if order == 2 else backend.norm_of_order(held, order)
-    if error_if_nonfinite and not math.isfinite(norm.significand):
+def _measured(
+    held: Any, order: float, error_if_nonfinite: bool, part: Joint | None
+) -> _clip.Measured:
+    if order == 2:
+        found = _clip.measured(backend, held, part)
+    else:
+        found = _measured_of_order(held, order, part)
+    if error_if_nonfinite and not math.isfinite(found.norm.significand):
         raise RuntimeError(
             f"The total norm of order {order} for gradients from `parameters` is non-finite, so it "
             "cannot be clipped. To disable this error and scale the gradients by the non-finite "
             "norm anyway, set `error_if_nonfinite=False`"
         )
-    return norm
+    return found
 
 
-def _total_norm(tensors: list[Tensor], order: float, error_if_nonfinite: bool) -> Tensor:
-    with ieee_arithmetic():
+def _measured_of_order(held: Any, order: float, part: Joint | None) -> _clip.Measured:
+    wide = backend.is_wide(held)
+    if part is None:
+        powers = [backend.powers_of_order(held, order)]
+        return _clip.Measured(backend.norm_of_order(powers, order, wide=wide))
+    mine = backend.powers_of_order(backend.counted(held, part.workers), order)
+    every, wide = part.gathered(mine, wide=wide)
+    return _clip.Measured(backend.norm_of_order(every.tolist(), order, wide=wide), wide)
+
+
+def _taking_part(
+    workers: Workers | None, order: float
+) -> contextlib.AbstractContextManager[Joint | None]:
+    return _clip.taking_part(workers, gathers=0 if order == 2 else 2)
+
+
+def _total_norm(
+    tensors: list[Tensor], order: float, error_if_nonfinite: bool, workers: Workers | None = None
+) -> Tensor:
+    with ieee_arithmetic(), _taking_part(workers, order) as part:
         held = backend.hold(tensors, "tensors[{}]".format, writable=False)
         if len(once := backend.distinct(tensors)) < len(tensors):
             held = backend.hold(once, str, writable=False)
-        return backend.scalar(_measured(held, order, error_if_nonfinite), held)
+        found = _measured(held, order, error_if_nonfinite, part)
+        return backend.scalar(found.norm, held, wide=found.wide)
 
 
 def _clip_grads_(
@@ -274,15 +317,16 @@ def _clip_grads_(
     order: float,
     on_nonfinite: OnNonfinite | None,
     error_if_nonfinite: bool,
+    workers: Workers | None = None,
 ) -> Tensor:
-    if on_nonfinite is not None:
-        check_on_nonfinite(on_nonfinite)
-    limit = check_clip_norm(max_norm, "max_norm")
-    with ieee_arithmetic():
+    with ieee_arithmetic(), _taking_part(workers, order) as part:
+        if on_nonfinite is not None:
+            check_on_nonfinite(on_nonfinite)
+        limit = check_clip_norm(max_norm, "max_norm")
         held = backend.hold(grads, path, writable=True)
-        norm = _measured(held, order, error_if_nonfinite)
-        _act_(grads, path, held, norm, limit, on_nonfinite)
-        return backend.scalar(norm, held)
+        found = _measured(held, order, error_if_nonfinite, part)
+        _act_(grads, path, held, found.norm, limit, on_nonfinite, part)
+        return backend.scalar(found.norm, held, wide=found.wide)
 
 
 def _clip_grads_with_norm_(
@@ -301,13 +345,14 @@ def _act_(
     norm: Scaled,
     limit: float,
     on_nonfinite: OnNonfinite | None,
+    part: Joint | None = None,
 ) -> None:
     if on_nonfinite is None and math.isinf(limit):
         return  # only measured, whatever the norm
     if on_nonfinite is None and math.isinf(norm.significand):
         backend.scale_(held, Scaled(0.0, 0))  # PyTorch's factor: what is inf becomes NaN
     else:
-        action = _clip.decided(backend, grads, path, norm, limit, on_nonfinite or "nan")
+        action = _clip.decided(backend, grads, path, norm, limit, on_nonfinite or "nan", part=part)
         _clip.carry_out_(backend, held, action)
 
 

@@ -28,7 +28,7 @@ from gradclip._tree import Tree
 from gradclip.kernels import cpu, traced, xla
 from gradclip.kernels.jax import LOWER, Operations, pushed_forward, rows_of
 
-measure, total = _host.measure, _host.total
+measure, total, share = _host.measure, _host.total, _host.share
 
 _ACCEPTED = "float16, bfloat16, float8, float32, float64 and complex arrays"
 _OPS = Operations()
@@ -63,11 +63,11 @@ def count_nonfinite(leaf: Any) -> tuple[int, int]:
     return _host.nonfinite(_memory(leaf, str))
 
 
-def scalar(value: Scaled, held: Held) -> Any:
+def scalar(value: Scaled, held: Held, *, wide: bool = False) -> Any:
     """The norm as an array."""
     committed = [x for x in map(_values, held.leaves[:1]) if x.committed]
     places = [next(iter(x.sharding.device_set)) for x in committed] or [None]
-    return _arrays([np.asarray(_host.scalar(value, held))], places)[0]
+    return _arrays([np.asarray(_host.scalar(value, held, wide=wide))], places)[0]
 
 
 def copied(held: Held) -> list[Any]:
@@ -218,6 +218,10 @@ def _with_values(leaf: Any, values: Any) -> Any:
 
 
 # ---- under a transformation, on other devices, on several ----
+
+
+def workers(leaves: Sequence[Any], group: Any) -> None:
+    """Nobody here: a group of JAX is one for its recorder."""
 
 
 def recorder(values: Sequence[Any], group: Any) -> _Recorder | None:

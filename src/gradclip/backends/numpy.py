@@ -10,21 +10,25 @@ from typing import Any
 import numpy as np
 
 from gradclip import _host
-from gradclip._decide import check_no_group
 from gradclip._exact import Scaled
 from gradclip._host import Array, Held
 from gradclip._sparse import IndexedSlices, check_rows, merged_rows
+from gradclip._workers import Workers, workers_of
 
-measure, total = _host.measure, _host.total
+measure, total, share = _host.measure, _host.total, _host.share
 scalar, scale_ = _host.scalar, _host.scale_
 
 _ACCEPTED = "float16, bfloat16, float8, float32, float64 and complex arrays"
 _IN_PLACE_FORMATS = ("bsr", "coo", "csc", "csr", "dia")
 
 
-def recorder(values: Sequence[Any], group: Any) -> None:  # noqa: ARG001
+def recorder(values: Sequence[Any], group: Any) -> None:
     """Nothing records what becomes of an array."""
-    check_no_group(group)
+
+
+def workers(leaves: Sequence[Any], group: Any) -> Workers | None:  # noqa: ARG001
+    """Who holds parts of the same gradient: a communicator of mpi4py."""
+    return workers_of(group)
 
 
 def hold(leaves: Sequence[Any], path: Callable[[int], str], *, writable: bool) -> Held:

@@ -28,7 +28,7 @@ from gradclip.kernels import traced
 from gradclip.kernels.cpu import ieee_arithmetic
 from gradclip.kernels.tensorflow import Operations, grouped, pulled_back
 
-measure, total = _host.measure, _host.total
+measure, total, share = _host.measure, _host.total, _host.share
 
 _ACCEPTED = "float16, bfloat16, float8, float32, float64 and complex tensors"
 _Slices = (tf.IndexedSlices, IndexedSlices)
@@ -66,10 +66,10 @@ def count_nonfinite(leaf: Any) -> tuple[int, int]:
     return _host.nonfinite(_values(leaf, str))
 
 
-def scalar(value: Scaled, held: Held) -> Any:
+def scalar(value: Scaled, held: Held, *, wide: bool = False) -> Any:
     """The norm as a tensor, where the first leaf is."""
     with tf.device(_tensor(held.leaves[0]).device if held.leaves else None):
-        return tf.constant(_host.scalar(value, held))
+        return tf.constant(_host.scalar(value, held, wide=wide))
 
 
 def copied(held: Held) -> list[Any]:
@@ -241,6 +241,10 @@ def _with_values(leaf: Any, tensor: Any) -> Any:
 
 
 # ---- recorded: in a graph, under a gradient tape, on another device ----
+
+
+def workers(leaves: Sequence[Any], group: Any) -> None:
+    """Nobody: there is no group for tensors of TensorFlow."""
 
 
 def recorder(values: Sequence[Any], group: Any) -> _Recorder | None:

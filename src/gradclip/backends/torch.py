@@ -1,4 +1,4 @@
-"""PyTorch: dense and sparse tensors, and `gradclip.IndexedSlices` of tensors.
+"""PyTorch: dense and sparse tensors, DTensors, and `gradclip.IndexedSlices` of tensors.
 
 Tensors on the CPU go through the host's kernels where they lie; on other devices the same bits come
 from PyTorch's own operations. Where autograd or a function transform looks on, the clip is one
@@ -12,6 +12,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from operator import is_
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,13 +20,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradclip import _host
-from gradclip._decide import check_clip_norm, check_no_group, check_use_norm
-from gradclip._exact import Part, Scaled, Total
+from gradclip import _host, _mesh
+from gradclip._decide import check_clip_norm, check_use_norm
+from gradclip._exact import WORDS, Part, Scaled, Total, total_of
 from gradclip._host import Array, Float8
 from gradclip._protocol import Plain
 from gradclip._sparse import IndexedSlices, check_rows, merged_rows
 from gradclip._tree import Tree
+from gradclip._workers import Workers, workers_of
 from gradclip.kernels import cpu, traced
 from gradclip.kernels.torch import Operations, pulled_back, pushed_forward, slope
 
@@ -46,8 +48,9 @@ _COMPRESSED = {torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.spars
 class Held(NamedTuple):
     """Leaves that have passed every check."""
 
-    leaves: Sequence[Any]
+    leaves: Sequence[Any]  # of DTensors what this process holds of them
     host: _host.Held | None  # their memory; None where the host's kernels do not reach it
+    spread: Sequence[Any] | None = None  # the leaves as they are, where one is a DTensor
 
 
 # ---- the backend ----
@@ -61,6 +64,9 @@ def hold(leaves: Sequence[Any], path: Callable[[int], str], *, writable: bool) -
         ValueError: a sparse leaf is malformed, or the memory of one has been given up; with
             ``writable``, elements of one share memory.
     """
+    if any(map(_mesh.is_spread, leaves)):
+        here = hold(list(map(_mesh.local, leaves)), path, writable=writable)
+        return here._replace(spread=leaves)
     if _are_plain(leaves):
         memory = _taken(leaves, writable=writable)
         if memory is not None:
@@ -115,8 +121,8 @@ def total(held: Held) -> tuple[Total, float, bool]:
     return _host.total(held.host or _on_the_host(held))
 
 
-def norm_of_order(held: Held, order: float) -> Scaled:
-    """``(sum of |x|^order)^(1/order)``, or for inf the largest |x|; in float64, rounded once more.
+def powers_of_order(held: Held, order: float) -> tuple[float, float]:
+    """The largest ``|x|``, and ``sum of (|x| / largest)^order`` in float64; 1 for an order of inf.
 
     NaN if any element is, else inf if any element is.
     """
@@ -126,15 +132,28 @@ def norm_of_order(held: Held, order: float) -> Scaled:
         largest = top if math.isnan(top) else max(largest, top)
         if math.isnan(largest):
             break
+    if math.isinf(order) or not 0 < largest < math.inf:
+        return largest, 1.0
+    # Parts of the largest: neither a sum nor its root overflows.
+    parts = (float((piece / largest).pow(order).sum()) for piece in _magnitudes(held))
+    return largest, math.fsum(parts)
+
+
+def norm_of_order(powers: Sequence[Sequence[float]], order: float, *, wide: bool) -> Scaled:
+    """``(sum of |x|^order)^(1/order)``, or for inf the largest |x|; in float64, rounded once more.
+
+    Of one or more `powers_of_order`; to float64 if it is ``wide``, else to float32.
+    """
+    tops = [top for top, _ in powers]
+    largest = math.nan if any(map(math.isnan, tops)) else max(tops)
     norm = Scaled.of(largest)
     if math.isfinite(order) and 0 < largest < math.inf:
-        # Parts of the largest: neither a sum nor its root overflows.
-        total = math.fsum(float((piece / largest).pow(order).sum()) for piece in _magnitudes(held))
+        total = math.fsum(part * (top / largest) ** order for top, part in powers)
         if math.log2(total) / order > 1000:
             return Scaled.of(math.inf)
         significand, exponent = math.frexp(norm.significand * total ** (1 / order))
         norm = Scaled(significand, norm.exponent + exponent)
-    rounded = norm if _is_wide(held) else norm._replace(significand=float(np.float32(norm[0])))
+    rounded = norm if wide else norm._replace(significand=float(np.float32(norm[0])))
     significand, exponent = math.frexp(rounded.significand)
     return Scaled(significand, norm.exponent + exponent)
 
@@ -152,38 +171,56 @@ def _magnitudes(held: Held) -> Iterator[Tensor]:
                     yield piece.to(wide).abs()
 
 
-def _is_wide(held: Held) -> bool:
+def is_wide(held: Held) -> bool:
     """If the norm is float64."""
     if held.host is not None:
         return held.host.memory.has_f64
     return any(_values(leaf).dtype in WIDE for leaf in held.leaves)
 
 
+def share(held: Held, workers: Workers) -> tuple[Total, bool]:
+    """What this worker adds to the sum of squares of all, and if a leaf is float64."""
+    wide, held = is_wide(held), counted(held, workers)
+    if held.host is not None:
+        return _host.total(held.host)[0], wide
+    return _total_elsewhere(held), wide
+
+
+def counted(held: Held, workers: Workers) -> Held:
+    """What this worker counts of the leaves: not what another counts."""
+    if not isinstance(workers, _mesh.Ring):
+        return held
+    found = _mesh.counted(held.leaves if held.spread is None else held.spread, workers)
+    if len(found) == len(held.leaves) and all(map(is_, found, held.leaves)):
+        return held
+    return hold(distinct(found), str, writable=False)
+
+
 def count_nonfinite(leaf: Any) -> tuple[int, int]:
     """How many elements are NaN, and how many are inf."""
-    values = _values(leaf)
+    values = _values(_mesh.local(leaf))
     if values.dtype in _FLOAT8 | {torch.complex32}:
         values = values.to(torch.complex64 if values.is_complex() else torch.float32)
     return int(values.isnan().sum()), int(values.isinf().sum())
 
 
-def scalar(norm: Scaled, held: Held) -> Tensor:
+def scalar(norm: Scaled, held: Held, *, wide: bool = False) -> Tensor:
     """The norm as a 0-d tensor, where the first leaf is."""
-    dtype = torch.float64 if _is_wide(held) else torch.float32
+    dtype = torch.float64 if wide or is_wide(held) else torch.float32
     device = "cpu" if held.host is not None else _values(held.leaves[0]).device
     return torch.tensor(float(norm), dtype=dtype, device=device)
 
 
 def copied(held: Held) -> list[Any]:
     """New leaves, bit for bit the old ones."""
-    return [_with_values(leaf, _copy(_values(leaf))) for leaf in held.leaves]
+    return _rewrapped(held, [_copy(_values(leaf)) for leaf in held.leaves])
 
 
 def filled(held: Held, value: float) -> list[Any]:
     """New leaves, every element ``value``."""
     new = [torch.empty_like(_values(leaf).detach()) for leaf in held.leaves]
     _fill(new, value)
-    return list(map(_with_values, held.leaves, new))
+    return _rewrapped(held, new)
 
 
 def scaled(held: Held, factor: Scaled) -> list[Any]:
@@ -201,7 +238,13 @@ def scaled(held: Held, factor: Scaled) -> list[Any]:
             for values, target in zip(old, new, strict=True)
         ]
         _host.scale_to(_held_plain(sources), _held_plain(new), factor)
-    return list(map(_with_values, held.leaves, new))
+    return _rewrapped(held, new)
+
+
+def _rewrapped(held: Held, new: list[Tensor]) -> list[Any]:
+    """Leaves like those that are held, of new elements."""
+    leaves = list(map(_with_values, held.leaves, new))
+    return leaves if held.spread is None else list(map(_mesh.like, held.spread, leaves))
 
 
 def fill_(held: Held, value: float) -> None:
@@ -529,6 +572,20 @@ def _on_the_host(held: Held) -> _host.Held:
     return _host_held(leaves, list(map(_values, leaves)), str, writable=False)
 
 
+def _total_elsewhere(held: Held) -> Total:
+    """The exact sum by PyTorch's operations; of leaves on several devices, one after the other."""
+    found = total_of()
+    for leaf in held.leaves:
+        values, rows = _with_rows(leaf)
+        ops = Operations(values.device)
+        addends = traced.addends(ops, [(values, rows)])
+        if addends:
+            words = traced.total(ops, addends).cpu().numpy()
+            found[:WORDS] += words[:WORDS]
+            found[WORDS:] += words[-2:]
+    return found
+
+
 def _scaled_elsewhere(values: Tensor, factor: Scaled) -> Tensor:
     if not factor.significand:
         return values * 0
@@ -546,9 +603,34 @@ def _scaled_elsewhere(values: Tensor, factor: Scaled) -> Tensor:
 # ---- where autograd or a function transform looks on ----
 
 
+def workers(leaves: Sequence[Any], group: Any) -> Workers | None:
+    """Who holds parts of the same gradient: a group that is named, or those of DTensors.
+
+    Raises:
+        TypeError: the group is none of PyTorch's or mpi4py's, or mpi4py's for DTensors.
+        ValueError: DTensors are on meshes none of which has all the workers, and no group is named.
+    """
+    if group is None:
+        return _mesh.ring_of_leaves(leaves)
+    if type(group).__module__.partition(".")[0] == "mpi4py":
+        if any(map(_mesh.is_spread, leaves)):
+            raise TypeError("DTensors are spread over process groups, not over a communicator")
+        return workers_of(group)
+    return _mesh.ring_of(group)
+
+
 def recorder(values: Sequence[Any], group: Any) -> _Recorder | None:
     """Who clips where autograd, or a transform of `torch.func`, follows what becomes of tensors."""
-    check_no_group(group)
+    found = _recorder(values)
+    if found is not None and (group is not None or any(map(_mesh.is_spread, values))):
+        raise NotImplementedError(
+            "a clip over several workers cannot be differentiated; detach the tensors, or use "
+            "torch.no_grad()"
+        )
+    return found
+
+
+def _recorder(values: Sequence[Any]) -> _Recorder | None:
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return _Recorder()
     tensors = [

@@ -11,7 +11,8 @@ import numpy as np
 
 from gradclip import clip_by_global_norm_, global_norm
 from gradclip._clip import survey
-from gradclip.cli import _contenders, _training
+from gradclip._exact import FLOAT32, Total, merge, norm, normalised
+from gradclip.cli import _contenders, _ranks, _training
 from gradclip.cli._contenders import Arrays, Call
 from gradclip.kernels.cpu import threads
 
@@ -19,9 +20,12 @@ LARGE, HALF = 400_000_000, 200_000_000
 
 
 class Bar(NamedTuple):
-    """What gradclip is held to: a multiple of the time of others, or a number of units."""
+    """What gradclip is held to: a multiple of the time of others, or a number of units.
 
-    limit: float
+    Without a limit the figure is only told.
+    """
+
+    limit: float | None
     of: str
 
 
@@ -189,6 +193,28 @@ def _in_training(what: str, limit: float, turns: Callable[..., Any], *, clipping
     return Turns(what, (Bar(limit, "PyTorch"),), partial(turns, clipping=clipping))
 
 
+def _of_dtensors(what: str, limit: float, count: int) -> Turns:
+    def turns(shrink: int) -> Iterator[dict[str, float]]:
+        return _ranks.clips_of_dtensors(count // shrink)
+
+    return Turns(what, (Bar(limit, "PyTorch"),), turns)
+
+
+def _merge(shrink: int) -> dict[str, Call]:
+    """What all_reduce adds up, without the network: random gradients in ever more parts."""
+    generator = np.random.default_rng(0)
+    size = 1_000_000 // shrink
+    values = generator.standard_normal(size, np.float32)
+    # Of many magnitudes, so that words carry into each other.
+    np.ldexp(values, generator.integers(-50, 50, size, np.int32), out=values)
+    alone = survey([values]).norm
+    totals: list[Total] = []
+    for workers in (10, 1000, 100_000 // shrink):
+        totals = [normalised(survey([part]).total) for part in np.array_split(values, workers)]
+        assert norm(merge(totals), FLOAT32) == alone
+    return {"gradclip": lambda: merge(totals)}
+
+
 def _tensorflow_trace(shrink: int) -> dict[str, Call]:
     return _contenders.tensorflow_traces(3000 // shrink)
 
@@ -341,6 +367,8 @@ CASES: dict[str, Case | Turns | Fresh] = {
         "attach in training, nothing to clip", 0.25, _INSIDE, clipping=False
     ),
     "torch-attach-clip": _in_training("attach in training", 0.25, _INSIDE, clipping=True),
+    "dtensor-100": _of_dtensors("clip_grad_norm_, clipping, 100 DTensors on 2 ranks", 0.2, 100),
+    "dtensor-1000": _of_dtensors("clip_grad_norm_, clipping, 1000 DTensors on 2 ranks", 0.2, 1000),
     "optax-donated-keep": _donated_to_optax(
         "optax under jit, donated, nothing to clip, 400 MB fp32", 1.0, clipping=False
     ),
@@ -369,6 +397,7 @@ CASES: dict[str, Case | Turns | Fresh] = {
     "optax-compile": Turns(
         "optax under jit, compiling 3000 leaves", (Bar(0.2, "optax"),), _optax_compilation
     ),
+    "merge": Case("adding the totals of 100,000 workers", (Bar(None, "ms"),), _merge),
     "import": Fresh("import, beyond NumPy's own", Bar(50, "ms"), _IMPORT, 21),
     "first-call": Fresh("first call", Bar(10, "ms"), _FIRST_CALL, 21),
     "memory-in-place": Fresh(

@@ -149,7 +149,7 @@ def _fresh(name: str, case: Fresh, quick: bool) -> Row:
 
 
 def _row(name: str, system: str, value: float, bar: Bar, quick: bool) -> Row:
-    held = system == "gradclip" and not quick
+    limit = bar.limit if system == "gradclip" and not quick else None
     return {
         "case": name,
         "system": system,
@@ -157,8 +157,8 @@ def _row(name: str, system: str, value: float, bar: Bar, quick: bool) -> Row:
         "min_s": None,
         "value": value,
         "unit": bar.of,
-        "bar": bar.limit if held else None,
-        "met": value <= bar.limit if held else None,
+        "bar": limit,
+        "met": None if limit is None else value <= limit,
     }
 
 

@@ -1,0 +1,40 @@
+"""What `test_distributed.py` has mpiexec run: NumPy arrays in parts, and mpi4py."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+
+import gradclip
+
+SHAPES = [(10, 3), (7,), (1,), (4, 0)]
+
+
+def run() -> None:
+    """The bits of one process; errors on all."""
+    world = MPI.COMM_WORLD
+    rank, size = world.rank, world.size
+    for dtype in ("float16", "float32", "float64"):
+        rng = np.random.default_rng(0)
+        whole = [rng.standard_normal(shape).astype(dtype) for shape in SHAPES]
+        wanted, norm = gradclip.clip_by_global_norm(whole, 1.0)
+        parts = [np.array_split(x.ravel(), size)[rank].copy() for x in whole]
+        mine = parts if rank else [*parts, None]
+        clipped, found = gradclip.clip_by_global_norm(mine, 1.0, group=world)
+        assert (type(found), found) == (type(norm), norm)
+        for new, expected in zip(clipped, wanted, strict=False):
+            assert new.tobytes() == np.array_split(expected.ravel(), size)[rank].tobytes()
+        assert gradclip.global_norm(whole if rank == size - 1 else [], group=world) == norm
+        assert gradclip.clip_by_global_norm_(parts, 1.0, group=world) == norm
+        assert parts[0].tobytes() == clipped[0].tobytes()
+    bad = np.ones(3, "f4") if rank else np.array([1, np.nan, np.inf], "f4")
+    with pytest.raises(FloatingPointError, match=f"on rank {rank} of {size} "):
+        gradclip.clip_by_global_norm([bad], 1.0, group=world, on_nonfinite="raise")
+    with pytest.raises(RuntimeError if rank else TypeError):
+        gradclip.global_norm([bad if rank else "x"], group=world)
+
+
+run()
+if MPI.COMM_WORLD.rank == 0:
+    print("ok")

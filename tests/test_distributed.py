@@ -1,0 +1,141 @@
+"""Many workers: process groups of PyTorch, DTensors, communicators of MPI."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from conftest import version
+from gradclip import _exact, _workers
+from gradclip._workers import Joint
+from ranks import run_ranks
+
+needs_torch = pytest.mark.skipif(version("torch") is None, reason="torch is not installed")
+
+
+@needs_torch
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 8])
+def test_the_same_gradients_split_in_every_way(count: int) -> None:
+    run_ranks("torch_ranks", "splits", count)
+
+
+@needs_torch
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+def test_engines(count: int) -> None:
+    run_ranks("torch_ranks", "engines", count)
+
+
+@needs_torch
+@pytest.mark.slow
+def test_stages_of_a_pipeline_and_experts() -> None:
+    run_ranks("torch_ranks", "stages", 4)
+
+
+@needs_torch
+@pytest.mark.slow
+def test_what_goes_wrong_on_one_is_told_to_all() -> None:
+    assert run_ranks("torch_ranks", "failures", 3) == ["told\n", "told\n", ""]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_mpi(count: int) -> None:
+    if version("mpi4py") is None:
+        pytest.skip("mpi4py is not installed")
+    beside = shutil.which("mpiexec", path=str(Path(sys.executable).parent))
+    mpiexec = beside or shutil.which("mpiexec")
+    assert mpiexec, "mpi4py without mpiexec"
+    ended = subprocess.run(
+        [mpiexec, "-n", str(count), sys.executable, str(Path(__file__).parent / "mpi_ranks.py")],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert (ended.stdout, ended.returncode) == ("ok\n", 0), ended.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_mesh_of_jax_over_processes(count: int) -> None:
+    if version("jax") is None:
+        pytest.skip("jax is not installed")
+    run_ranks("jax_ranks", "run", count)
+
+
+# ---- the sum, without processes ----
+
+
+class Recorded:
+    """A worker who writes down what it hands in, or is told what all have."""
+
+    rank, size = 0, 1
+
+    def __init__(self, told: list[np.ndarray]) -> None:
+        self.told = told
+        self.handed_in: list[np.ndarray] = []
+
+    def sum(self, vector: np.ndarray) -> np.ndarray:
+        self.handed_in.append(vector.copy())
+        return sum(self.told, start=np.zeros_like(vector)) if self.told else vector
+
+
+def total_of(values: np.ndarray) -> np.ndarray:
+    import gradclip._clip
+
+    return gradclip._clip.survey([values]).total
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("count", [1, 7, 1000])
+def test_totals_of_any_number_of_workers_add_up_without_overflow(dtype: str, count: int) -> None:
+    """In any order; the largest numbers of the dtype fill every word."""
+    rng = np.random.default_rng(0)
+    for scale in (1.0, float(np.finfo(dtype).max) / 4):
+        values = (rng.standard_normal(4 * count) * scale).clip(-scale, scale).astype(dtype)
+        vectors = []
+        for part in np.split(values, count):
+            worker = Recorded([])
+            Joint(worker).norm(total_of(part), wide=dtype == "float64")
+            vectors += worker.handed_in
+            assert vectors[-1].nbytes == 1088
+            assert 0 <= vectors[-1][:-3].min() <= vectors[-1][:-3].max() < 2**32
+        for order in (vectors, vectors[::-1]):
+            found, wide = Joint(Recorded(order)).norm(_exact.total_of(), wide=False)
+            assert wide == (dtype == "float64")
+            assert found == _exact.norm(
+                total_of(values), _exact.FLOAT64 if wide else _exact.FLOAT32
+            )
+
+
+def test_2_to_31_workers_do_not_overflow() -> None:
+    """Were each to hand in the largest words there are."""
+    worker = Recorded([])
+    Joint(worker).norm(total_of(np.full(1 << 12, np.finfo("f8").max)), wide=True)
+    (vector,) = worker.handed_in
+    assert int(vector[:-2].max()) * (2**31 - 1) < 2**63
+    assert int(vector[-2:].max()) * (2**30) < 2**63
+
+
+def test_one_that_fails_hands_in_that_it_has() -> None:
+    worker = Recorded([])
+    with pytest.raises(ZeroDivisionError), Joint(worker):
+        raise ZeroDivisionError
+    assert [int(each[-1]) for each in worker.handed_in] == [_workers._FLAG]
+    text = (
+        "1 of 1 workers failed before their norms were added up; the reason is in the error of "
+        "each. Nothing has been written"
+    )
+    other = Recorded(worker.handed_in)
+    with pytest.raises(RuntimeError, match=f"^{text}$"), Joint(other) as joint:
+        joint.norm(_exact.total_of(), wide=False)
+    assert len(other.handed_in) == 1
