@@ -28,7 +28,7 @@ bench: .venv/test ## time gradclip against others; appends to bench/results.csv,
 	$(BIN)/python bench/draw.py
 
 clean: ## remove what make has made
-	rm -rf .venv build src/*.egg-info src/gradclip/kernels/*.so demo.png jax_digits.png torch_characters.png
+	rm -rf .venv build src/*.egg-info src/gradclip/kernels/*.so demo.png jax_digits.png torch_characters.png torch_sharded.png
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

@@ -1,0 +1,61 @@
+"""`examples/torch_sharded.py`: shards are clipped as the gathered gradients are."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+# Its first import on a machine says on stderr that it looks for fonts.
+pytest.importorskip("matplotlib.font_manager")
+
+pytestmark = pytest.mark.slow
+EXAMPLE = Path(__file__).parent.parent / "examples" / "torch_sharded.py"
+
+
+def run(cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(EXAMPLE), *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def test_shards_are_clipped_as_the_whole(tmp_path: Path) -> None:
+    picture = tmp_path / "sharded.png"
+    done = run(tmp_path, "--steps", "21", "--out", str(picture))
+    assert done.stderr == ""
+    assert done.returncode == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert list(tmp_path.iterdir()) == [picture]
+
+    def row(label: str) -> list[str]:
+        (line,) = re.findall(rf"^ {re.escape(label)}  +(.*)$", done.stdout, re.MULTILINE)
+        return re.split(" {2,}", line.rstrip())
+
+    assert row("gradclip, shards and gathered: equal to the bit") == ["3 of 3"] * 2, done.stdout
+    alone, apart = map(float, row("torch.nn.utils, shards and gathered: apart by up to"))
+    assert alone == 0, done.stdout
+    assert apart < 1e-5, done.stdout
+    shares = [float(cell.rstrip("%")) for cell in row("steps clipped")]
+    assert all(0 < share <= 100 for share in shares), done.stdout
+    losses = [float(cell) for cell in row("final loss (mean of last 21 steps)")]
+    assert all(loss < 4.5 for loss in losses), done.stdout
+    (difference,) = re.findall(
+        r"^1 process and 2: norms apart by up to (\S+), in step \d+;$", done.stdout, re.MULTILINE
+    )
+    assert 0 <= float(difference) < 1e-3, done.stdout
+
+
+@pytest.mark.parametrize("wrong", [["--steps", "2"], ["--out", "missing/sharded.png"]])
+def test_what_cannot_be_done_is_said_before_training(wrong: list[str], tmp_path: Path) -> None:
+    done = run(tmp_path, *wrong)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "error: --steps must be 3 or more" in done.stderr
