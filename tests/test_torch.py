@@ -954,6 +954,17 @@ def test_clipping_allocates_nothing_that_grows() -> None:
     assert most_resident() - before < 4096  # of 16384 kB
 
 
+def test_clipping_tensors_imports_no_dtensors() -> None:
+    """They take most of a second."""
+    code = """
+        import sys, torch, gradclip.torch
+        gradclip.torch.get_total_norm([torch.ones(3)])
+        print("torch.distributed.tensor" in sys.modules)
+    """
+    ended = run_python(code)
+    assert (ended.stdout, ended.returncode) == ("False\n", 0), ended.stderr
+
+
 def test_importing_gradclip_imports_no_torch() -> None:
     code = "import sys, gradclip; print('torch' in sys.modules)"
     assert run_python(code).stdout.strip() == "False"

@@ -208,6 +208,19 @@ def engines() -> None:
         hybrid = Network()
         fully_shard(hybrid, mesh=grid)  # replicated along the first, sharded along the second
         check_engine(hybrid)
+    # A fused optimizer divides as it steps, on shards as on the whole.
+    networks = [Network(), Network()]
+    fully_shard(networks[0], mesh=flat)
+    for network in networks:
+        optimizer = torch.optim.AdamW(network.parameters(), lr=0.1, fused=True)
+        gtorch.attach(optimizer, 0.5)
+        for _ in range(2):
+            optimizer.zero_grad()
+            train_step(network)
+            optimizer.step()
+    for one, other in zip(*(each.parameters() for each in networks), strict=True):
+        assert isinstance(one, DTensor)
+        torch.testing.assert_close(one.full_tensor(), other)
     network = nn.parallel.DistributedDataParallel(Network())
     train_step(network)
     with CommDebugMode() as communication:

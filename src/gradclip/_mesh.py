@@ -7,18 +7,26 @@ replica, which is counted by one of those that have it; or a term of a sum, whic
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate
 
 from gradclip._exact import Total
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
+
 Ranks = tuple[int, ...]
+
+
+def spread_by() -> Any:
+    """The class of DTensors; None where nobody has imported it, which takes most of a second."""
+    return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
 
 
 class Ring(NamedTuple):
@@ -55,9 +63,9 @@ def ring_of(group: Any) -> Ring:
         TypeError: it is neither.
         ValueError: this process is not in it.
     """
-    if isinstance(group, DeviceMesh):
+    if hasattr(group, "mesh_dim_names"):
         return _ring(_ranks(group), group, parts=True)
-    if not isinstance(group, dist.ProcessGroup):
+    if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
         raise TypeError(
             f"group is {group!r}; for tensors it is a ProcessGroup, a DeviceMesh or a communicator "
             "of mpi4py"
@@ -67,12 +75,15 @@ def ring_of(group: Any) -> Ring:
     return Ring(group, tuple(dist.get_process_group_ranks(group)), True)
 
 
-def ring_of_leaves(leaves: Iterable[Any]) -> Ring | None:
+def ring_of_leaves(leaves: Sequence[Any]) -> Ring | None:
     """The workers over which DTensors are spread; None where no leaf is one.
 
     Those of the one mesh of all leaves, or where meshes differ of the mesh they were cut from.
     """
-    found = [leaf._spec.mesh for leaf in leaves if isinstance(leaf, DTensor)]
+    kind = spread_by()
+    if kind is None or not (dist.is_available() and dist.is_initialized()):
+        return None
+    found = [leaf._spec.mesh for leaf in leaves if isinstance(leaf, kind)]
     if not found:
         return None
     meshes = {id(mesh): mesh for mesh in found}.values()
@@ -88,21 +99,22 @@ def ring_of_leaves(leaves: Iterable[Any]) -> Ring | None:
     return _ring(widest, every[widest], parts=False)
 
 
-def is_spread(leaf: Any) -> bool:
+def any_spread(leaves: Sequence[Any]) -> bool:
     """If a leaf is a DTensor."""
-    return isinstance(leaf, DTensor)
+    kind = spread_by()
+    return kind is not None and any(isinstance(leaf, kind) for leaf in leaves)
 
 
 def local(leaf: Any) -> Any:
     """What this process holds of a leaf."""
-    return leaf._local_tensor if isinstance(leaf, DTensor) else leaf
+    return leaf._local_tensor if any_spread([leaf]) else leaf
 
 
 def like(leaf: Any, values: Tensor) -> Any:
     """A leaf that is spread as another, with other elements here."""
-    if not isinstance(leaf, DTensor):
+    if not any_spread([leaf]):
         return values
-    return DTensor.from_local(
+    return spread_by().from_local(
         values,
         leaf.device_mesh,
         leaf.placements,
@@ -112,12 +124,19 @@ def like(leaf: Any, values: Tensor) -> Any:
     )
 
 
+def locals_of(leaves: Sequence[Any]) -> list[Any]:
+    """What this process holds of leaves."""
+    kind = spread_by()
+    return [leaf._local_tensor if isinstance(leaf, kind) else leaf for leaf in leaves]
+
+
 def counted(leaves: Sequence[Any], ring: Ring) -> list[Any]:
     """What this process adds of the leaves to the sum of squares of all."""
     found = []
+    kind = spread_by()
     known: dict[Any, tuple[bool, bool]] = {}  # one question per mesh and kinds of placement
     for leaf in leaves:
-        if isinstance(leaf, DTensor):
+        if kind is not None and isinstance(leaf, kind):
             spec = leaf._spec
             key = (id(spec.mesh), *map(type, spec.placements))
             answer = known.get(key)
@@ -135,6 +154,8 @@ def counted(leaves: Sequence[Any], ring: Ring) -> list[Any]:
 
 def _added_up(leaf: DTensor) -> DTensor:
     """A DTensor whose terms have been added up."""
+    from torch.distributed.tensor import Replicate
+
     whole = [Replicate() if each.is_partial() else each for each in leaf.placements]
     with torch.no_grad():
         added_up: DTensor = leaf.redistribute(placements=whole)

@@ -64,13 +64,13 @@ def hold(leaves: Sequence[Any], path: Callable[[int], str], *, writable: bool) -
         ValueError: a sparse leaf is malformed, or the memory of one has been given up; with
             ``writable``, elements of one share memory.
     """
-    if any(map(_mesh.is_spread, leaves)):
-        here = hold(list(map(_mesh.local, leaves)), path, writable=writable)
-        return here._replace(spread=leaves)
     if _are_plain(leaves):
         memory = _taken(leaves, writable=writable)
         if memory is not None:
             return Held(leaves, _host.Held(leaves, [], None, memory, writable, None))
+    elif _mesh.any_spread(leaves):
+        here = hold(_mesh.locals_of(leaves), path, writable=writable)
+        return here._replace(spread=leaves)
     values = [_checked(leaf, partial(path, place)) for place, leaf in enumerate(leaves)]
     if not _on_host(values):
         return Held(distinct(leaves) if writable else leaves, None)
@@ -613,7 +613,7 @@ def workers(leaves: Sequence[Any], group: Any) -> Workers | None:
     if group is None:
         return _mesh.ring_of_leaves(leaves)
     if type(group).__module__.partition(".")[0] == "mpi4py":
-        if any(map(_mesh.is_spread, leaves)):
+        if _mesh.any_spread(leaves):
             raise TypeError("DTensors are spread over process groups, not over a communicator")
         return workers_of(group)
     return _mesh.ring_of(group)
@@ -622,7 +622,7 @@ def workers(leaves: Sequence[Any], group: Any) -> Workers | None:
 def recorder(values: Sequence[Any], group: Any) -> _Recorder | None:
     """Who clips where autograd, or a transform of `torch.func`, follows what becomes of tensors."""
     found = _recorder(values)
-    if found is not None and (group is not None or any(map(_mesh.is_spread, values))):
+    if found is not None and (group is not None or _mesh.any_spread(values)):
         raise NotImplementedError(
             "a clip over several workers cannot be differentiated; detach the tensors, or use "
             "torch.no_grad()"
