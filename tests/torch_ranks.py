@@ -117,6 +117,19 @@ def splits() -> None:
             norm = gradclip.clip_by_global_norm_(mine, limit, group=flat)
             assert torch.equal(norm, wanted[1])
             assert all(map(torch.equal, mine, wanted[0]))
+    whole = tensors()
+    shard, replica = spread(whole[0], flat, Shard(0)), spread(whole[1], flat, Replicate())
+    twice = [whole[0], whole[0], whole[1]]
+    assert gradclip.global_norm([shard, shard, replica]) == gradclip.global_norm(twice)
+    once = gradclip.clip_by_global_norm_([x.clone() for x in twice[1:]], math.inf)
+    for leaf in (shard, DTensor.from_local(whole[0] / size, flat, [Partial()])):
+        expected = once
+        if leaf is not shard:
+            expected = gradclip.global_norm([leaf, replica])
+        assert gradclip.clip_by_global_norm_([leaf, leaf, replica], math.inf) == expected
+        assert gtorch.get_total_norm([leaf, leaf, replica]) == expected
+    late = shard.redistribute(placements=[Replicate()], async_op=True)
+    assert gradclip.global_norm([late]) == gradclip.global_norm(whole[:1])
     terms = [x * 0.5 for x in tensors()]
     share = 2.0 if size == 1 else 1.0
     summed = [
@@ -275,6 +288,18 @@ def failures() -> None:
             with raises(RuntimeError, failed):
                 gradclip.clip_by_global_norm_([good], 1.0, group=world)
     assert good.tolist() == [3.0] * 4
+    term = DTensor.from_local(good.clone(), mesh_of(size), [Partial()])
+    with pytest.raises(ValueError if rank == 0 else RuntimeError):
+        gradclip.clip_by_global_norm_([term], -1.0 if rank == 0 else 1.0)
+    policy: Any = "x" if rank == 0 else "nan"
+    with pytest.raises(ValueError if rank == 0 else RuntimeError):
+        gradclip.clip_by_global_norm([good], 1.0, group=world, on_nonfinite=policy)
+    alone = dist.new_group([rank], use_local_synchronization=True)
+    with pytest.raises(ValueError, match="name a group that has all of them"):
+        gradclip.global_norm([spread(good, mesh_of(size), Replicate())], group=alone)
+    product = DTensor.from_local(good.clone(), mesh_of(size), [Partial("product")])
+    with pytest.raises(TypeError, match="product"):
+        gradclip.global_norm([product])
     for order in (2.0, 3.0):  # parameters of which one rank has no gradient
         parameter = nn.Parameter(torch.zeros(4))
         parameter.grad = good.clone() if rank else None
@@ -324,6 +349,20 @@ def stages() -> None:
         parameter.grad = None
     norm = gtorch.clip_grad_norm_(parameters, math.inf)
     assert math.isfinite(norm)
+
+    # A leaf on a part of what others of its stage are on is counted once in each stage.
+    cube = mesh_of(2, 2, 1)
+    both, part = cube["b", "c"], cube["b"]
+    leaves = [spread(mine[0], both, Shard(0), Replicate()), spread(mine[1], part, Shard(0))]
+    assert gradclip.global_norm(leaves) == gradclip.global_norm(mine[:2])
+    wide = mesh_of(2, 1, 2)
+    leaves = [
+        spread(mine[0], wide["b", "c"], Replicate(), Shard(0)),
+        spread(mine[1], wide["b"], Replicate()),
+    ]
+    assert gradclip.global_norm(leaves) == gradclip.global_norm(mine[:2])
+    of_both = [*tensors(0)[:2], *tensors(1, torch.float64)[:2]]
+    assert gradclip.global_norm(leaves, group=wide) == gradclip.global_norm(of_both)
 
     dense = spread(tensors()[0], grid, Shard(0), Shard(1))
     experts = spread(tensors()[5], shards, Shard(0))  # the same on both rows of the mesh

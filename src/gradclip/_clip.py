@@ -86,9 +86,9 @@ def clip_by_global_norm(
     >>> print(clipped, norm)
     [array([1.5]), array([2.])] 5.0
     """
-    check_on_nonfinite(on_nonfinite)
     with ieee_arithmetic():
         with _told(group):
+            check_on_nonfinite(on_nonfinite)
             tree, backend = _opened(t_list, group)
             recorder = backend.recorder([*tree.leaves, clip_norm, use_norm], group)
         if recorder is None:
@@ -134,9 +134,9 @@ def clip_by_global_norm_(
     >>> print(clip_by_global_norm_([gradient], 2.5), gradient)
     5.0 [1.5 2. ]
     """
-    check_on_nonfinite(on_nonfinite)
     with ieee_arithmetic():
         with _told(group):
+            check_on_nonfinite(on_nonfinite)
             tree, backend = _opened(t_list, group)
         workers = backend.workers(tree.leaves, group)
         with taking_part(workers, given=use_norm is not None) as part:
@@ -228,7 +228,7 @@ def measured(backend: Backend, held: Any, part: Joint | None) -> Measured:
     """
     if part is None:
         return Measured(backend.measure(held))
-    total, wide = backend.share(held, part.workers)
+    total, wide = backend.share(held, part)
     return Measured(*part.norm(total, wide=wide))
 
 

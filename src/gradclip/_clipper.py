@@ -55,7 +55,8 @@ class Clipper:
             each group is clipped by a norm of its own.
         on_nonfinite: what becomes of the gradients where an element is NaN or inf, as in
             `gradclip.clip_by_global_norm`.
-        group: as in `gradclip.torch.clip_grad_norm_`; every worker steps.
+        group: as in `gradclip.torch.clip_grad_norm_`; every worker steps. With it, what GradScaler
+            finds to be inf has to be made known to all before, or they do not step alike.
 
     ``norm``, ``factor``, ``steps`` and ``clipped_steps`` tell of it, in tensors; the first two of
     one element for each group if ``max_norm`` has.
@@ -174,9 +175,12 @@ class Clipper:
         scale = float(getattr(optimizer, "grad_scale", None) or 1.0)
         lists = self._gradients()
         with ieee_arithmetic():
+            # The same for all lists, so that an error in one is told to whoever waits.
+            everyone = [place.parameter for place in self._places]
+            workers = backend.workers(everyone, self._group)
             norms, actions = [], []
             for each, limit in zip(lists, self._limits, strict=True):
-                with _clip.taking_part(backend.workers(each.parameters, self._group)) as part:
+                with _clip.taking_part(workers) as part:
                     norm, wide = _norm(each, part)
                     each.wide = each.wide or wide
                     norms.append(_unscaled(norm, scale, each.wide))
@@ -211,10 +215,8 @@ class Clipper:
         lists = [_Gradients() for _ in self._limits]
         for place in self._places:
             gradient = place.parameter.grad
-            found = lists[place.group if self._per_group else 0]
-            found.parameters.append(place.parameter)
             if gradient is not None:
-                found.add(place, gradient)
+                lists[place.group if self._per_group else 0].add(place, gradient)
         return lists
 
     def _decided(
@@ -329,7 +331,6 @@ class _Gradients:
 
     def __init__(self) -> None:
         self._places: list[_Place] = []
-        self.parameters: list[Tensor] = []  # those without a gradient, too
         self.tensors: list[Tensor] = []
         self.parts: list[Part] = []
         self.cold: list[Tensor] = []

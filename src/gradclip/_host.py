@@ -21,7 +21,7 @@ from gradclip._exact import (
     norm,
     total_of,
 )
-from gradclip._workers import Workers
+from gradclip._workers import Joint
 from gradclip.kernels import cpu
 
 Array = npt.NDArray[Any]
@@ -111,9 +111,9 @@ def total(held: Held) -> tuple[Total, float, bool]:
     return exact, largest, held.memory.has_f64
 
 
-def share(held: Held, workers: Workers) -> tuple[Total, bool]:
+def share(held: Held, joint: Joint) -> tuple[Total, bool]:
     """What this worker adds to the sum of squares of all, and if a leaf is float64."""
-    del workers  # all of it, whoever they are
+    del joint  # all of it, whoever they are
     exact, _, wide = total(held)
     return exact, wide
 

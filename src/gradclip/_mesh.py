@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -64,7 +64,7 @@ def ring_of(group: Any) -> Ring:
         ValueError: this process is not in it.
     """
     if hasattr(group, "mesh_dim_names"):
-        return _ring(_ranks(group), group, parts=True)
+        return _ring(_ranks(group), parts=True)
     if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
         raise TypeError(
             f"group is {group!r}; for tensors it is a ProcessGroup, a DeviceMesh or a communicator "
@@ -75,10 +75,27 @@ def ring_of(group: Any) -> Ring:
     return Ring(group, tuple(dist.get_process_group_ranks(group)), True)
 
 
+def check_meshes(leaves: Sequence[Any], ring: Ring) -> None:
+    """Hold the meshes of DTensors against the workers that are to take part.
+
+    Raises:
+        ValueError: one has other ranks, which would not know of the norm.
+    """
+    kind = spread_by()
+    for leaf in leaves:
+        if kind is not None and isinstance(leaf, kind):
+            ranks = _ranks(leaf._spec.mesh)
+            if not set(ranks) <= set(ring.ranks):
+                raise ValueError(
+                    f"the group has the ranks {ring.ranks}, and a DTensor lies on {ranks}; name a "
+                    "group that has all of them"
+                )
+
+
 def ring_of_leaves(leaves: Sequence[Any]) -> Ring | None:
     """The workers over which DTensors are spread; None where no leaf is one.
 
-    Those of the one mesh of all leaves, or where meshes differ of the mesh they were cut from.
+    Those of the mesh that has the ranks of all others, or else of what these were cut from.
     """
     kind = spread_by()
     if kind is None or not (dist.is_available() and dist.is_initialized()):
@@ -87,16 +104,16 @@ def ring_of_leaves(leaves: Sequence[Any]) -> Ring | None:
     if not found:
         return None
     meshes = {id(mesh): mesh for mesh in found}.values()
-    every = {_ranks(mesh): mesh for mesh in meshes}
-    if len(every) > 1:
-        every = {_ranks(root): root for root in map(_root, meshes)}
+    every = set(map(_ranks, meshes))
+    if not _has_all(max(every, key=len), every):
+        every = {_ranks(root) for root in map(_root, meshes)}
     widest = max(every, key=len)
-    if not all(set(ranks) <= set(widest) for ranks in every):
+    if not _has_all(widest, every):
         raise ValueError(
             f"DTensors are on meshes of the ranks {sorted(every)}, none of which has all; say by "
             "`group` who takes part"
         )
-    return _ring(widest, every[widest], parts=False)
+    return _ring(widest, parts=False)
 
 
 def any_spread(leaves: Sequence[Any]) -> bool:
@@ -107,7 +124,7 @@ def any_spread(leaves: Sequence[Any]) -> bool:
 
 def local(leaf: Any) -> Any:
     """What this process holds of a leaf."""
-    return leaf._local_tensor if any_spread([leaf]) else leaf
+    return locals_of([leaf])[0]
 
 
 def like(leaf: Any, values: Tensor) -> Any:
@@ -127,13 +144,45 @@ def like(leaf: Any, values: Tensor) -> Any:
 def locals_of(leaves: Sequence[Any]) -> list[Any]:
     """What this process holds of leaves."""
     kind = spread_by()
-    return [leaf._local_tensor if isinstance(leaf, kind) else leaf for leaf in leaves]
+    if kind is None:
+        return list(leaves)
+    return [_arrived(leaf._local_tensor) if isinstance(leaf, kind) else leaf for leaf in leaves]
+
+
+def _arrived(tensor: Any) -> Any:
+    """A tensor that is no longer waited for."""
+    return tensor if type(tensor) is Tensor or not hasattr(tensor, "wait") else tensor.wait()
+
+
+def any_terms(leaves: Sequence[Any]) -> bool:
+    """If a leaf is a DTensor that is to be added up first.
+
+    Raises:
+        TypeError: a DTensor is a product of what the processes hold, which no factor scales.
+    """
+    kind = spread_by()
+    kinds = {
+        each
+        for leaf in leaves
+        if kind is not None and isinstance(leaf, kind)
+        for each in leaf._spec.placements
+        if each.is_partial()
+    }
+    if any(each.reduce_op == "product" for each in kinds):
+        raise TypeError("a DTensor is Partial('product'); gradclip clips sums")
+    return bool(kinds)
 
 
 def counted(leaves: Sequence[Any], ring: Ring) -> list[Any]:
     """What this process adds of the leaves to the sum of squares of all."""
-    found = []
     kind = spread_by()
+    meshes = {
+        id(leaf._spec.mesh): leaf._spec.mesh
+        for leaf in leaves
+        if kind is not None and isinstance(leaf, kind)
+    }
+    every = {_ranks(mesh) for mesh in meshes.values()}
+    found = []
     known: dict[Any, tuple[bool, bool]] = {}  # one question per mesh and kinds of placement
     for leaf in leaves:
         if kind is not None and isinstance(leaf, kind):
@@ -142,11 +191,11 @@ def counted(leaves: Sequence[Any], ring: Ring) -> list[Any]:
             answer = known.get(key)
             if answer is None:
                 is_sum = any(each.is_partial() for each in spec.placements)
-                answer = known[key] = is_sum, _is_first(leaf, ring)
+                answer = known[key] = is_sum, _is_first(leaf, ring, every)
             is_sum, is_first = answer
             whole = _added_up(leaf) if is_sum else leaf
             if is_first:
-                found.append(whole._local_tensor)
+                found.append(_arrived(whole._local_tensor))
         elif ring.parts or ring.rank == 0:
             found.append(leaf)
     return found
@@ -162,7 +211,7 @@ def _added_up(leaf: DTensor) -> DTensor:
     return added_up
 
 
-def _is_first(leaf: DTensor, ring: Ring) -> bool:
+def _is_first(leaf: DTensor, ring: Ring, every: Iterable[Ranks]) -> bool:
     """If of all that hold the same elements this process is the one that counts them."""
     place = leaf.device_mesh.get_coordinate()
     if place is None:
@@ -170,8 +219,12 @@ def _is_first(leaf: DTensor, ring: Ring) -> bool:
     among = zip(place, leaf.placements, strict=True)
     if any(at > 0 for at, each in among if each.is_replicate() or each.is_partial()):
         return False
-    # A mesh that is cut from a larger one has its like there, with the same elements.
-    return ring.parts or min(ring.ranks) in _ranks(leaf.device_mesh)
+    # A mesh that is cut from one that other leaves are on has its like there, with the same
+    # elements. Where no group is named all of the ranks are such a one.
+    ranks = _ranks(leaf.device_mesh)
+    around = [each for each in every if set(ranks) <= set(each)] if ring.parts else [ring.ranks]
+    widest: Ranks = max(around, key=len)
+    return min(widest) in ranks
 
 
 @functools.lru_cache(maxsize=64)
@@ -184,15 +237,20 @@ def _root(mesh: DeviceMesh) -> DeviceMesh:
     return root
 
 
-def _ring(ranks: Ranks, mesh: DeviceMesh, *, parts: bool) -> Ring:
+def _has_all(ranks: Ranks, every: Iterable[Ranks]) -> bool:
+    return all(set(each) <= set(ranks) for each in every)
+
+
+_groups: dict[Ranks, tuple[Any, Any]] = {}  # made for a world, and which
+
+
+def _ring(ranks: Ranks, *, parts: bool) -> Ring:
+    """The workers of these ranks, in one group whatever the mesh that has led to them."""
+    world = dist.group.WORLD
+    if dist.get_rank() not in ranks:
+        raise ValueError(f"this process is rank {dist.get_rank()}, and not in the mesh of {ranks}")
     if ranks == tuple(range(dist.get_world_size())):
-        return Ring(dist.group.WORLD, ranks, parts)
-    if mesh.ndim == 1:
-        return Ring(mesh.get_group(), ranks, parts)
-    return Ring(_group_of(ranks, dist.group.WORLD), ranks, parts)
-
-
-@functools.lru_cache(maxsize=16)
-def _group_of(ranks: Ranks, _: Any) -> Any:
-    """A group of these ranks, which alone have to ask for it; made once for a world."""
-    return dist.new_group(list(ranks), use_local_synchronization=True)
+        return Ring(world, ranks, parts)
+    if ranks not in _groups or _groups[ranks][0] is not world:
+        _groups[ranks] = world, dist.new_group(list(ranks), use_local_synchronization=True)
+    return Ring(_groups[ranks][1], ranks, parts)

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from gradclip._exact import Scaled, Total
 from gradclip._tree import Tree
-from gradclip._workers import Workers
+from gradclip._workers import Joint, Workers
 
 # Clip leaves that nothing records: (leaves, clip_norm, use_norm, on_nonfinite) to the new leaves,
 # the norm as a scalar of their framework, and as a float64.
@@ -71,7 +71,7 @@ class Backend(Protocol):
     def total(self, held: Any) -> tuple[Total, float, bool]:
         """The exact sum of squares, the largest finite |x|, and if a leaf is float64."""
 
-    def share(self, held: Any, workers: Workers) -> tuple[Total, bool]:
+    def share(self, held: Any, joint: Joint) -> tuple[Total, bool]:
         """What this worker adds to the sum of squares of all, and if a leaf is float64."""
 
     def count_nonfinite(self, leaf: Any) -> tuple[int, int]:

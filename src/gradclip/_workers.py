@@ -95,6 +95,15 @@ class Joint:
             vector[-1] = _FLAG
             self.workers.sum(vector)
 
+    def agree(self) -> None:
+        """Go on if all workers do, before something else that all have to take part in.
+
+        Raises:
+            RuntimeError: another worker has failed.
+        """
+        self._sum(np.zeros(self._shape, np.int64).ravel(), wide=False)
+        self._is_due = True
+
     def norm(self, total: Total, *, wide: bool) -> tuple[Scaled, bool]:
         """The norm of the parts of all workers, and if it is float64, as one of them may ask.
 

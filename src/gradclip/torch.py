@@ -288,7 +288,7 @@ def _measured_of_order(held: Any, order: float, part: Joint | None) -> _clip.Mea
     if part is None:
         powers = [backend.powers_of_order(held, order)]
         return _clip.Measured(backend.norm_of_order(powers, order, wide=wide))
-    mine = backend.powers_of_order(backend.counted(held, part.workers), order)
+    mine = backend.powers_of_order(backend.counted(held, part), order)
     every, wide = part.gathered(mine, wide=wide)
     return _clip.Measured(backend.norm_of_order(every.tolist(), order, wide=wide), wide)
 

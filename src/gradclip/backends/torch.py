@@ -27,7 +27,7 @@ from gradclip._host import Array, Float8
 from gradclip._protocol import Plain
 from gradclip._sparse import IndexedSlices, check_rows, merged_rows
 from gradclip._tree import Tree
-from gradclip._workers import Workers, workers_of
+from gradclip._workers import Joint, Workers, workers_of
 from gradclip.kernels import cpu, traced
 from gradclip.kernels.torch import Operations, pulled_back, pushed_forward, slope
 
@@ -51,6 +51,7 @@ class Held(NamedTuple):
     leaves: Sequence[Any]  # of DTensors what this process holds of them
     host: _host.Held | None  # their memory; None where the host's kernels do not reach it
     spread: Sequence[Any] | None = None  # the leaves as they are, where one is a DTensor
+    writable: bool = False
 
 
 # ---- the backend ----
@@ -70,7 +71,7 @@ def hold(leaves: Sequence[Any], path: Callable[[int], str], *, writable: bool) -
             return Held(leaves, _host.Held(leaves, [], None, memory, writable, None))
     elif _mesh.any_spread(leaves):
         here = hold(_mesh.locals_of(leaves), path, writable=writable)
-        return here._replace(spread=leaves)
+        return here._replace(spread=leaves, writable=writable)
     values = [_checked(leaf, partial(path, place)) for place, leaf in enumerate(leaves)]
     if not _on_host(values):
         return Held(distinct(leaves) if writable else leaves, None)
@@ -178,22 +179,32 @@ def is_wide(held: Held) -> bool:
     return any(_values(leaf).dtype in WIDE for leaf in held.leaves)
 
 
-def share(held: Held, workers: Workers) -> tuple[Total, bool]:
+def share(held: Held, joint: Joint) -> tuple[Total, bool]:
     """What this worker adds to the sum of squares of all, and if a leaf is float64."""
-    wide, held = is_wide(held), counted(held, workers)
+    wide, held = is_wide(held), counted(held, joint)
     if held.host is not None:
         return _host.total(held.host)[0], wide
     return _total_elsewhere(held), wide
 
 
-def counted(held: Held, workers: Workers) -> Held:
-    """What this worker counts of the leaves: not what another counts."""
-    if not isinstance(workers, _mesh.Ring):
+def counted(held: Held, joint: Joint) -> Held:
+    """What this worker counts of the leaves: not what another counts.
+
+    Raises:
+        RuntimeError: another worker has failed, and terms are to be added up.
+    """
+    if not isinstance(joint.workers, _mesh.Ring):
         return held
-    found = _mesh.counted(held.leaves if held.spread is None else held.spread, workers)
-    if len(found) == len(held.leaves) and all(map(is_, found, held.leaves)):
-        return held
-    return hold(distinct(found), str, writable=False)
+    leaves = held.leaves if held.spread is None else held.spread
+    if _mesh.any_terms(leaves):
+        joint.agree()  # adding up is a collective, for which one that has failed would be missed
+    else:
+        found = _mesh.counted(leaves, joint.workers)
+        if len(found) == len(held.leaves) and all(map(is_, found, held.leaves)):
+            return held
+    # One memory listed twice counts once where it is written once.
+    once = distinct(leaves) if held.writable else leaves
+    return hold(_mesh.counted(once, joint.workers), str, writable=False)
 
 
 def count_nonfinite(leaf: Any) -> tuple[int, int]:
@@ -290,7 +301,7 @@ def distinct(leaves: Sequence[Any]) -> list[Any]:
 
 
 def _key(leaf: Any) -> Any:
-    values = _values(leaf)
+    values = _values(_mesh.local(leaf))
     if not values.numel() or not values.data_ptr():
         return id(leaf)
     return values.data_ptr(), values.dtype, values.shape, values.stride()
@@ -616,7 +627,9 @@ def workers(leaves: Sequence[Any], group: Any) -> Workers | None:
         if _mesh.any_spread(leaves):
             raise TypeError("DTensors are spread over process groups, not over a communicator")
         return workers_of(group)
-    return _mesh.ring_of(group)
+    ring = _mesh.ring_of(group)
+    _mesh.check_meshes(leaves, ring)
+    return ring
 
 
 def recorder(values: Sequence[Any], group: Any) -> _Recorder | None:
