@@ -310,7 +310,7 @@ def failures() -> None:
         os._exit(0)  # without a word, as one that is killed
     with pytest.raises(RuntimeError):
         gradclip.clip_by_global_norm([good], 1.0, group=world)
-    print("told")
+    print("told", flush=True)
     os._exit(0)
 
 
