@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.metadata
@@ -41,9 +42,13 @@ FRAMEWORKS = {
     "lightning": "lightning",
     "accelerate": "accelerate",
     "transformers": "transformers",
+    "triton": "triton",
 }
 REQUIRE_ALL = os.environ.get("GRADCLIP_REQUIRE_ALL") == "1"
 
+
+# The kernels for GPUs run in Triton's interpreter, on the memory of the CPU.
+os.environ["TRITON_INTERPRET"] = "1"
 
 # ---- frameworks ----
 
@@ -58,8 +63,11 @@ def version(name: str) -> str | None:
     return None
 
 
+# Both before TensorFlow: the other way round they do not load.
 if version("torch") is not None:
-    import torch  # noqa: F401  (before TensorFlow: the other way round the two do not load)
+    import torch  # noqa: F401
+if version("triton") is not None:
+    import triton  # noqa: F401
 
 
 def pytest_report_header() -> list[str]:
@@ -204,6 +212,22 @@ def _torch_elsewhere(*args: Any, **options: Any) -> Any:
         return gradclip.clip_by_global_norm(*args, **options)
 
 
+@contextlib.contextmanager
+def torch_there() -> Iterator[None]:
+    """Tensors of the CPU are in the memory of a device that Triton compiles for."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("gradclip.backends.torch.has_triton", lambda _: True)
+        patched.setattr("gradclip.backends.torch._taken", lambda *_, **__: None)
+        yield
+
+
+def _torch_triton(*args: Any, **options: Any) -> Any:
+    if version("triton") is None:
+        pytest.skip("triton is not installed")
+    with torch_there():
+        return gradclip.clip_by_global_norm(*args, **options)
+
+
 def _torch_slices(values: np.ndarray[Any, Any]) -> Any:
     tensor = _torch_tensor(values)
     return gradclip.IndexedSlices(tensor, _torch().arange(len(tensor)).flip(0))
@@ -278,6 +302,7 @@ ADAPTERS: dict[str, dict[str, Adapter]] = {
         "torch:slices": Adapter(_torch_slices, _torch_read),
         "torch:coo": Adapter(_torch_coo, _torch_read),
         "torch:elsewhere": Adapter(_torch_tensor, _torch_read, clip=_torch_elsewhere),
+        "torch:triton": Adapter(_torch_tensor, _torch_read, clip=_torch_triton),
     },
     "tensorflow": {
         "tensorflow": Adapter(_tensor, _tensor_values, writable=False),

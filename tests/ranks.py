@@ -1,4 +1,4 @@
-"""Run a function of a module in several processes at once, the ranks of a group."""
+"""Run functions of a module in several processes at once, the ranks of a group."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ START = """
 import faulthandler, importlib, os, sys
 faulthandler.dump_traceback_later({seconds}, exit=True)
 sys.path.insert(0, {folder!r})
-getattr(importlib.import_module({module!r}), {function!r})()
+for function in {functions!r}:
+    getattr(importlib.import_module({module!r}), function)()
 sys.stdout.flush()
 os._exit(0)  # the threads of process groups do not always end well with the interpreter
 """
 
 
-def run_ranks(module: str, function: str, count: int, *, seconds: int = 100) -> list[str]:
+def run_ranks(module: str, functions: list[str], count: int, *, seconds: int = 200) -> list[str]:
     """What each prints; an error in one, or a hang, shows the output and stack of every rank."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     code = START.format(
-        seconds=seconds, folder=str(Path(__file__).parent), module=module, function=function
+        seconds=seconds, folder=str(Path(__file__).parent), module=module, functions=functions
     )
     common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
     started = [

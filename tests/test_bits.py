@@ -29,7 +29,7 @@ from gradclip.kernels import cpu
 from machines import KERNELS, THREADS, machine
 
 MACHINES = list(itertools.product(KERNELS, THREADS))
-LISTS = 2000
+LISTS = 800
 SOME_LISTS = 700
 MIXED = ["mixed", *DTYPES]
 

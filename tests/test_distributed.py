@@ -21,28 +21,20 @@ needs_torch = pytest.mark.skipif(version("torch") is None, reason="torch is not 
 
 @needs_torch
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [1, 2, 3, 4, 8])
-def test_the_same_gradients_split_in_every_way(count: int) -> None:
-    run_ranks("torch_ranks", "splits", count)
-
-
-@needs_torch
-@pytest.mark.slow
-@pytest.mark.parametrize("count", [2, 4])
-def test_engines(count: int) -> None:
-    run_ranks("torch_ranks", "engines", count)
-
-
-@needs_torch
-@pytest.mark.slow
-def test_stages_of_a_pipeline_and_experts() -> None:
-    run_ranks("torch_ranks", "stages", 4)
-
-
-@needs_torch
-@pytest.mark.slow
-def test_what_goes_wrong_on_one_is_told_to_all() -> None:
-    assert run_ranks("torch_ranks", "failures", 3) == ["told\n", "told\n", ""]
+@pytest.mark.parametrize(
+    ("count", "functions", "printed"),
+    [
+        (1, ["splits"], ""),
+        (2, ["splits", "engines"], ""),
+        (3, ["splits", "failures"], "told\n"),
+        (4, ["splits", "engines", "stages"], ""),
+        (8, ["splits"], ""),
+    ],
+)
+def test_process_groups_and_dtensors(count: int, functions: list[str], printed: str) -> None:
+    """One start of the processes for all there is to do in so many: it takes the most time."""
+    found = run_ranks("torch_ranks", functions, count)
+    assert found == [printed] * (count - 1) + [""]
 
 
 @pytest.mark.slow
@@ -69,7 +61,7 @@ def test_mpi(count: int) -> None:
 def test_a_mesh_of_jax_over_processes(count: int) -> None:
     if version("jax") is None:
         pytest.skip("jax is not installed")
-    run_ranks("jax_ranks", "run", count)
+    run_ranks("jax_ranks", ["run"], count)
 
 
 # ---- the sum, without processes ----

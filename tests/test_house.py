@@ -43,6 +43,7 @@ ARROWS = {
     "backends.": {
         "_host",
         "_decide",
+        "_device",
         "_exact",
         "_mesh",
         "_protocol",
@@ -52,6 +53,7 @@ ARROWS = {
         "kernels.",
     },
     "_host": {"_exact", "_workers", "kernels."},
+    "_device": {"_exact", "kernels.cuda"},
     "kernels.": {"kernels."},
     "_patch": set(),
     "_clipper": {

@@ -35,8 +35,9 @@ SHAPES = [(17, 6), (8,), (3, 4, 2), (1,), (5, 0), (40, 33)]
 
 
 def start() -> tuple[int, int]:
-    """Join the group; the rank and how many there are."""
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    """Join the group, the first time; the rank and how many there are."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     return dist.get_rank(), dist.get_world_size()
 
 
@@ -74,7 +75,9 @@ def splits() -> None:
     rank, size = start()
     world = dist.group.WORLD
     flat = mesh_of(size)
-    for dtype in (torch.float32, torch.bfloat16, torch.float64, torch.complex64):
+    dtypes = [torch.float32, torch.bfloat16, torch.float64, torch.complex64]
+    # Eight share few cores: there, one dtype for each of the widths a norm is measured in.
+    for dtype in dtypes if size < 8 else dtypes[::2]:
         whole = tensors(dtype=dtype)
         for limit in (1.0, 1e9):
             wanted = gradclip.clip_by_global_norm(whole, limit)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from gradclip._decide import (
 )
 from gradclip._dispatch import backend_of, backend_of_group
 from gradclip._exact import FLOAT32, FLOAT64, Scaled, Total, counts, merge, norm, square
-from gradclip._protocol import Backend, Plain
+from gradclip._protocol import Backend, Plain, Queue
 from gradclip._tree import Tree, flatten
 from gradclip._workers import Joint, Workers
 from gradclip.kernels.cpu import ieee_arithmetic
@@ -94,8 +95,16 @@ def clip_by_global_norm(
         if recorder is None:
             workers = backend.workers(tree.leaves, group)
             with taking_part(workers, given=use_norm is not None) as part:
-                limit, given = _checked(clip_norm, use_norm)
-                leaves, norm, _ = _clipped(tree, backend, limit, given, on_nonfinite, part)
+                held = backend.hold(tree.leaves, tree.path, writable=False)
+                if part is None and backend.queue(held) is not None:
+                    leaves = backend.copied(held)
+                    held = backend.hold(leaves, tree.path, writable=True)
+                    norm = _queued_(tree, backend, held, clip_norm, use_norm, on_nonfinite)
+                else:
+                    limit, given = _checked(clip_norm, use_norm)
+                    leaves, norm, _ = _clipped(
+                        tree, backend, held, limit, given, on_nonfinite, part
+                    )
         else:
             plain = _plain(tree, backend)
             leaves, norm = recorder.clip(tree, plain, clip_norm, use_norm, on_nonfinite, name)
@@ -140,8 +149,10 @@ def clip_by_global_norm_(
             tree, backend = _opened(t_list, group)
         workers = backend.workers(tree.leaves, group)
         with taking_part(workers, given=use_norm is not None) as part:
-            limit, given = _checked(clip_norm, use_norm)
             held = backend.hold(tree.leaves, tree.path, writable=True)
+            if part is None and backend.queue(held) is not None:
+                return _queued_(tree, backend, held, clip_norm, use_norm, on_nonfinite)
+            limit, given = _checked(clip_norm, use_norm)
             found, action = _decided(tree, backend, held, limit, given, on_nonfinite, part)
             carry_out_(backend, held, action)
             return backend.scalar(found.norm, held, wide=found.wide)
@@ -184,6 +195,9 @@ def global_norm(
             return recorder.norm(tree, _plain(tree, backend), name)
         with taking_part(backend.workers(tree.leaves, group)) as part:
             held = backend.hold(tree.leaves, tree.path, writable=False)
+            queue = backend.queue(held) if part is None else None
+            if queue is not None:
+                return queue.norm()
             found = measured(backend, held, part)
             return backend.scalar(found.norm, held, wide=found.wide)
 
@@ -230,6 +244,70 @@ def measured(backend: Backend, held: Any, part: Joint | None) -> Measured:
         return Measured(backend.measure(held))
     total, wide = backend.share(held, part)
     return Measured(*part.norm(total, wide=wide))
+
+
+def limits_there(queue: Queue, clip_norm: Any, use_norm: Any, *names: str) -> tuple[Any, Any]:
+    """The limit, and the norm if it was given: floats, or what is on the device and not read."""
+    limit = clip_norm if queue.knows(clip_norm) else check_clip_norm(clip_norm, *names[:1])
+    if use_norm is None or queue.knows(use_norm):
+        return limit, use_norm
+    return limit, float(check_use_norm(use_norm, *names[1:]))
+
+
+def queued_(
+    backend: Backend,
+    queue: Queue,
+    leaves: Sequence[Any],
+    path: Callable[[int], str],
+    limit: Any,
+    given: Any,
+    policy: str,
+    refuse: Callable[[], None] | None = None,
+    **into: Any,
+) -> Any:
+    """Clip leaves where they lie in a device's memory; the norm, as a scalar there.
+
+    The host waits for it only where it may have to ``refuse`` a norm that is NaN or inf.
+
+    Raises:
+        FloatingPointError: it is, and the policy is "raise"; the text names each leaf.
+    """
+
+    def check(norm: Any) -> None:
+        was_given = given is not None
+        value = float(given if was_given else norm)
+        # A measured norm may also be inf since it is too large for float32.
+        if math.isfinite(value) or not (was_given or any_nonfinite(backend, leaves)):
+            return
+        if refuse is not None:
+            refuse()
+        measured = Scaled.of(value)
+        raise FloatingPointError(
+            _offenders(backend, leaves, path, measured, given=was_given, part=None)
+        )
+
+    waits = refuse is not None or policy == "raise"
+    return queue.clip_(limit, policy, given=given, check=check if waits else None, **into)
+
+
+def _queued_(
+    tree: Tree,
+    backend: Backend,
+    held: Any,
+    clip_norm: Any,
+    use_norm: Any,
+    on_nonfinite: OnNonfinite,
+) -> Any:
+    """Clip what is held where it lies in a device's memory; errors show the tree's leaves."""
+    queue = backend.queue(held)
+    assert queue is not None, "leaves in a device's memory"
+    limits = limits_there(queue, clip_norm, use_norm)
+    return queued_(backend, queue, tree.leaves, tree.path, *limits, on_nonfinite)
+
+
+def any_nonfinite(backend: Backend, leaves: Sequence[Any]) -> bool:
+    """If an element is NaN or inf."""
+    return any(any(backend.count_nonfinite(leaf)) for leaf in leaves)
 
 
 class Survey(NamedTuple):
@@ -351,13 +429,13 @@ def _decided(
 def _clipped(
     tree: Tree,
     backend: Backend,
+    held: Any,
     limit: float,
     given: Scaled | None,
     on_nonfinite: OnNonfinite,
     part: Joint | None,
 ) -> tuple[list[Any], Any, Scaled]:
     """New leaves, and the norm: as a scalar of their framework, and without a limit."""
-    held = backend.hold(tree.leaves, tree.path, writable=False)
     found, action = _decided(tree, backend, held, limit, given, on_nonfinite, part)
     match action:
         case Scale(factor):
@@ -377,8 +455,9 @@ def _plain(tree: Tree, backend: Backend) -> Plain:
     ) -> tuple[list[Any], Any, float]:
         with ieee_arithmetic():
             given = None if use_norm is None else Scaled.of(use_norm)
+            held = backend.hold(leaves, tree.path, writable=False)
             clipped, norm, measured = _clipped(
-                tree._replace(leaves=leaves), backend, limit, given, on_nonfinite, None
+                tree._replace(leaves=leaves), backend, held, limit, given, on_nonfinite, None
             )
             return clipped, norm, float(measured)
 

@@ -107,6 +107,7 @@ class Clipper:
         self._wide = False
         self._step: FrameType | None = None  # the one that is under way
         self._steps = self._clipped_steps = 0
+        self._there: _There | None = None  # where the latest step was clipped in a device's memory
         self._handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -123,23 +124,32 @@ class Clipper:
     @property
     def norm(self) -> Tensor:
         """The global norm of the latest step, as it was before clipping."""
+        if self._there is not None:
+            return self._there.told(self._there.norms, per_group=self._per_group)
         dtype = torch.float64 if self._wide else torch.float32
         return self._tensor(list(map(float, self._norms)), dtype)
 
     @property
     def factor(self) -> Tensor:
         """What gradients were multiplied by in the latest step, float64."""
+        if self._there is not None:
+            return self._there.told(self._there.factors, per_group=self._per_group)
         return self._tensor(list(map(_factor, self._actions)), torch.float64)
 
     @property
     def steps(self) -> Tensor:
         """How many steps there were, int64."""
-        return _cpu_tensor(self._steps, torch.int64)
+        return self._count(self._steps, 0)
 
     @property
     def clipped_steps(self) -> Tensor:
         """In how many of them a norm was above its limit, int64."""
-        return _cpu_tensor(self._clipped_steps, torch.int64)
+        return self._count(self._clipped_steps, 1)
+
+    def _count(self, here: int, word: int) -> Tensor:
+        if self._there is None:
+            return _cpu_tensor(here, torch.int64)
+        return self._there.words[word] + here
 
     def _tensor(self, values: list[float], dtype: torch.dtype) -> Tensor:
         with ieee_arithmetic():
@@ -170,8 +180,11 @@ class Clipper:
             raise ValueError(_number_of_limits(self._limits, optimizer))
         self._unfold()  # after a step that has failed
         self._find_places()
+        if self._clips_there(optimizer):
+            return
         if getattr(optimizer, "found_inf", None):
             return  # a gradient overflowed under GradScaler's scale, so nothing is stepped
+        self._come_here()
         scale = float(getattr(optimizer, "grad_scale", None) or 1.0)
         lists = self._gradients()
         with ieee_arithmetic():
@@ -190,6 +203,44 @@ class Clipper:
         self._wide = any(each.wide for each in lists)
         self._steps += 1
         self._clipped_steps += any(isinstance(action, Scale) for action in actions)
+
+    def _clips_there(self, optimizer: Any) -> bool:
+        """Clip in a device's memory, without waiting for it, if that is where all gradients are."""
+        everyone = [place.parameter for place in self._places]
+        if not everyone or not backend.has_triton(everyone[0].device):
+            return False
+        if backend.workers(everyone, self._group) is not None:
+            return False
+        lists = self._gradients()
+        queues: list[Any] = [backend.queue(each.held()) for each in lists]
+        if None in queues or len({queue.memory.device for queue in queues}) > 1:
+            return False
+        if self._on_nonfinite == "raise" and getattr(optimizer, "found_inf", None):
+            return True  # not stepped; the host waits in any case
+        if self._there is None:
+            self._there = _There(queues[0].memory, len(lists))
+        amp = [getattr(optimizer, name, None) for name in ("grad_scale", "found_inf")]
+        # A fused optimizer that divides by the scale divides by the factor at no cost. Without a
+        # scale it would write each gradient back for it, clipped or not.
+        folds = amp[0] is not None and len(lists) == 1 and not lists[0].repeated
+        with ieee_arithmetic():
+            for place, (each, queue, limit) in enumerate(
+                zip(lists, queues, self._limits, strict=True)
+            ):
+                into = self._there.into(place, queue.wide, amp, folds=folds)
+                policy = self._on_nonfinite
+                _clip.queued_(backend, queue, each.tensors, each.path, limit, None, policy, **into)
+                torch.autograd.graph.increment_version(each.tensors)
+        if folds:
+            self._divide_by(self._there.divisor)
+        return True
+
+    def _come_here(self) -> None:
+        """Have the books on the host, if the latest step was clipped elsewhere."""
+        if self._there is not None:
+            self._steps += int(self._there.words[0])
+            self._clipped_steps += int(self._there.words[1])
+            self._there = None
 
     def _find_places(self) -> None:
         """See which parameters the optimizer has, and have each watched once it is trained."""
@@ -239,7 +290,7 @@ class Clipper:
             case [Scale(factor)] if not lists[0].repeated and self._fold(scale, factor):
                 return
         todo = [
-            (backend.hold(each.tensors, each.path, writable=True), action)
+            (each.held(), action)
             for each, action in zip(lists, actions, strict=True)
             if not isinstance(action, Keep)
         ]
@@ -255,9 +306,14 @@ class Clipper:
         divisor = scale / (float(factor) or math.ulp(0.0))
         if not divisor < torch.finfo(torch.float32).max:
             return False
-        self._instead_of = vars(optimizer).get("grad_scale", _ABSENT)
-        self._folded = optimizer.grad_scale = _cpu_tensor(divisor, torch.float32)
+        self._divide_by(_cpu_tensor(divisor, torch.float32))
         return True
+
+    def _divide_by(self, divisor: Tensor) -> None:
+        """Have a fused optimizer divide gradients by this in place of GradScaler's scale."""
+        optimizer: Any = self._optimizer
+        self._instead_of = vars(optimizer).get("grad_scale", _ABSENT)
+        self._folded = optimizer.grad_scale = divisor
 
     def _after_step(self, *_: Any) -> None:
         if sys._getframe(1) is not self._step and _calls(self._step):
@@ -326,6 +382,38 @@ class _Place:
             self._handle.remove()
 
 
+class _There:
+    """What a clipper knows of its steps, where it is a device that knows it."""
+
+    def __init__(self, memory: Any, lists: int) -> None:
+        self._memory = memory
+        self.words: Tensor = memory.zeros(4)
+        self.factors: list[Tensor] = list(memory.zeros(lists).view(torch.float64))
+        self.norms: list[Tensor] = [memory.scalar(wide=False) for _ in range(lists)]
+
+    @property
+    def divisor(self) -> Tensor:
+        """What a fused optimizer divides by."""
+        return self.words.view(torch.float32)[6]
+
+    def into(
+        self, place: int, wide: bool, amp: Sequence[Tensor | None], *, folds: bool
+    ) -> dict[str, Any]:
+        """Where the norm of one list, and all that comes with it, are to be written."""
+        if wide != (self.norms[place].dtype is torch.float64):
+            self.norms[place] = self._memory.scalar(wide=wide)
+        scalars = [0 if each is None else each.data_ptr() for each in amp]
+        books = [self.words.data_ptr(), self.factors[place].data_ptr()]
+        ledger = (*books, int(place == 0), int(folds), *scalars)
+        return {"norm": self.norms[place], "ledger": ledger}
+
+    def told(self, scalars: Sequence[Tensor], *, per_group: bool) -> Tensor:
+        """A copy that later steps leave alone."""
+        wide = any(each.dtype is torch.float64 for each in scalars)
+        every = [each.double() if wide else each for each in scalars]
+        return torch.stack(every) if per_group else every[0].clone()
+
+
 class _Gradients:
     """Gradients that are clipped together, and what is known of their sum of squares."""
 
@@ -352,6 +440,10 @@ class _Gradients:
         self.cold.append(gradient)
         self.wide = self.wide or gradient.dtype in backend.WIDE
 
+    def held(self) -> Any:
+        """Their memory."""
+        return backend.hold(self.tensors, self.path, writable=True)
+
     def path(self, number: int) -> str:
         """What an error calls one of them."""
         place = self._places[number]
@@ -360,15 +452,13 @@ class _Gradients:
 
 def _norm(gradients: _Gradients, part: Joint | None) -> _clip.Measured:
     """The global norm: by what was measured while it was warm, if that is all there is to it."""
-    tensors = gradients.tensors
     alone = part is None and not _is_distributed()
     if alone and not gradients.wide and not gradients.repeated:
         more = backend.sums(gradients.cold)
         norm = None if more is None else certified_norm([*gradients.parts, *more])
         if norm is not None:
             return _clip.Measured(norm)
-    held = backend.hold(tensors, gradients.path, writable=True)
-    return _clip.measured(backend, held, part)
+    return _clip.measured(backend, gradients.held(), part)
 
 
 def _unscaled(norm: Scaled, scale: float, wide: bool) -> Scaled:

@@ -118,6 +118,11 @@ def share(held: Held, joint: Joint) -> tuple[Total, bool]:
     return exact, wide
 
 
+def queue(held: Held) -> None:
+    """Nobody: the host decides about what is in its own memory."""
+    del held
+
+
 def nonfinite(values: Array) -> tuple[int, int]:
     """How many elements are NaN, and how many are inf."""
     with np.errstate(invalid="ignore"):  # a signalling NaN

@@ -36,6 +36,29 @@ class Recorder(Protocol):
         """The global norm."""
 
 
+class Queue(Protocol):
+    """Leaves in a device's memory: it decides about them there, and the host does not wait."""
+
+    def knows(self, value: Any) -> bool:
+        """If a limit need not be read by the host, since it is on the device."""
+
+    def clip_(
+        self,
+        limit: Any,
+        policy: str,
+        *,
+        given: Any = None,
+        check: Callable[[Any], None] | None = None,
+    ) -> Any:
+        """Clip where the leaves lie; the norm, as a scalar of the framework.
+
+        ``check`` is shown it before anything is written, and may raise.
+        """
+
+    def norm(self) -> Any:
+        """The global norm, as a scalar of the framework."""
+
+
 class Backend(Protocol):
     """One framework's arrays. ``held`` is the backend's own; the flow only hands it on.
 
@@ -64,6 +87,9 @@ class Backend(Protocol):
             TypeError: a leaf's type or dtype is not served; the text names it by its path.
             ValueError: a leaf is malformed, or not ``writable`` where it must be.
         """
+
+    def queue(self, held: Any) -> Queue | None:
+        """Who clips in the memory of a device, if that is where the leaves are."""
 
     def measure(self, held: Any) -> Scaled:
         """The global norm, correctly rounded; NaN if an element is, else inf if one is."""

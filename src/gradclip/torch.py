@@ -275,12 +275,16 @@ def _measured(
     else:
         found = _measured_of_order(held, order, part)
     if error_if_nonfinite and not math.isfinite(found.norm.significand):
-        raise RuntimeError(
-            f"The total norm of order {order} for gradients from `parameters` is non-finite, so it "
-            "cannot be clipped. To disable this error and scale the gradients by the non-finite "
-            "norm anyway, set `error_if_nonfinite=False`"
-        )
+        _refuse(order)
     return found
+
+
+def _refuse(order: float) -> None:
+    raise RuntimeError(
+        f"The total norm of order {order} for gradients from `parameters` is non-finite, so it "
+        "cannot be clipped. To disable this error and scale the gradients by the non-finite "
+        "norm anyway, set `error_if_nonfinite=False`"
+    )
 
 
 def _measured_of_order(held: Any, order: float, part: Joint | None) -> _clip.Measured:
@@ -306,6 +310,16 @@ def _total_norm(
         held = backend.hold(tensors, "tensors[{}]".format, writable=False)
         if len(once := backend.distinct(tensors)) < len(tensors):
             held = backend.hold(once, str, writable=False)
+        queue = backend.queue(held) if part is None and order == 2 else None
+        if queue is not None:
+            norm = queue.norm()
+            if (
+                error_if_nonfinite
+                and not math.isfinite(norm)
+                and _clip.any_nonfinite(backend, tensors)
+            ):
+                _refuse(order)
+            return norm
         found = _measured(held, order, error_if_nonfinite, part)
         return backend.scalar(found.norm, held, wide=found.wide)
 
@@ -322,8 +336,12 @@ def _clip_grads_(
     with ieee_arithmetic(), _taking_part(workers, order) as part:
         if on_nonfinite is not None:
             check_on_nonfinite(on_nonfinite)
-        limit = check_clip_norm(max_norm, "max_norm")
         held = backend.hold(grads, path, writable=True)
+        queue = backend.queue(held) if part is None and order == 2 else None
+        if queue is not None:
+            refuse = partial(_refuse, order) if error_if_nonfinite else None
+            return _queued_(grads, path, queue, max_norm, None, on_nonfinite, refuse)
+        limit = check_clip_norm(max_norm, "max_norm")
         found = _measured(held, order, error_if_nonfinite, part)
         _act_(grads, path, held, found.norm, limit, on_nonfinite, part)
         return backend.scalar(found.norm, held, wide=found.wide)
@@ -332,10 +350,32 @@ def _clip_grads_(
 def _clip_grads_with_norm_(
     grads: list[Tensor], path: Callable[[int], str], max_norm: Any, total_norm: Any
 ) -> None:
-    limit = check_clip_norm(max_norm, "max_norm")
-    norm = check_use_norm(total_norm, "total_norm")
     with ieee_arithmetic():
-        _act_(grads, path, backend.hold(grads, path, writable=True), norm, limit, None)
+        held = backend.hold(grads, path, writable=True)
+        queue = backend.queue(held)
+        if queue is not None:
+            _queued_(grads, path, queue, max_norm, total_norm, None)
+            return
+        limit = check_clip_norm(max_norm, "max_norm")
+        norm = check_use_norm(total_norm, "total_norm")
+        _act_(grads, path, held, norm, limit, None)
+
+
+def _queued_(
+    grads: list[Tensor],
+    path: Callable[[int], str],
+    queue: Any,
+    max_norm: Any,
+    total_norm: Any,
+    on_nonfinite: OnNonfinite | None,
+    refuse: Callable[[], None] | None = None,
+) -> Tensor:
+    """Clip in a device's memory, without waiting unless a norm may have to be refused."""
+    limits = _clip.limits_there(queue, max_norm, total_norm, "max_norm", "total_norm")
+    policy = on_nonfinite or "torch"
+    norm: Tensor = _clip.queued_(backend, queue, grads, path, *limits, policy, refuse)
+    torch.autograd.graph.increment_version(grads)
+    return norm
 
 
 def _act_(

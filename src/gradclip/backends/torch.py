@@ -9,27 +9,33 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.util
 import math
+import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from operator import is_
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gradclip import _host, _mesh
+from gradclip import _exact, _host, _mesh
 from gradclip._decide import check_clip_norm, check_use_norm
-from gradclip._exact import WORDS, Part, Scaled, Total, total_of
+from gradclip._exact import FLOAT32, FLOAT64, WORDS, Part, Scaled, Total, total_of
 from gradclip._host import Array, Float8
 from gradclip._protocol import Plain
 from gradclip._sparse import IndexedSlices, check_rows, merged_rows
 from gradclip._tree import Tree
 from gradclip._workers import Joint, Workers, workers_of
 from gradclip.kernels import cpu, traced
-from gradclip.kernels.torch import Operations, pulled_back, pushed_forward, slope
+from gradclip.kernels.torch import Memory, Operations, pulled_back, pushed_forward, slope
+
+if TYPE_CHECKING:
+    from gradclip import _device
 
 _ACCEPTED = "float16, bfloat16, float8, float32, float64 and complex tensors"
 _PLAIN_TYPES = {Tensor, torch.nn.Parameter}
@@ -52,6 +58,9 @@ class Held(NamedTuple):
     host: _host.Held | None  # their memory; None where the host's kernels do not reach it
     spread: Sequence[Any] | None = None  # the leaves as they are, where one is a DTensor
     writable: bool = False
+    there: _device.Leaves | None = (
+        None  # in the memory of a device, where Triton's kernels reach all
+    )
 
 
 # ---- the backend ----
@@ -69,19 +78,31 @@ def hold(leaves: Sequence[Any], path: Callable[[int], str], *, writable: bool) -
         memory = _taken(leaves, writable=writable)
         if memory is not None:
             return Held(leaves, _host.Held(leaves, [], None, memory, writable, None))
+        there = _there(leaves, writable=writable)
+        if there is not None:
+            return Held(leaves, None, writable=writable, there=there)
     elif _mesh.any_spread(leaves):
         here = hold(_mesh.locals_of(leaves), path, writable=writable)
         return here._replace(spread=leaves, writable=writable)
     values = [_checked(leaf, partial(path, place)) for place, leaf in enumerate(leaves)]
     if not _on_host(values):
-        return Held(distinct(leaves) if writable else leaves, None)
+        if writable:
+            _check_apart(values, path)
+        return Held(distinct(leaves) if writable else leaves, None, writable=writable)
     return Held(leaves, _host_held(leaves, values, path, writable=writable))
+
+
+def queue(held: Held) -> _device.Leaves | None:
+    """Who clips in the memory of a device, if that is where the leaves are."""
+    return held.there
 
 
 def measure(held: Held) -> Scaled:
     """The global norm, correctly rounded."""
     if held.host is not None:
         return _host.measure(held.host)
+    if held.there is not None:
+        return _exact.norm(held.there.total(), FLOAT64 if held.there.wide else FLOAT32)
     devices = {_values(leaf).device for leaf in held.leaves}
     if len(devices) > 1:
         return _host.measure(_on_the_host(held))
@@ -107,7 +128,8 @@ def watch(parameter: Tensor) -> Any:
         The watch and the handle of its hook; None where it is not worth it, or cannot be done.
     """
     large = parameter.numel() * parameter.element_size() >= _LARGE
-    if not large or not parameter.is_leaf or cpu.kernel() == "numpy" or not _c_interface():
+    here = parameter.device.type == "cpu" and parameter.is_leaf
+    if not large or not here or cpu.kernel() == "numpy" or not _c_interface():
         return None
     watch = cpu.watch()
     return watch, parameter.register_post_accumulate_grad_hook(watch)
@@ -176,6 +198,8 @@ def is_wide(held: Held) -> bool:
     """If the norm is float64."""
     if held.host is not None:
         return held.host.memory.has_f64
+    if held.there is not None:
+        return held.there.wide
     return any(_values(leaf).dtype in WIDE for leaf in held.leaves)
 
 
@@ -184,6 +208,8 @@ def share(held: Held, joint: Joint) -> tuple[Total, bool]:
     wide, held = is_wide(held), counted(held, joint)
     if held.host is not None:
         return _host.total(held.host)[0], wide
+    if held.there is not None:
+        return held.there.total(), wide
     return _total_elsewhere(held), wide
 
 
@@ -271,6 +297,10 @@ def scale_(held: Held, factor: Scaled) -> None:
         torch.autograd.graph.increment_version(
             held.leaves if as_they_are else map(_values, held.leaves)
         )
+        return
+    if held.there is not None:
+        held.there.scale_(factor)
+        torch.autograd.graph.increment_version(held.leaves)
         return
     with torch.no_grad():
         for tensor in map(_values, held.leaves):
@@ -506,6 +536,118 @@ def _taken(tensors: Sequence[Any], *, writable: bool) -> cpu.Leaves | None:
     return cpu.take_tensors(tensors, writable=writable)
 
 
+# ---- in the memory of a device that Triton compiles for ----
+
+
+def _there(tensors: Sequence[Any], *, writable: bool) -> _device.Leaves | None:
+    """Plain tensors on one device; None where PyTorch's own operations have to do."""
+    if not tensors or torch._C._functorch.peek_interpreter_stack() is not None:
+        return None
+    device = tensors[0].device
+    if not has_triton(device):
+        return None
+    found = _spans(tensors, device, writable=writable)
+    if found is None:
+        return None
+    from gradclip import _device
+
+    return _device.Leaves(Memory.now(device), *found)
+
+
+def has_triton(device: torch.device) -> bool:
+    """If the kernels of `kernels.cuda` run on a device: NVIDIA's or AMD's, which are "cuda" too."""
+    if device.type != "cuda":
+        return False
+    missing = _without_triton()
+    if missing is not None:
+        _warn_once(missing)
+    return missing is None
+
+
+@functools.cache
+def _without_triton() -> str | None:
+    """Why Triton is not to be had; None where it is."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if "tensorflow" in sys.modules and "triton" not in sys.modules:
+        # Each brings an LLVM, and loading the second one would abort the process.
+        return "TensorFlow was imported before Triton, which no longer loads: import triton first"
+    return None
+
+
+@functools.cache
+def _warn_once(reason: str) -> None:
+    warnings.warn(
+        f"{reason}. So PyTorch's own operations clip what is on the GPU: the same bits, slower, "
+        "and the host waits for them",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+def _spans(
+    tensors: Sequence[Any], device: torch.device, *, writable: bool
+) -> tuple[bytes, bool] | None:
+    """Where tensors lie, and if one is wide; None where one is not in one run on the device."""
+    if cpu.kernel() != "numpy" and _c_interface():
+        number = -1 if device.type == "cpu" else _cuda_number()
+        place = number, device.index or 0
+        memory = cpu.take_tensors(tensors, writable=writable, device=place)
+        spans = None if memory is None else memory.spans()
+        return None if memory is None or spans is None else (spans, memory.has_f64)
+    if any(
+        tensor.device != device
+        or tensor.layout is not torch.strided
+        or tensor.dtype not in _KINDS
+        or not _is_in_one_run(tensor)
+        for tensor in tensors
+    ):
+        return None
+    rows = [
+        (t.data_ptr(), t.numel() * (1 + t.is_complex()), _KINDS[t.dtype])
+        for t in (distinct(tensors) if writable else tensors)
+    ]
+    wide = any(tensor.dtype in WIDE for tensor in tensors)
+    return np.array(rows, np.int64).tobytes(), wide
+
+
+def _is_in_one_run(tensor: Tensor) -> bool:
+    """If the elements lie one after the other, in whatever order of dimensions."""
+    step = 1
+    for stride, length in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if length != 1 and stride != step:
+            return not tensor.numel()
+        step *= length
+    return True
+
+
+# The numbers of `cpu.h`.
+_KINDS = {
+    torch.float32: 0,
+    torch.complex64: 0,
+    torch.float64: 1,
+    torch.complex128: 1,
+    torch.float16: 2,
+    torch.bfloat16: 3,
+}
+
+
+def _check_apart(tensors: Sequence[Tensor], path: Callable[[int], str]) -> None:
+    """Refuse to write to tensors whose elements share memory."""
+    for place, tensor in enumerate(tensors):
+        if any(n > 1 and not step for n, step in zip(tensor.shape, tensor.stride(), strict=True)):
+            raise ValueError(
+                f"{path(place)} has elements that share memory (strides {tensor.stride()}); "
+                "clip_by_global_norm returns new arrays instead"
+            )
+
+
+@functools.cache
+def _cuda_number() -> int:
+    """PyTorch's number for this type of device."""
+    return int(_shim().aoti_torch_device_type_cuda())
+
+
 _FUNCTIONS = (
     "get_data_ptr",
     "get_dim",
@@ -516,6 +658,7 @@ _FUNCTIONS = (
     "get_dtype",
     "get_device_type",
     "get_layout",
+    "get_device_index",
 )
 _NUMBERS = (
     "dtype_float16",
@@ -532,11 +675,9 @@ _NUMBERS = (
 @functools.cache
 def _c_interface() -> bool:
     """If this PyTorch has the C interface that the C kernel knows; it is told where."""
-    library = next((Path(torch.__file__).parent / "lib").glob("*torch_cpu.*"), None)
-    place = _place_of_a_tensor()
-    if library is None or place is None:
+    shim, place = _shim(), _place_of_a_tensor()
+    if shim is None or place is None:
         return False
-    shim = ctypes.CDLL(str(library))
     names = [f"aoti_torch_{name}" for name in (*_FUNCTIONS, *_NUMBERS)]
     if not all(hasattr(shim, name) for name in names):
         return False
@@ -547,6 +688,12 @@ def _c_interface() -> bool:
     numbers = [number() for number in functions[len(_FUNCTIONS) :]]
     cpu.use_torch(tuple(addresses), (*numbers, place), Tensor)
     return True
+
+
+@functools.cache
+def _shim() -> Any:
+    library = next((Path(torch.__file__).parent / "lib").glob("*torch_cpu.*"), None)
+    return None if library is None else ctypes.CDLL(str(library))
 
 
 def _address(function: Any) -> int:

@@ -250,10 +250,11 @@ INCUMBENTS = {
 def import_tensorflow() -> Any:
     """TensorFlow, without its notes on the processor.
 
-    PyTorch comes first: the other way round the two do not load into one process.
+    PyTorch and Triton come first: the other way round they do not load into one process.
     """
-    if find_spec("torch"):
-        importlib.import_module("torch")
+    for name in ("torch", "triton"):
+        if find_spec(name):
+            importlib.import_module(name)
     with _stderr_dropped():
         tensorflow = importlib.import_module("tensorflow")
         tensorflow.constant(0, tensorflow.float16)  # the first of its kind brings a note too

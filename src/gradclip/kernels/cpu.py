@@ -46,6 +46,9 @@ class Leaves(Protocol):
     def has_f64(self) -> bool:
         """If a leaf is float64 or complex128."""
 
+    def spans(self) -> bytes | None:
+        """Of each leaf its address, size and kind, as int64; None if one is not in one run."""
+
     def rewind(self) -> None:
         """Start over: before each walk."""
 
@@ -89,14 +92,17 @@ def use_torch(functions: tuple[int, ...], numbers: tuple[int, ...], tensor: type
     _cpu.use_torch(functions, numbers, tensor)
 
 
-def take_tensors(tensors: Sequence[Any], *, writable: bool) -> Leaves | None:
+def take_tensors(
+    tensors: Sequence[Any], *, writable: bool, device: tuple[int, int] = (-1, 0)
+) -> Leaves | None:
     """Hold the memory of PyTorch's tensors, or None where one of them needs care.
 
     Only after `use_torch`, and only objects of type torch.Tensor, or of a type that adds no memory
-    of its own to it.
+    of its own to it. ``device`` is PyTorch's number of its type and its index: of others than the
+    CPU only `spans` can be asked.
     """
     assert _cpu is not None, "the C kernel is in use"
-    return _cpu.take_tensors(tensors, writable)
+    return _cpu.take_tensors(tensors, writable, *device)
 
 
 _warned = False

@@ -159,6 +159,7 @@ static struct {
     failed_t (*get_dtype)(void *, int32_t *);
     failed_t (*get_device)(void *, int32_t *);
     failed_t (*get_layout)(void *, int32_t *);
+    failed_t (*get_device_index)(void *, int32_t *);
     /* GOMP_parallel and omp_get_max_threads of the OpenMP that libtorch_cpu has loaded, or NULL:
      * each of a team of threads, the caller one of them, calls the function. */
     void (*parallel)(void (*)(void *), void *, unsigned, unsigned);
@@ -292,12 +293,12 @@ PyDoc_STRVAR(use_torch_doc,
 "Say where PyTorch's C interface is, in the order of cpumodule.c; and what torch.Tensor is.");
 
 static PyObject *use_torch(PyObject *module, PyObject *args) {
-    unsigned long long f[11];
+    unsigned long long f[12];
     PyObject *tensor;
     (void)module;
-    if (!PyArg_ParseTuple(args, "(KKKKKKKKKKK)(iiiiiiiii)O", &f[0], &f[1], &f[2], &f[3], &f[4],
-                          &f[5], &f[6], &f[7], &f[8], &f[9], &f[10], &torch.f16, &torch.bf16,
-                          &torch.f32, &torch.f64, &torch.c64, &torch.c128, &torch.cpu,
+    if (!PyArg_ParseTuple(args, "(KKKKKKKKKKKK)(iiiiiiiii)O", &f[0], &f[1], &f[2], &f[3], &f[4],
+                          &f[5], &f[6], &f[7], &f[8], &f[9], &f[10], &f[11], &torch.f16,
+                          &torch.bf16, &torch.f32, &torch.f64, &torch.c64, &torch.c128, &torch.cpu,
                           &torch.strided, &torch.at, &tensor))
         return NULL;
     Py_INCREF(tensor);
@@ -311,9 +312,10 @@ static PyObject *use_torch(PyObject *module, PyObject *args) {
     torch.get_dtype = (failed_t(*)(void *, int32_t *))(uintptr_t)f[6];
     torch.get_device = (failed_t(*)(void *, int32_t *))(uintptr_t)f[7];
     torch.get_layout = (failed_t(*)(void *, int32_t *))(uintptr_t)f[8];
+    torch.get_device_index = (failed_t(*)(void *, int32_t *))(uintptr_t)f[9];
     if (!torch.alone)
-        torch.parallel = (void (*)(void (*)(void *), void *, unsigned, unsigned))(uintptr_t)f[9];
-    torch.team_size = (int (*)(void))(uintptr_t)f[10];
+        torch.parallel = (void (*)(void (*)(void *), void *, unsigned, unsigned))(uintptr_t)f[10];
+    torch.team_size = (int (*)(void))(uintptr_t)f[11];
     Py_RETURN_NONE;
 }
 
@@ -340,12 +342,14 @@ static int read_dtype(int32_t dtype, kind_t *kind, int *parts) {
     return 0;
 }
 
-/* 0 and the array of a tensor, or -1 if its elements do not lie in its storage on the CPU. */
-static int read_tensor(void *tensor, array_t *array, leaf_t *leaf) {
-    int32_t device, layout, dtype;
+/* 0 and the array of a tensor, or -1 if its elements do not lie in its storage on the device. */
+static int read_tensor(void *tensor, int32_t type, int32_t index, array_t *array, leaf_t *leaf) {
+    int32_t on_type, on_index = index, layout, dtype;
     int64_t *shape, *strides, offset, storage;
     void *data;
-    if (torch.get_device(tensor, &device) || device != torch.cpu) return -1;
+    if (torch.get_device(tensor, &on_type) || on_type != type) return -1;
+    if (type != torch.cpu && torch.get_device_index(tensor, &on_index)) return -1;
+    if (on_index != index) return -1;
     if (torch.get_layout(tensor, &layout) || layout != torch.strided) return -1;
     if (torch.get_dtype(tensor, &dtype) || read_dtype(dtype, &leaf->kind, &array->parts)) return -1;
     if (torch.get_ndim(tensor, &array->ndim) || array->ndim > MOST_DIMENSIONS) return -1;
@@ -372,17 +376,20 @@ static void *handle_of(PyObject *tensors, Py_ssize_t i) {
 enum { AHEAD = 8 };
 
 PyDoc_STRVAR(take_tensors_doc,
-"take_tensors(tensors, writable)\n--\n\n"
+"take_tensors(tensors, writable, type, index)\n--\n\n"
 "Hold the memory of torch.Tensor objects, or return None if one of them needs care.\n\n"
-"Only float16, bfloat16, float32, float64, complex64 and complex128 are taken, on the CPU.\n"
+"Only float16, bfloat16, float32, float64, complex64 and complex128 are taken, on the device of\n"
+"this type and index, of which only spans() is for others than the CPU: type -1.\n"
 "With writable, memory that is listed twice counts once.");
 
 static PyObject *take_tensors(PyObject *module, PyObject *args) {
     PyObject *tensors;
     int writable;
+    int32_t type, index;
     (void)module;
-    if (!PyArg_ParseTuple(args, "Op", &tensors, &writable)) return NULL;
+    if (!PyArg_ParseTuple(args, "Opii", &tensors, &writable, &type, &index)) return NULL;
     if (!torch.at) Py_RETURN_NONE;
+    if (type < 0) type = torch.cpu;
     tensors = PySequence_Tuple(tensors);
     if (!tensors) return NULL;
     Py_ssize_t count = PyTuple_Size(tensors);
@@ -397,7 +404,8 @@ static PyObject *take_tensors(PyObject *module, PyObject *args) {
     size_t dimensions = 0;
     for (Py_ssize_t i = 0; i < count; i++) {
         if (i + AHEAD < count) __builtin_prefetch(*(void **)handle_of(tensors, i + AHEAD));
-        if (read_tensor(handle_of(tensors, i), &arrays[i], &self->leaves[i]) < 0) goto careful;
+        if (read_tensor(handle_of(tensors, i), type, index, &arrays[i], &self->leaves[i]) < 0)
+            goto careful;
         dimensions += 2 * ((size_t)arrays[i].ndim + 1);
     }
     self->geometry = malloc((dimensions + 1) * sizeof *self->geometry);
@@ -587,7 +595,27 @@ static PyObject *leaves_get_has_f64(Leaves *self, void *unused) {
     return PyBool_FromLong(self->has_f64);
 }
 
+/* Where each leaf lies: its address, how many numbers it has, and their kind. */
+static PyObject *leaves_spans(Leaves *self, PyObject *unused) {
+    (void)unused;
+    Py_ssize_t count = (Py_ssize_t)self->list.count;
+    for (Py_ssize_t i = 0; i < count; i++)
+        if (self->leaves[i].size && (self->leaves[i].ndim || self->leaves[i].swap)) Py_RETURN_NONE;
+    int64_t *spans = malloc((size_t)(3 * count + 1) * sizeof *spans);
+    if (!spans) return PyErr_NoMemory();
+    for (Py_ssize_t i = 0; i < count; i++) {
+        spans[3 * i] = (int64_t)(uintptr_t)self->leaves[i].data;
+        spans[3 * i + 1] = self->leaves[i].size;
+        spans[3 * i + 2] = self->leaves[i].kind;
+    }
+    PyObject *bytes = PyBytes_FromStringAndSize((char *)spans, 24 * count);
+    free(spans);
+    return bytes;
+}
+
 static PyMethodDef leaves_methods[] = {
+    {"spans", (PyCFunction)leaves_spans, METH_NOARGS,
+     "spans(): of each leaf its address, size and kind, as int64; None if one is not in one run."},
     {"rewind", (PyCFunction)leaves_rewind, METH_NOARGS,
      "Start over: call it before the threads of each walk."},
     {"sum_squares", (PyCFunction)leaves_sum_squares, METH_VARARGS,
@@ -743,7 +771,7 @@ static PyObject *watch_call(Watch *self, PyObject *args, PyObject *unused) {
     int64_t geometry[2 * (MOST_DIMENSIONS + 1)];
     int failed = 0;
     if (Py_TYPE(gradient) == torch.tensor &&
-        read_tensor((char *)gradient + torch.at, &array, &leaf) == 0 && leaf.kind != F64 &&
+        read_tensor((char *)gradient + torch.at, torch.cpu, 0, &array, &leaf) == 0 && leaf.kind != F64 &&
         lay_out(&array, &leaf, 1, geometry) == 0 && !leaf.ndim && leaf.size)
         failed = measure_gradient(self, gradient, &leaf);
     Py_DECREF(gradient);
