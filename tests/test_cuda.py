@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import math
 import re
 import sys
@@ -515,18 +517,39 @@ def test_books_go_on_where_steps_come_back_to_the_host() -> None:
 # ---- the kernels, compiled ----
 
 
+BENCH = Path(__file__).parent.parent / "bench"
+
+
 @pytest.mark.slow
 def test_the_kernels_compile_for_gpus_of_nvidia_and_amd() -> None:
-    """Without a device: 16-byte loads and stores, no flushing of subnormals, correct divisions."""
+    """No device is needed: subnormals kept, divisions rounded correctly, 16 bytes at a time."""
     program = """
-import json, os, re
+import json, os, sys
 os.environ["TRITON_INTERPRET"] = "0"
-import compiled
-print(json.dumps(compiled.report()))
+sys.path.insert(0, sys.argv[1])
+import gpu
+from triton.backends.compiler import GPUTarget
+amd = [name for name, *_ in gpu.binaries(GPUTarget("hip", "gfx942", 64))]
+print(json.dumps([amd, gpu.compiled()]))
 """
-    done = run_python(program)
+    done = run_python(program, str(BENCH))
     assert done.returncode == 0, done.stderr
-    assert "gfx942" in done.stdout
+    amd, loops = json.loads(done.stdout.splitlines()[-1])
+    assert amd == ["measure", "measure", "share", "rewrite"]
+    for sm in (80, 90):
+        mine = [loop for loop in loops if loop["sm"] == sm]
+        read = {loop["elements"] for loop in mine if loop["kernel"] == "measure"}
+        written = {loop["elements"] for loop in mine if loop["kernel"] == "rewrite"}
+        assert read == written == {"float16", "bfloat16", "float32", "float64"}
+
+
+@pytest.mark.slow
+def test_the_checks_that_a_device_is_to_pass_before_it_is_timed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(BENCH)
+    gpu = importlib.import_module("gpu")
+    assert gpu.check_bits(torch.device("cpu"), lists=8) == 8
 
 
 # ---- mutations ----

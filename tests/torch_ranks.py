@@ -9,6 +9,8 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
+
+os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -165,6 +167,33 @@ class Network(nn.Module):
 
     def forward(self, x: torch.Tensor) -> Any:
         return self.last(self.down(torch.relu(self.up(x))))
+
+
+def there() -> None:
+    """The same in the memory of a device: totals stay there until they are added up."""
+    from conftest import torch_there
+
+    rank, size = start()
+    flat = mesh_of(size)
+    for dtype in (torch.bfloat16, torch.float64):
+        whole = tensors(dtype=dtype)
+        for limit in (1.0, 1e9):
+            wanted = gradclip.clip_by_global_norm(whole, limit)
+            with torch_there():
+                leaves = [spread(x, flat, Shard(0)) for x in whole]
+                assert_same(*gradclip.clip_by_global_norm(leaves, limit), wanted)
+                assert_same(leaves, gradclip.clip_by_global_norm_(leaves, limit), wanted)
+                cuts = [torch.tensor_split(x.reshape(-1), size)[rank].clone() for x in whole]
+                norm = gradclip.clip_by_global_norm_(cuts, limit, group=flat)
+            assert torch.equal(norm, wanted[1])
+            for new, expected in zip(cuts, wanted[0], strict=True):
+                assert torch.equal(new, torch.tensor_split(expected.reshape(-1), size)[rank])
+    if rank == 0:
+        whole[0][0] = math.nan
+    with torch_there():
+        norm = gradclip.clip_by_global_norm_(whole, 1.0, on_nonfinite="zero", group=flat)
+    assert math.isnan(norm)
+    assert not whole[1].any()
 
 
 def gradients_of(network: nn.Module) -> list[torch.Tensor]:

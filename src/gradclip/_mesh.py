@@ -46,11 +46,12 @@ class Ring(NamedTuple):
         """How many there are."""
         return len(self.ranks)
 
-    def sum(self, vector: Total) -> Total:
-        """By all_reduce, where the group's backend can: on the CPU, else on its device."""
+    def sum(self, vector: Any) -> Total:
+        """By all_reduce: where the vector is if the group's backend can, else where it can."""
         kinds = {device.type for device in self.group._device_types}
-        device = "cpu" if "cpu" in kinds else kinds.pop()
-        tensor = torch.from_numpy(vector).to(device)
+        tensor = torch.as_tensor(vector)
+        if tensor.device.type not in kinds:
+            tensor = tensor.to("cpu" if "cpu" in kinds else kinds.pop())
         dist.all_reduce(tensor, group=self.group)
         result: Total = tensor.cpu().numpy()
         return result

@@ -97,8 +97,11 @@ class Backend(Protocol):
     def total(self, held: Any) -> tuple[Total, float, bool]:
         """The exact sum of squares, the largest finite |x|, and if a leaf is float64."""
 
-    def share(self, held: Any, joint: Joint) -> tuple[Total, bool]:
-        """What this worker adds to the sum of squares of all, and if a leaf is float64."""
+    def share(self, held: Any, joint: Joint) -> tuple[Any, bool]:
+        """What this worker adds to the sum of squares of all, and if a leaf is float64.
+
+        A total; or its words, carried, in a device's memory.
+        """
 
     def count_nonfinite(self, leaf: Any) -> tuple[int, int]:
         """How many elements of one leaf are NaN, and how many are inf."""

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from gradclip._exact import FLOAT32, FLOAT64, Scaled, Total, counts, norm, normalised, total_of
+from gradclip._exact import FLOAT32, FLOAT64, Scaled, Total, norm, normalised, total_of
 
 Array = npt.NDArray[np.float64]
 
@@ -32,7 +32,7 @@ class Workers(Protocol):
     def size(self) -> int:
         """How many there are."""
 
-    def sum(self, vector: Total) -> Total:
+    def sum(self, vector: Any) -> Total:
         """The sum of the int64 vectors of all workers, on all of them."""
 
 
@@ -104,15 +104,15 @@ class Joint:
         self._sum(np.zeros(self._shape, np.int64).ravel(), wide=False)
         self._is_due = True
 
-    def norm(self, total: Total, *, wide: bool) -> tuple[Scaled, bool]:
+    def norm(self, total: Any, *, wide: bool) -> tuple[Scaled, bool]:
         """The norm of the parts of all workers, and if it is float64, as one of them may ask.
 
         Raises:
             RuntimeError: another worker has failed.
         """
-        infs, nans = counts(total)
-        vector = normalised(total)
-        vector[-2:] = infs > 0, nans > 0
+        # What a device has added up is carried there, and stays there until the workers' sum.
+        vector: Any = normalised(total) if isinstance(total, np.ndarray) else total
+        vector[-2:] = vector[-2:] > 0
         together, is_wide = self._sum(vector, wide=wide)
         return norm(together, FLOAT64 if is_wide else FLOAT32), is_wide
 
@@ -128,7 +128,7 @@ class Joint:
         rows = together.reshape(vector.shape)[:-1, : len(values)]
         return np.ascontiguousarray(rows).view(np.float64), is_wide
 
-    def _sum(self, vector: Total, *, wide: bool) -> tuple[Total, bool]:
+    def _sum(self, vector: Any, *, wide: bool) -> tuple[Total, bool]:
         """The sum, what it says of flags taken off its last two words."""
         vector[-2] += wide * _FLAG
         self._is_due = False

@@ -203,13 +203,14 @@ def is_wide(held: Held) -> bool:
     return any(_values(leaf).dtype in WIDE for leaf in held.leaves)
 
 
-def share(held: Held, joint: Joint) -> tuple[Total, bool]:
+def share(held: Held, joint: Joint) -> tuple[Any, bool]:
     """What this worker adds to the sum of squares of all, and if a leaf is float64."""
     wide, held = is_wide(held), counted(held, joint)
     if held.host is not None:
         return _host.total(held.host)[0], wide
     if held.there is not None:
-        return held.there.total(), wide
+        stays = isinstance(joint.workers, _mesh.Ring)
+        return held.there.share() if stays else held.there.total(), wide
     return _total_elsewhere(held), wide
 
 
@@ -572,6 +573,10 @@ def _without_triton() -> str | None:
     if "tensorflow" in sys.modules and "triton" not in sys.modules:
         # Each brings an LLVM, and loading the second one would abort the process.
         return "TensorFlow was imported before Triton, which no longer loads: import triton first"
+    import triton
+
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
+        return f"Triton is {triton.__version__}, and older than 3.6"
     return None
 
 
