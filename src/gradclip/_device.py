@@ -185,7 +185,7 @@ class Leaves(NamedTuple):
 _lock = threading.RLock()
 _tables: OrderedDict[Hashable, _Table] = OrderedDict()
 _scratch: dict[Hashable, Any] = {}
-_MOST_TABLES = 32
+_MOST_TABLES = 8
 
 
 @contextmanager

@@ -263,6 +263,12 @@ def filled(held: Held, value: float) -> list[Any]:
 
 def scaled(held: Held, factor: Scaled) -> list[Any]:
     """New leaves, every element multiplied."""
+    if held.there is not None:
+        new = list(map(_copy, held.leaves))
+        copies = _there(new, writable=False)
+        assert copies is not None, "laid out as those that are there"
+        copies.scale_(factor)
+        return _rewrapped(held, new)
     old = [_values(leaf).detach() for leaf in held.leaves]
     if held.host is None:
         new = [_scaled_elsewhere(values, factor) for values in old]

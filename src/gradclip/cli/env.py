@@ -28,6 +28,7 @@ _PACKAGES = (
     "ml_dtypes",
     "scipy",
     "torch",
+    "triton",
     "tensorflow",
     "jax",
     "optax",
