@@ -58,8 +58,8 @@ class Clipper:
         group: as in `gradclip.torch.clip_grad_norm_`; every worker steps. With it, what GradScaler
             finds to be inf has to be made known to all before, or they do not step alike.
 
-    On a GPU gradients are clipped before the step, by two launches for which the host does not wait;
-    a fused optimizer divides by the factor only where it divides by GradScaler's scale.
+    On a GPU gradients are clipped before the step, by two launches for which the host does not
+    wait; a fused optimizer divides by the factor only where it divides by GradScaler's scale.
 
     ``norm``, ``factor``, ``steps`` and ``clipped_steps`` tell of it, in tensors; the first two of
     one element for each group if ``max_norm`` has.

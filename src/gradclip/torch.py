@@ -23,9 +23,9 @@ DTensors are counted by their placements, on any mix of meshes, with tensors bes
 all-reduce, of one size. PyTorch takes one mesh, sums shards in their dtype, and returns the norm as
 a DTensor; here it is a tensor, the same on every rank.
 
-Gradients on a GPU are clipped by two launches of Triton kernels, to the same bits, and the host does
-not wait for them; ``max_norm`` and ``total_norm`` may be tensors there. docs/gpu.md has what does
-wait. On other devices PyTorch's operations do the work.
+Gradients on a GPU are clipped by two launches of Triton kernels, to the same bits, and the host
+does not wait for them; ``max_norm`` and ``total_norm`` may be tensors there. docs/gpu.md has what
+does wait. On other devices PyTorch's operations do the work.
 """
 
 from __future__ import annotations
