@@ -35,6 +35,8 @@ FRAMEWORKS = {
     "sklearn": "scikit-learn",
     "jax": "jax",
     "optax": "optax",
+    "cupy": "cupy-cuda13x",
+    "triton": "triton",
     "equinox": "equinox",
     "flax": "flax",
     "orbax": "orbax-checkpoint",
@@ -42,13 +44,13 @@ FRAMEWORKS = {
     "lightning": "lightning",
     "accelerate": "accelerate",
     "transformers": "transformers",
-    "triton": "triton",
 }
 REQUIRE_ALL = os.environ.get("GRADCLIP_REQUIRE_ALL") == "1"
 
 
-# The kernels for GPUs run in Triton's interpreter, on the memory of the CPU.
-os.environ["TRITON_INTERPRET"] = "1"
+# The kernels for GPUs run in Triton's interpreter, on the memory of the CPU. With a GPU and
+# TRITON_INTERPRET=0 those of CuPy's tests run there. To be said before Triton is loaded.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # ---- frameworks ----
 
@@ -115,6 +117,7 @@ class Adapter(NamedTuple):
     writable: bool = True
     clip: Callable[..., Any] = gradclip.clip_by_global_norm
     new_type: Callable[[Any], type] = type  # of what comes back for a leaf
+    norm: Callable[[Any], np.floating[Any]] = np.float32  # as a NumPy scalar
 
 
 def _slices(values: np.ndarray[Any, Any]) -> gradclip.IndexedSlices:
@@ -218,7 +221,8 @@ def torch_there() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("gradclip.backends.torch.has_triton", lambda _: True)
         patched.setattr("gradclip.backends.torch._taken", lambda *_, **__: None)
-        yield
+        with np.errstate(all="ignore"):  # the interpreter calculates by NumPy
+            yield
 
 
 def _torch_triton(*args: Any, **options: Any) -> Any:
@@ -277,7 +281,36 @@ def _jax_jit(leaves: list[Any], clip_norm: float, on_nonfinite: str = "nan") -> 
         return _jitted(on_nonfinite)(leaves, clip_norm)
 
 
+def _host_cupy() -> Any:
+    return importlib.import_module("host_cupy")
+
+
+def _cupy_strided(values: np.ndarray[Any, Any]) -> Any:
+    room = np.zeros((*values.shape, 2), values.dtype)
+    room[..., 1] = values
+    return _host_cupy().make(room)[..., 1]
+
+
+def _cupy_slices(values: np.ndarray[Any, Any]) -> Any:
+    rows = np.arange(len(values))[::-1].copy()
+    return gradclip.IndexedSlices(_host_cupy().make(values), _host_cupy().make(rows))
+
+
+def _cupy_read(leaf: Any) -> np.ndarray[Any, Any]:
+    leaf = leaf.values if isinstance(leaf, gradclip.IndexedSlices) else leaf
+    return np.asarray(_host_cupy().read(leaf))
+
+
+def _cupy_adapter(make: Callable[[np.ndarray[Any, Any]], Any]) -> Adapter:
+    return Adapter(make, _cupy_read, norm=lambda norm: _cupy_read(norm)[()])
+
+
 ADAPTERS: dict[str, dict[str, Adapter]] = {
+    "cupy": {
+        "cupy": _cupy_adapter(lambda values: _host_cupy().make(values)),
+        "cupy:strided": _cupy_adapter(_cupy_strided),
+        "cupy:slices": _cupy_adapter(_cupy_slices),
+    },
     "jax": {
         "jax": Adapter(_jax_array, _jax_read, False),
         "jax:slices": Adapter(_jax_slices, _jax_read, False),
@@ -342,6 +375,24 @@ def variants() -> list[Any]:
     return [pytest.param(name, marks=[pytest.mark.slow] * (":xla" in name)) for name in names]
 
 
+@pytest.fixture
+def on_cupy(framework: Callable[[str], Any]) -> Iterator[Any]:
+    """Arrays of CuPy: on the device, or where there is none over this machine's memory.
+
+    What is replaced there is said in `host_cupy.no_driver`.
+    """
+    framework("cupy")
+    framework("triton")
+    host_cupy = _host_cupy()
+    if host_cupy.HAS_DEVICE:
+        yield host_cupy
+    elif not host_cupy.IS_INTERPRETED:
+        pytest.skip("there is no device, and the kernels were loaded without TRITON_INTERPRET=1")
+    else:
+        with host_cupy.no_driver():
+            yield host_cupy
+
+
 @pytest.fixture(params=variants())
 def xp(request: pytest.FixtureRequest) -> Adapter:
     backend = request.param.partition(":")[0]
@@ -349,6 +400,8 @@ def xp(request: pytest.FixtureRequest) -> Adapter:
         pytest.fail(f"backends/{backend}.py has no adapter in {Path(__file__).name}")
     if version(backend) is None:
         pytest.skip(f"{backend} is not installed")
+    if backend == "cupy":
+        request.getfixturevalue("on_cupy")
     return ADAPTERS[backend][request.param]
 
 

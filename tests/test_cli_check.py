@@ -57,6 +57,7 @@ def test_passes(capsys: pytest.CaptureFixture[str]) -> None:
         "not installed: torch",
         "not installed: tensorflow",
         "not installed: jax",
+        "not installed: cupy",
     ]
     assert "refused rows listed twice (ValueError)" in out
     assert max(map(len, out.splitlines())) <= 80
@@ -75,7 +76,7 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "--json"]) == 0
     out = capsys.readouterr().out
     assert json.loads(out)["exact"] is True
-    assert json.loads(out)["not_installed"] == ["torch", "tensorflow", "jax"]
+    assert json.loads(out)["not_installed"] == ["torch", "tensorflow", "jax", "cupy"]
     found = results(out)
     assert found["3-4-5", "gradclip numpy"]["norm"] == 5.0
     assert all(result["exact"] for result in found.values() if result["ours"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -25,6 +26,8 @@ from host import run_python
 
 if version("torch") is None or version("triton") is None:
     pytest.skip("torch or triton is not installed", allow_module_level=True)
+if os.environ["TRITON_INTERPRET"] == "0":
+    pytest.skip("the kernels are to run on a device", allow_module_level=True)
 import torch
 
 import gradclip.torch as gtorch
@@ -37,9 +40,6 @@ from gradclip.kernels.torch import Memory
 NAMES = ["float16", "bfloat16", "float32", "complex64", "float64", "complex128"]
 NARROW = [DTYPES[name] for name in NAMES[:4]]
 ALL = [DTYPES[name] for name in NAMES]
-
-# NumPy warns where the interpreter rounds to inf, or meets a NaN.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
 @pytest.fixture(autouse=True)
@@ -120,9 +120,12 @@ def test_random_lists() -> None:
 def test_norms_between_two_numbers(name: str) -> None:
     """The certificate fails: one program adds up exactly."""
     rng = np.random.default_rng(3)
-    lists = [*near_midpoints(rng, DTYPES[name], 6), *list(constants_on_boundaries(DTYPES[name]))]
+    lists = [
+        *near_midpoints(rng, DTYPES[name], 4),
+        *list(constants_on_boundaries(DTYPES[name]))[::5],
+    ]
     if name in ("float32", "float64"):
-        lists += exact_ties(rng, DTYPES[name], 10)
+        lists += exact_ties(rng, DTYPES[name], 5)
     for leaves in lists:
         assert_norm(norm_of([_torch_tensor(each) for each in leaves]), oracle.norm(leaves)[1])
 

@@ -88,7 +88,8 @@ def test_other_python_threads_run_while_a_kernel_does() -> None:
     ticks = 0
 
     def measure() -> None:
-        gradclip.global_norm(leaves)
+        for _ in range(10):  # on a busy machine this thread may not get a turn during one
+            gradclip.global_norm(leaves)
         finished.set()
 
     thread = threading.Thread(target=measure)
@@ -430,6 +431,8 @@ HEAVY = (
     "rich",
     "matplotlib",
     "keras",
+    "cupy",
+    "triton",
 )
 
 

@@ -752,7 +752,7 @@ def test_backward_passes_in_several_threads() -> None:
         for _ in range(3):
             (weight * factor).sum().backward()
 
-    for _ in range(60):
+    for _ in range(20):
         optimizer.zero_grad()
         threads = [threading.Thread(target=work, args=(factor,)) for factor in factors]
         for thread in threads:

@@ -15,7 +15,7 @@ from gradclip._protocol import Backend
 from gradclip._sparse import IndexedSlices
 
 # Types of these are arrays of another framework, wrap them, or send them.
-_SERVED_BY = {"scipy": "numpy", "ml_dtypes": "numpy", "mpi4py": "numpy"}
+_SERVED_BY = {"scipy": "numpy", "ml_dtypes": "numpy", "mpi4py": "numpy", "cupyx": "cupy"}
 
 _names: dict[type, str | None] = {}
 

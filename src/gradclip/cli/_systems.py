@@ -189,11 +189,31 @@ def _jax() -> Framework:
     return Framework(to, back, ways, scope=lambda: jax.enable_x64(True))
 
 
+def _cupy() -> Framework:
+    import cupy
+
+    if not cupy.cuda.is_available():
+        raise ImportError("CuPy finds no device")
+
+    def to(leaf: Leaf) -> Any:
+        if isinstance(leaf, IndexedSlices):
+            return leaf._replace(values=to(leaf.values))
+        return cupy.asarray(leaf)
+
+    def back(leaf: Any) -> Any:
+        if isinstance(leaf, IndexedSlices):
+            return leaf._replace(values=back(leaf.values))
+        return leaf.get()
+
+    return Framework(to, back, _NEW_AND_IN_PLACE)
+
+
 FRAMEWORKS: dict[str, Callable[[], Framework]] = {
     "numpy": _numpy,
     "torch": _torch,
     "tensorflow": _tensorflow,
     "jax": _jax,
+    "cupy": _cupy,
 }
 
 
