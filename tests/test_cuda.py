@@ -532,6 +532,10 @@ os.environ["TRITON_INTERPRET"] = "0"
 sys.path.insert(0, sys.argv[1])
 import gpu
 from triton.backends.compiler import GPUTarget
+from gradclip.kernels import cuda
+for kernel in (cuda.measure, cuda.share, cuda.rewrite):  # else some calls would compile anew
+    passed = [each for each in kernel.params if not each.is_constexpr]
+    assert all(each.annotation_type == "i64" and each.do_not_specialize for each in passed)
 amd = [name for name, *_ in gpu.binaries(GPUTarget("hip", "gfx942", 64))]
 print(json.dumps([amd, gpu.compiled()]))
 """

@@ -38,8 +38,8 @@ def clip_by_global_norm(
 ) -> tuple[Any, Any]:
     """Scale arrays down together so that their global norm is at most ``clip_norm``.
 
-    Takes arrays of NumPy, SciPy and JAX, and tensors of TensorFlow and PyTorch; frameworks that
-    differentiate do so through it.
+    Takes arrays of NumPy, SciPy, CuPy and JAX, and tensors of TensorFlow and PyTorch; frameworks
+    that differentiate do so through it.
 
     ::
 
@@ -66,7 +66,7 @@ def clip_by_global_norm(
             workers the same. Every one has to call, with whatever leaves it has, also with none.
             For JAX the name of an axis of ``jax.shard_map``, ``pmap`` or ``vmap``, or a tuple of
             names. For PyTorch a ``ProcessGroup`` or ``DeviceMesh``; a DTensor needs none. For
-            PyTorch and NumPy a communicator of mpi4py.
+            PyTorch, NumPy and CuPy a communicator of mpi4py.
 
     Returns:
         ``(list_clipped, global_norm)``: the same nest with new arrays of the same dtypes, shapes

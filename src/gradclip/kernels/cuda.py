@@ -44,15 +44,16 @@ NONE, BITS, AT_F32, AT_F64 = 0, 1, 2, 3
 _BITS = tl.constexpr(1)
 _AT_F32 = tl.constexpr(2)
 
-# Scratch, in words of 8 bytes, all zero between calls but for the decision and the partial sums.
+# Scratch, in words of 8 bytes. The ticket and the total are 0 between calls.
 _TICKET = tl.constexpr(0)
 _ACTION = tl.constexpr(1)
 _SIGNIFICAND = tl.constexpr(2)
 _EXPONENT = tl.constexpr(3)
 _TOTAL = tl.constexpr(8)
-_PARTIALS = tl.constexpr(160)
+_DIGITS = tl.constexpr(160)
+_PARTIALS = tl.constexpr(304)
 MOST_PROGRAMS = 2048
-SCRATCH = 160 + MOST_PROGRAMS
+SCRATCH = 304 + MOST_PROGRAMS
 
 # The exact total, as in `_exact`: words of 32 bits from 2^-2176 up, then counts of inf and NaN.
 _WORDS = tl.constexpr(134)
@@ -334,8 +335,8 @@ def _survey(total, address, length, infinity, KIND: tl.constexpr, TILE: tl.const
         infs += (magnitude == infinity).to(tl.int32)
         nans += (magnitude > infinity).to(tl.int32)
         top = tl.maximum(top, tl.where(magnitude < infinity, magnitude, 0))
-    tl.atomic_add(_word(total, _WORDS), tl.sum(infs, 0).to(tl.int64))
-    tl.atomic_add(_word(total, _WORDS + 1), tl.sum(nans, 0).to(tl.int64))
+    tl.atomic_add(_word(total, _WORDS), tl.sum(infs, 0).to(tl.int64), sem="relaxed")
+    tl.atomic_add(_word(total, _WORDS + 1), tl.sum(nans, 0).to(tl.int64), sem="relaxed")
     return tl.max(top, 0)
 
 
@@ -344,9 +345,10 @@ def _add(total, value, position):
     """Add ``value * 2^position``, in units of the total."""
     word, shift = position >> 5, position & 31
     low, high = (value & _MASK32) << shift, (value >> 32) << shift
-    tl.atomic_add(_word(total, word), low & _MASK32)
-    tl.atomic_add(_word(total, word + 1), (low >> 32) + (high & _MASK32))
-    tl.atomic_add(_word(total, word + 2), high >> 32)
+    # The ticket that a program takes when it has finished puts these in order.
+    tl.atomic_add(_word(total, word), low & _MASK32, sem="relaxed")
+    tl.atomic_add(_word(total, word + 1), (low >> 32) + (high & _MASK32), sem="relaxed")
+    tl.atomic_add(_word(total, word + 2), high >> 32, sem="relaxed")
 
 
 @triton.jit
@@ -414,8 +416,11 @@ def _sum_exactly(table, total, first, step, chunks, TILE: tl.constexpr):
 
 
 @triton.jit
-def _carry(total, WIDE: tl.constexpr):
-    """Bring the words of a total into [0, 2^32); the highest and the lowest that is not 0."""
+def _carry(scratch, WIDE: tl.constexpr):
+    """Write the total's words as digits in [0, 2^32); the highest and the lowest that is not 0.
+
+    To a place of their own: every thread reads the words, and only one of them writes.
+    """
     # Of narrow kinds only some words are used.
     FIRST: tl.constexpr = 0 if WIDE else 56
     LAST: tl.constexpr = 134 if WIDE else 86
@@ -423,10 +428,10 @@ def _carry(total, WIDE: tl.constexpr):
     top = tl.full([], -1, tl.int32)
     bottom = tl.full([], 134, tl.int32)
     for place in range(FIRST, LAST):
-        word = tl.load(_word(total, place), volatile=True) + carry
+        word = tl.load(_word(scratch, _TOTAL + place), volatile=True) + carry
         digit = word & _MASK32
         carry = word >> 32
-        tl.store(_word(total, place), digit)
+        tl.store(_word(scratch, _DIGITS + place), digit)
         top = tl.where(digit > 0, place, top)
         bottom = tl.where((digit > 0) & (bottom > place), place, bottom)
     tl.debug_barrier()
@@ -442,9 +447,9 @@ def _clear(total):
 
 
 @triton.jit
-def _root(total, WIDE: tl.constexpr):
+def _root(scratch, WIDE: tl.constexpr):
     """The norm of a total, rounded to float64 if it is ``WIDE``, else to float32."""
-    top, bottom = _carry(total, WIDE)
+    top, bottom = _carry(scratch, WIDE)
     # Two bits of the total make one of its root: those of the result, and two to round by.
     PLACES: tl.constexpr = 53 if WIDE else 24
     LOWEST: tl.constexpr = -1074 if WIDE else -149
@@ -457,7 +462,7 @@ def _root(total, WIDE: tl.constexpr):
         if bit < 0:
             place -= 1
             bit += 32
-            digit = tl.load(_word(total, tl.maximum(place, 0)), volatile=True)
+            digit = tl.load(_word(scratch, _DIGITS + tl.maximum(place, 0)), volatile=True)
             digit = tl.where(place >= 0, digit, 0)
         remainder = (remainder << 2) | ((digit >> bit) & 3)
         trial = (root << 2) | 1
@@ -477,6 +482,7 @@ def _root(total, WIDE: tl.constexpr):
     up = (rest > half) | ((rest == half) & (inexact | ((places & 1) > 0)))
     places += up.to(tl.int64)
     significand, exponent = _split(places.to(tl.float64))
+    total = scratch + 8 * _TOTAL
     infs = tl.load(_word(total, _WORDS), volatile=True)
     nans = tl.load(_word(total, _WORDS + 1), volatile=True)
     significand = tl.where(infs > 0, float("inf"), significand)
@@ -591,9 +597,11 @@ def _is_last(scratch):
 
 
 # ---- the kernels ----
+#
+# None is compiled anew for an argument that is 1 or a multiple of 16.
 
 
-@triton.jit
+@triton.jit(do_not_specialize=list(range(16)))
 def measure(
     table: tl.int64, chunks: tl.int64, depth: tl.int64, scratch: tl.int64, norm_at: tl.int64,
     limit_at: tl.int64, limit: tl.int64, given_at: tl.int64, given: tl.int64, policy: tl.int64,
@@ -631,7 +639,7 @@ def measure(
         if given_at != 0:
             significand, exponent = _split(_scalar(given_at, given))
         elif WIDE:
-            significand, exponent = _root(total, WIDE)
+            significand, exponent = _root(scratch, WIDE)
         else:
             programs = tl.arange(0, PROGRAMS)
             shares = tl.load(
@@ -650,14 +658,14 @@ def measure(
             if low < high:
                 _sum_exactly(table, total, 0, 1, chunks, SMALL)
                 tl.debug_barrier()
-                significand, exponent = _root(total, WIDE)
+                significand, exponent = _root(scratch, WIDE)
         _finish(
             significand, exponent, scratch, norm_at, _scalar(limit_at, limit), policy,
             ledger, factor_at, begins, folds, scale_at, found_inf_at, WIDE,
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=list(range(4)))
 def share(
     table: tl.int64, chunks: tl.int64, scratch: tl.int64, vector: tl.int64, SMALL: tl.constexpr
 ):
@@ -665,10 +673,12 @@ def share(
     total = scratch + 8 * _TOTAL
     _sum_exactly(table, total, tl.program_id(0), tl.num_programs(0), chunks, SMALL)
     if _is_last(scratch):
-        _carry(total, True)
+        _carry(scratch, True)
         words = tl.arange(0, 256)
         used = words < _WORDS + 2
-        values = tl.load(_word(total, words), mask=used, other=0, volatile=True)
+        # The counts are no digits.
+        source = tl.where(words < _WORDS, _DIGITS + words, _TOTAL + words)
+        values = tl.load(_word(scratch, source), mask=used, other=0, volatile=True)
         tl.store(_word(vector, words), values, mask=used)
         _clear(total)
 
@@ -739,7 +749,7 @@ def _rewrite_chunks(
             )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=list(range(6)))
 def rewrite(
     table: tl.int64, chunks: tl.int64, scratch: tl.int64,
     action: tl.int64, significand: tl.int64, exponent: tl.int64,
