@@ -205,6 +205,18 @@ def test_by_pytorchs_methods_where_there_is_no_c_kernel(monkeypatch: pytest.Monk
     assert backend._spans([torch.ones(4)[::2]], device, writable=False) is None
 
 
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001])
+def test_a_nan_of_any_bits_is_counted(bits: int) -> None:
+    """0x7FFFFFFF is what NVIDIA's GPUs make."""
+    nan = torch.from_numpy(np.full(3, bits, np.uint32).view(np.float32))
+    assert math.isnan(gradclip.global_norm([nan]))
+    assert math.isnan(gradclip.global_norm([nan, torch.ones(1, dtype=torch.float64)]))
+    held = backend.hold([nan], str, writable=False)
+    assert held.there.total()[-2:].tolist() == [0, 3]
+    all_ones = torch.full((3,), -1, dtype=torch.int64).view(torch.float64)
+    assert math.isnan(gradclip.global_norm([all_ones]))
+
+
 # ---- what a call costs ----
 
 
@@ -411,6 +423,26 @@ def test_a_norm_that_must_be_finite() -> None:
     assert parameter.grad.tolist() == [0.5] * 4
 
 
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [(10.0, 0.3), (-10.0, 3.0), (-1e308, 3.0), (-math.inf, 3.0), (math.nan, math.nan)],
+)
+def test_a_norm_on_the_device_cannot_be_refused(given: float, wanted: float) -> None:
+    """Below 0 it acts as 0: nothing is above the limit."""
+    leaf = torch.tensor([3.0])
+    norm = gradclip.clip_by_global_norm_([leaf], 1.0, torch.tensor(given, dtype=torch.float64))
+    assert str(leaf.item()) == str(torch.tensor(wanted).item())
+    assert str(norm.item()) == str(max(given, 0.0))
+
+
+def test_autograd_is_told_that_a_tensor_has_changed() -> None:
+    weight, factor = torch.ones(2, requires_grad=True), torch.tensor([3.0, 4.0])
+    product = (weight * factor).sum()
+    gradclip.clip_by_global_norm_([factor], 1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+
+
 @pytest.mark.parametrize(("limit", "wanted"), [(math.nan, math.nan), (-1.0, 0.0), (0.0, 0.0)])
 def test_a_limit_on_the_device_cannot_be_refused(limit: float, wanted: float) -> None:
     leaf = torch.tensor([3.0, 4.0])
@@ -506,6 +538,31 @@ def test_a_divisor_too_large_for_float32_is_not_folded() -> None:
     assert parameter.tolist() == pytest.approx([-0.6e-30, -0.8e-30], rel=1e-6)
 
 
+def test_an_error_in_one_group_is_one_for_all() -> None:
+    parameters = [torch.nn.Parameter(torch.zeros(2)) for _ in range(2)]
+    groups = [{"params": [parameter]} for parameter in parameters]
+    optimizer = torch.optim.SGD(groups, lr=1.0)
+    clipper = gtorch.attach(optimizer, [1.0, 1.0], on_nonfinite="raise")
+    parameters[0].grad = torch.tensor([3.0, 4.0])
+    parameters[1].grad = torch.tensor([math.nan, 4.0])
+    with pytest.raises(FloatingPointError, match="holds 1 NaN"):
+        optimizer.step()
+    assert parameters[0].grad.tolist() == [3.0, 4.0]
+    assert (clipper.steps, clipper.norm.tolist()) == (0, [0.0, 0.0])
+
+
+def test_the_books_before_the_first_step_that_counts() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([parameter], lr=1.0, fused=True)
+    clipper = gtorch.attach(optimizer, 1.0)
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(4.0), torch.tensor(1.0)
+    parameter.grad = torch.tensor([3.0, math.inf])
+    optimizer.step()
+    assert clipper._there is not None
+    assert (clipper.norm, clipper.factor, clipper.steps) == (0, 1, 0)
+    assert parameter.grad.tolist() == [3.0, math.inf]
+
+
 def test_books_go_on_where_steps_come_back_to_the_host() -> None:
     parameter = torch.nn.Parameter(torch.zeros(2))
     optimizer = torch.optim.SGD([parameter], lr=1.0)
@@ -556,7 +613,15 @@ def test_the_checks_that_a_device_is_to_pass_before_it_is_timed(
 ) -> None:
     monkeypatch.syspath_prepend(BENCH)
     gpu = importlib.import_module("gpu")
-    assert gpu.check_bits(torch.device("cpu"), lists=8) == 8
+
+    def on_the_host(leaves: Any, limit: float) -> Any:
+        with (
+            mock.patch.object(backend, "has_triton", return_value=False),
+            mock.patch.object(backend, "_taken", backend_taken),
+        ):
+            return gradclip.clip_by_global_norm_(leaves, limit)
+
+    assert gpu.check_bits(torch.device("cpu"), lists=8, here=on_the_host) == 8
 
 
 # ---- mutations ----

@@ -99,7 +99,8 @@ def clip_by_global_norm(
                 if part is None and backend.queue(held) is not None:
                     leaves = backend.copied(held)
                     held = backend.hold(leaves, tree.path, writable=True)
-                    norm = _queued_(tree, backend, held, clip_norm, use_norm, on_nonfinite)
+                    new = tree._replace(leaves=leaves)
+                    norm = _queued_(new, backend, held, clip_norm, use_norm, on_nonfinite)
                 else:
                     limit, given = _checked(clip_norm, use_norm)
                     leaves, norm, _ = _clipped(
@@ -287,7 +288,9 @@ def queued_(
         )
 
     waits = refuse is not None or policy == "raise"
-    return queue.clip_(limit, policy, given=given, check=check if waits else None, **into)
+    norm = queue.clip_(limit, policy, given=given, check=check if waits else None, **into)
+    backend.written(leaves)
+    return norm
 
 
 def _queued_(

@@ -212,17 +212,23 @@ class Clipper:
         everyone = [place.parameter for place in self._places]
         if not everyone or not backend.has_triton(everyone[0].device):
             return False
+        if self._on_nonfinite == "raise":
+            return False  # the host waits in any case: for all lists, before one is written
         if backend.workers(everyone, self._group) is not None:
             return False
         lists = self._gradients()
         queues: list[Any] = [backend.queue(each.held()) for each in lists]
-        if None in queues or len({queue.memory.device for queue in queues}) > 1:
+        amp = [getattr(optimizer, name, None) for name in ("grad_scale", "found_inf")]
+        if None in queues:
             return False
-        if self._on_nonfinite == "raise" and getattr(optimizer, "found_inf", None):
-            return True  # not stepped; the host waits in any case
+        devices = [queue.memory.device for queue in queues]
+        devices += [each.device for each in amp if each is not None]
+        if len(set(devices)) > 1:
+            return False
+        if self._there is not None and self._there.words.device != devices[0]:
+            self._come_here()
         if self._there is None:
             self._there = _There(queues[0].memory, len(lists))
-        amp = [getattr(optimizer, name, None) for name in ("grad_scale", "found_inf")]
         # A fused optimizer that divides by the scale divides by the factor at no cost. Without a
         # scale it would write each gradient back for it, clipped or not.
         folds = amp[0] is not None and len(lists) == 1 and not lists[0].repeated
@@ -233,7 +239,6 @@ class Clipper:
                 into = self._there.into(place, queue.wide, amp, folds=folds)
                 policy = self._on_nonfinite
                 _clip.queued_(backend, queue, each.tensors, each.path, limit, None, policy, **into)
-                torch.autograd.graph.increment_version(each.tensors)
         if folds:
             self._divide_by(self._there.divisor)
         return True
@@ -391,8 +396,8 @@ class _There:
     def __init__(self, memory: Any, lists: int) -> None:
         self._memory = memory
         self.words: Tensor = memory.zeros(4)
-        self.factors: list[Tensor] = list(memory.zeros(lists).view(torch.float64))
-        self.norms: list[Tensor] = [memory.scalar(wide=False) for _ in range(lists)]
+        self.factors: list[Tensor] = list(memory.zeros(lists).view(torch.float64).fill_(1.0))
+        self.norms: list[Tensor] = [memory.scalar(wide=False).zero_() for _ in range(lists)]
 
     @property
     def divisor(self) -> Tensor:
@@ -404,7 +409,7 @@ class _There:
     ) -> dict[str, Any]:
         """Where the norm of one list, and all that comes with it, are to be written."""
         if wide != (self.norms[place].dtype is torch.float64):
-            self.norms[place] = self._memory.scalar(wide=wide)
+            self.norms[place] = self._memory.scalar(wide=wide).zero_()
         scalars = [0 if each is None else each.data_ptr() for each in amp]
         books = [self.words.data_ptr(), self.factors[place].data_ptr()]
         ledger = (*books, int(place == 0), int(folds), *scalars)

@@ -123,6 +123,10 @@ def queue(held: Held) -> None:
     del held
 
 
+def written(leaves: Sequence[Any]) -> None:
+    """Nothing: no queue writes to the host's memory."""
+
+
 def nonfinite(values: Array) -> tuple[int, int]:
     """How many elements are NaN, and how many are inf."""
     with np.errstate(invalid="ignore"):  # a signalling NaN

@@ -47,11 +47,12 @@ class Ring(NamedTuple):
         return len(self.ranks)
 
     def sum(self, vector: Any) -> Total:
-        """By all_reduce: where the vector is if the group's backend can, else where it can."""
+        """By all_reduce, where the group's backend can: on the CPU, else on its device.
+
+        Not where the vector is: that of another worker may be elsewhere, and all have to meet.
+        """
         kinds = {device.type for device in self.group._device_types}
-        tensor = torch.as_tensor(vector)
-        if tensor.device.type not in kinds:
-            tensor = tensor.to("cpu" if "cpu" in kinds else kinds.pop())
+        tensor = torch.as_tensor(vector).to("cpu" if "cpu" in kinds else kinds.pop())
         dist.all_reduce(tensor, group=self.group)
         result: Total = tensor.cpu().numpy()
         return result

@@ -91,6 +91,9 @@ class Backend(Protocol):
     def queue(self, held: Any) -> Queue | None:
         """Who clips in the memory of a device, if that is where the leaves are."""
 
+    def written(self, leaves: Sequence[Any]) -> None:
+        """Have the framework know that a queue may have written to leaves."""
+
     def measure(self, held: Any) -> Scaled:
         """The global norm, correctly rounded; NaN if an element is, else inf if one is."""
 

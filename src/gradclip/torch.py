@@ -375,7 +375,6 @@ def _queued_(
     limits = _clip.limits_there(queue, max_norm, total_norm, "max_norm", "total_norm")
     policy = on_nonfinite or "torch"
     norm: Tensor = _clip.queued_(backend, queue, grads, path, *limits, policy, refuse)
-    torch.autograd.graph.increment_version(grads)
     return norm
 
 

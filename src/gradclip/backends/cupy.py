@@ -111,6 +111,10 @@ def queue(held: Held) -> _device.Leaves | _Queue | None:
     return _Queue(held) if held.there is None else held.there
 
 
+def written(leaves: Sequence[Any]) -> None:
+    """Nothing: CuPy keeps no record of what is written."""
+
+
 class _Queue(NamedTuple):
     """Leaves of which some are not in one run of memory: copies of those are clipped."""
 

@@ -28,7 +28,8 @@ from gradclip._tree import Tree
 from gradclip.kernels import cpu, traced, xla
 from gradclip.kernels.jax import LOWER, Operations, pushed_forward, rows_of
 
-measure, total, share, queue = _host.measure, _host.total, _host.share, _host.queue
+measure, total, share = _host.measure, _host.total, _host.share
+queue, written = _host.queue, _host.written
 
 _ACCEPTED = "float16, bfloat16, float8, float32, float64 and complex arrays"
 _OPS = Operations()

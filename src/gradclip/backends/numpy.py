@@ -15,7 +15,8 @@ from gradclip._host import Array, Held
 from gradclip._sparse import IndexedSlices, check_rows, merged_rows
 from gradclip._workers import Workers, workers_of
 
-measure, total, share, queue = _host.measure, _host.total, _host.share, _host.queue
+measure, total, share = _host.measure, _host.total, _host.share
+queue, written = _host.queue, _host.written
 scalar, scale_ = _host.scalar, _host.scale_
 
 _ACCEPTED = "float16, bfloat16, float8, float32, float64 and complex arrays"

@@ -28,7 +28,8 @@ from gradclip.kernels import traced
 from gradclip.kernels.cpu import ieee_arithmetic
 from gradclip.kernels.tensorflow import Operations, grouped, pulled_back
 
-measure, total, share, queue = _host.measure, _host.total, _host.share, _host.queue
+measure, total, share = _host.measure, _host.total, _host.share
+queue, written = _host.queue, _host.written
 
 _ACCEPTED = "float16, bfloat16, float8, float32, float64 and complex tensors"
 _Slices = (tf.IndexedSlices, IndexedSlices)

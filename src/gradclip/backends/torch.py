@@ -11,6 +11,8 @@ import ctypes
 import functools
 import importlib.util
 import math
+import os
+import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -95,6 +97,11 @@ def hold(leaves: Sequence[Any], path: Callable[[int], str], *, writable: bool) -
 def queue(held: Held) -> _device.Leaves | None:
     """Who clips in the memory of a device, if that is where the leaves are."""
     return held.there
+
+
+def written(leaves: Sequence[Any]) -> None:
+    """Have autograd know that leaves may have been written, as the host does not know if."""
+    torch.autograd.graph.increment_version(leaves)
 
 
 def measure(held: Held) -> Scaled:
@@ -375,14 +382,20 @@ def _checked(leaf: Any, path: Callable[[], str]) -> Tensor:
         name = str(tensor.dtype).removeprefix("torch.")
         raise TypeError(f"{path()} is {name}; gradclip clips {_ACCEPTED}")
     values = _values(leaf)
-    extent = sum((n - 1) * step for n, step in zip(values.shape, values.stride(), strict=True)) + 1
-    needed = (values.storage_offset() + extent) * values.element_size()
-    short = values.numel() and needed > values.untyped_storage().nbytes()
+    short = not values.is_meta and _needed(values) > values.untyped_storage().nbytes()
     if values.is_meta or values._is_zerotensor() or short:
         raise ValueError(f"{path()} has no memory (device {values.device})")
     if values is not leaf:
         _check_indices(leaf, path)
     return values
+
+
+def _needed(values: Tensor) -> int:
+    """How many bytes of its storage a tensor reaches over."""
+    if not values.numel():
+        return 0
+    extent = sum((n - 1) * step for n, step in zip(values.shape, values.stride(), strict=True)) + 1
+    return int((values.storage_offset() + extent) * values.element_size())
 
 
 def _check_indices(leaf: Any, path: Callable[[], str]) -> None:
@@ -565,15 +578,15 @@ def has_triton(device: torch.device) -> bool:
     """If the kernels of `kernels.cuda` run on a device: NVIDIA's or AMD's, which are "cuda" too."""
     if device.type != "cuda":
         return False
-    missing = _without_triton()
+    missing = _without_triton(device)
     if missing is not None:
         _warn_once(missing)
     return missing is None
 
 
 @functools.cache
-def _without_triton() -> str | None:
-    """Why Triton is not to be had; None where it is."""
+def _without_triton(device: torch.device) -> str | None:
+    """Why Triton is not to be had for a device; None where it is."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     if "tensorflow" in sys.modules and "triton" not in sys.modules:
@@ -583,6 +596,10 @@ def _without_triton() -> str | None:
 
     if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
         return f"Triton is {triton.__version__}, and older than 3.6"
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "Triton finds no C compiler, by which it builds its launcher"
+    if torch.version.cuda and torch.cuda.get_device_capability(device) < (8, 0):
+        return "Triton compiles for NVIDIA's GPUs of compute capability 8.0 or newer"
     return None
 
 
@@ -611,6 +628,7 @@ def _spans(
         or tensor.layout is not torch.strided
         or tensor.dtype not in _KINDS
         or not _is_in_one_run(tensor)
+        or _needed(tensor) > tensor.untyped_storage().nbytes()
         for tensor in tensors
     ):
         return None

@@ -289,13 +289,13 @@ def _limbs(x, exponent, KIND: tl.constexpr):
 
 @triton.jit
 def _add_tile(
-    s1, s2, s3, outside, address, start, length, exponent, low, high, below,
+    s1, s2, s3, outside, address, start, length, exponent, low, high, most,
     KIND: tl.constexpr, WHOLE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     pointers, inside = _tile(address, start, length, KIND, WHOLE, TILE)
     x = _read(pointers, inside, KIND, WHOLE)
     magnitude = _magnitude(x, KIND)
-    magnitude = tl.where(magnitude < below, magnitude, 0)
+    magnitude = tl.where(magnitude <= most, magnitude, 0)
     within = (magnitude >= low) & (magnitude < high)
     m1, m2, m3 = _limbs(tl.where(within, x, 0.0), exponent, KIND)
     outside = tl.maximum(outside, tl.where(within, 0, magnitude))
@@ -303,21 +303,21 @@ def _add_tile(
 
 
 @triton.jit
-def _round(address, length, exponent, low, high, below, KIND: tl.constexpr, TILE: tl.constexpr):
-    """A chunk's elements of one window, of those below a magnitude; the largest that is left."""
+def _round(address, length, exponent, low, high, most, KIND: tl.constexpr, TILE: tl.constexpr):
+    """A chunk's elements of one window, of those up to a magnitude; the largest that is left."""
     s1 = tl.zeros([TILE], tl.int64)
     s2 = tl.zeros([TILE], tl.int64)
     s3 = tl.zeros([TILE], tl.int64)
     outside = (s1 * 0).to(low.dtype)
     whole = length // TILE * TILE
-    for start in range(0, whole, TILE):
+    for start in tl.range(0, whole, TILE, num_stages=8):
         s1, s2, s3, outside = _add_tile(
-            s1, s2, s3, outside, address, start, length, exponent, low, high, below,
+            s1, s2, s3, outside, address, start, length, exponent, low, high, most,
             KIND, True, TILE,
         )  # fmt: skip
     if whole < length:
         s1, s2, s3, outside = _add_tile(
-            s1, s2, s3, outside, address, whole, length, exponent, low, high, below,
+            s1, s2, s3, outside, address, whole, length, exponent, low, high, most,
             KIND, False, TILE,
         )  # fmt: skip
     return s1, s2, s3, tl.max(outside, 0)
@@ -366,21 +366,21 @@ def _chunk_exactly(total, guess, address, length, KIND: tl.constexpr, TILE: tl.c
     """Add a chunk's squares to the total; its largest magnitude is a guess for the next one."""
     if KIND == F64:
         infinity = tl.full([], 0x7FF0000000000000, tl.int64)
-        below = tl.full([], 0x7FFFFFFFFFFFFFFF, tl.int64)
+        most = tl.full([], 0x7FFFFFFFFFFFFFFF, tl.int64)  # a NaN may have all bits set
     else:
         infinity = tl.full([], 0x7F800000, tl.int32)
-        below = tl.full([], 0x7FFFFFFF, tl.int32)
+        most = tl.full([], 0x7FFFFFFF, tl.int32)
     top = guess.to(infinity.dtype)
     best = guess.to(infinity.dtype)
     tiles = (length + TILE - 1) // TILE
     again = 1
     while again > 0:
         exponent, low, high = _window(top, KIND)
-        s1, s2, s3, left = _round(address, length, exponent, low, high, below, KIND, TILE)
+        s1, s2, s3, left = _round(address, length, exponent, low, high, most, KIND, TILE)
         if left >= high:  # the guess was too low
             top = _survey(total, address, length, infinity, KIND, TILE)
             best = top
-            below = infinity
+            most = infinity - 1
             again = (top > 0).to(tl.int32)
         else:
             position = 2 * exponent.to(tl.int64) - _UNIT
@@ -391,7 +391,7 @@ def _chunk_exactly(total, guess, address, length, KIND: tl.constexpr, TILE: tl.c
             else:
                 _flush(total, s2, tiles, _C2, position - 99)
             top = left
-            below = low
+            most = low - 1
             again = (left > 0).to(tl.int32)
     return best.to(tl.int64)
 
@@ -637,7 +637,9 @@ def measure(
         tl.store(_float_word(scratch, _PARTIALS + tl.program_id(0)), share)
     if _is_last(scratch):
         if given_at != 0:
-            significand, exponent = _split(_scalar(given_at, given))
+            norm = _scalar(given_at, given)
+            norm = tl.where((norm > 0) | (norm != norm), norm, 0.0)
+            significand, exponent = _split(norm)
         elif WIDE:
             significand, exponent = _root(scratch, WIDE)
         else:

@@ -231,7 +231,10 @@ class Memory(NamedTuple):
 
     @property
     def is_capturing(self) -> bool:
-        return self.device.type != "cpu" and torch.cuda.is_current_stream_capturing()
+        if self.device.type == "cpu":
+            return False
+        with torch.cuda.device(self.device):
+            return torch.cuda.is_current_stream_capturing()
 
     def zeros(self, words: int) -> Tensor:
         if not self.is_capturing and self.device.type != "cpu":
