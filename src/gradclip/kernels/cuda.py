@@ -65,26 +65,32 @@ _MASK32 = tl.constexpr(0xFFFFFFFF)
 
 
 @triton.jit
+def _at(address, dtype: tl.constexpr):
+    """The pointer of an address, which the interpreter takes for an int32 where it is small."""
+    return address.to(tl.int64).to(tl.pointer_type(dtype))
+
+
+@triton.jit
 def _word(scratch, place):
-    return (scratch + 8 * place).to(tl.pointer_type(tl.int64))
+    return _at(scratch + 8 * place, tl.int64)
 
 
 @triton.jit
 def _float_word(scratch, place):
-    return (scratch + 8 * place).to(tl.pointer_type(tl.float64))
+    return _at(scratch + 8 * place, tl.float64)
 
 
 @triton.jit
 def _tile(address, start, length, KIND: tl.constexpr, WHOLE: tl.constexpr, TILE: tl.constexpr):
     """Pointers to a tile of a chunk, and which of them are within it."""
     if KIND == F64:
-        first = address.to(tl.pointer_type(tl.float64))
+        first = _at(address, tl.float64)
     elif KIND == F32:
-        first = address.to(tl.pointer_type(tl.float32))
+        first = _at(address, tl.float32)
     elif KIND == F16:
-        first = address.to(tl.pointer_type(tl.float16))
+        first = _at(address, tl.float16)
     else:
-        first = address.to(tl.pointer_type(tl.uint16))
+        first = _at(address, tl.uint16)
     if WHOLE:  # it begins at a multiple of 16 bytes, and so do its tiles
         first = tl.multiple_of(first + start, [16])
         pointers = first + tl.arange(0, TILE)
@@ -151,9 +157,9 @@ def _scalar(where, value):
     """A scalar from the argument or from memory, as float64."""
     x = _float64(value)
     if where == _AT_F32:
-        x = tl.load(value.to(tl.pointer_type(tl.float32))).to(tl.float64)
+        x = tl.load(_at(value, tl.float32)).to(tl.float64)
     elif where > _AT_F32:
-        x = tl.load(value.to(tl.pointer_type(tl.float64)))
+        x = tl.load(_at(value, tl.float64))
     return x
 
 
@@ -550,7 +556,7 @@ def _enter(ledger, factor_at, begins, folds, scale, action, factor):
     divisor = scale / tl.where(factor > 0, factor, 4.9406564584124654e-324)
     divides = (folds > 0) & (action == SCALE) & (divisor < 3.4028234663852886e38)
     divisor = tl.where(divides, divisor, scale).to(tl.float32)
-    tl.store(_word(ledger, 3).to(tl.pointer_type(tl.float32)), divisor)
+    tl.store(_at(ledger + 24, tl.float32), divisor)
     return divides
 
 
@@ -562,25 +568,25 @@ def _finish(
     """Write the norm and the decision, and keep an optimizer's books, if there is one."""
     scale = tl.full([], 1.0, tl.float64)
     if scale_at != 0:
-        scale = tl.load(scale_at.to(tl.pointer_type(tl.float32))).to(tl.float64)
+        scale = tl.load(_at(scale_at, tl.float32)).to(tl.float64)
     significand, exponent = _unscaled(significand, exponent, scale, WIDE)
     action, factor, shift = _decide(significand, exponent, limit, policy)
     steps = True  # unless a GradScaler has found an inf: then the optimizer does nothing
     if found_inf_at != 0:
-        steps = tl.load(found_inf_at.to(tl.pointer_type(tl.float32))) == 0
+        steps = tl.load(_at(found_inf_at, tl.float32)) == 0
     if steps:
         norm = _joined(significand, exponent)
         if WIDE:
-            tl.store(norm_at.to(tl.pointer_type(tl.float64)), norm)
+            tl.store(_at(norm_at, tl.float64), norm)
         else:
-            tl.store(norm_at.to(tl.pointer_type(tl.float32)), norm.to(tl.float32))
+            tl.store(_at(norm_at, tl.float32), norm.to(tl.float32))
         if ledger != 0:
             whole = _joined(factor, shift)
             divides = _enter(ledger, factor_at, begins, folds, scale, action, whole)
             action = tl.where(divides, KEEP, action)
     else:
         action = action * 0 + KEEP
-        tl.store(_word(ledger, 3).to(tl.pointer_type(tl.float32)), scale.to(tl.float32))
+        tl.store(_at(ledger + 24, tl.float32), scale.to(tl.float32))
     tl.store(_word(scratch, _ACTION), action.to(tl.int64))
     tl.store(_float_word(scratch, _SIGNIFICAND), factor)
     tl.store(_word(scratch, _EXPONENT), shift.to(tl.int64))
