@@ -53,11 +53,11 @@ def test_passes(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check"]) == 0
     out, err = capsys.readouterr()
     assert "gradclip is exact on every list" in out
-    assert [line for line in out.splitlines() if line.startswith("not installed: ")] == [
-        "not installed: torch",
-        "not installed: tensorflow",
-        "not installed: jax",
-        "not installed: cupy",
+    assert [line for line in out.splitlines() if line.startswith("not to be had here: ")] == [
+        "not to be had here: torch",
+        "not to be had here: tensorflow",
+        "not to be had here: jax",
+        "not to be had here: cupy",
     ]
     assert "refused rows listed twice (ValueError)" in out
     assert max(map(len, out.splitlines())) <= 80
@@ -184,7 +184,7 @@ def test_known_faults_of_others_show(framework: Any) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     found = results(done.stdout)
-    assert json.loads(done.stdout)["not_installed"] == []
+    assert json.loads(done.stdout)["not_installed"] in ([], ["cupy"])  # which may have no device
     fates = {
         (name, system): found[name, system]["fate"]
         for name in ("[1e20, 1e20]", "3-4-5, limit 5", "nothing to clip", "rows listed twice")

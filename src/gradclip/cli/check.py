@@ -83,7 +83,7 @@ def _print(
         ]
         print(f"{system.name}: {system.what}", *(f"  refused {name}" for name in refused), sep="\n")
     for name in missing:
-        print(f"not installed: {name}")
+        print(f"not to be had here: {name}")
     for name, system, verdict in wrong:
         print(f"NOT EXACT: {system.name}, {name}: {verdict.fate}, norm {verdict.norm!r}")
     if not wrong:
