@@ -41,7 +41,6 @@ _TORCH = tl.constexpr(3)  # as its factor: NaN makes all NaN; inf makes what is 
 
 # Where a scalar is: nowhere, in the argument itself as bits of float64, or at an address.
 NONE, BITS, AT_F32, AT_F64 = 0, 1, 2, 3
-_BITS = tl.constexpr(1)
 _AT_F32 = tl.constexpr(2)
 
 # Scratch, in words of 8 bytes. The ticket and the total are 0 between calls.
