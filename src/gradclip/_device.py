@@ -198,7 +198,8 @@ def _prepared(leaves: Leaves) -> Iterator[tuple[_Table, int]]:
     memory = leaves.memory
     with _lock:
         if memory.is_capturing:
-            yield _table(leaves, again=True), memory.address(memory.zeros(cuda.SCRATCH))
+            scratch = memory.zeros(cuda.SCRATCH)
+            yield _table(leaves, again=True), memory.address(scratch)
             return
         place = memory.key
         if place not in _scratch:
