@@ -92,6 +92,14 @@ def pytest_configure() -> None:
         raise pytest.UsageError(f"GRADCLIP_REQUIRE_ALL=1, but absent: {', '.join(missing)}")
 
 
+# Their tests are each a process or several that take long: begun last, one would be waited for.
+LONG = ("test_keras.py", "test_cli_bench.py", "test_distributed.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 @pytest.fixture
 def framework() -> Callable[[str], Any]:
     """Import a framework, or skip the test."""
