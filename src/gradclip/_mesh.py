@@ -148,7 +148,8 @@ def locals_of(leaves: Sequence[Any]) -> list[Any]:
     kind = spread_by()
     if kind is None:
         return list(leaves)
-    return [_arrived(leaf._local_tensor) if isinstance(leaf, kind) else leaf for leaf in leaves]
+    found = [leaf._local_tensor if isinstance(leaf, kind) else leaf for leaf in leaves]
+    return [each if type(each) is Tensor else _arrived(each) for each in found]
 
 
 def _arrived(tensor: Any) -> Any:
@@ -163,16 +164,17 @@ def any_terms(leaves: Sequence[Any]) -> bool:
         TypeError: a DTensor is a product of what the processes hold, which no factor scales.
     """
     kind = spread_by()
-    kinds = {
-        each
-        for leaf in leaves
-        if kind is not None and isinstance(leaf, kind)
-        for each in leaf._spec.placements
-        if each.is_partial()
-    }
-    if any(each.reduce_op == "product" for each in kinds):
+    if kind is None:
+        return False
+    placed = [leaf._spec.placements for leaf in leaves if isinstance(leaf, kind)]
+    # There may be thousands of leaves, but of few types of placement.
+    by_type = {type(each): each for every in placed for each in every}
+    if not any(each.is_partial() for each in by_type.values()):
+        return False
+    terms = {each for every in placed for each in every if each.is_partial()}
+    if any(each.reduce_op == "product" for each in terms):
         raise TypeError("a DTensor is Partial('product'); gradclip clips sums")
-    return bool(kinds)
+    return True
 
 
 def counted(leaves: Sequence[Any], ring: Ring) -> list[Any]:
@@ -195,9 +197,9 @@ def counted(leaves: Sequence[Any], ring: Ring) -> list[Any]:
                 is_sum = any(each.is_partial() for each in spec.placements)
                 answer = known[key] = is_sum, _is_first(leaf, ring, every)
             is_sum, is_first = answer
-            whole = _added_up(leaf) if is_sum else leaf
+            local = (_added_up(leaf) if is_sum else leaf)._local_tensor
             if is_first:
-                found.append(_arrived(whole._local_tensor))
+                found.append(local if type(local) is Tensor else _arrived(local))
         elif ring.parts or ring.rank == 0:
             found.append(leaf)
     return found
