@@ -137,6 +137,7 @@ def wide_values(name: str, size: int, *, binades: float = 0) -> Any:
     return (values * 2.0**10).astype(DTYPES[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["float16", "bfloat16", "float32", "float64"])
 @pytest.mark.parametrize("binades", [0, 20, 200])
 def test_long_leaves_of_many_tiles_and_chunks(name: str, binades: int) -> None:
@@ -293,6 +294,7 @@ def test_the_host_never_waits() -> None:
         gtorch.clip_grad_norm_(parameters, 1.0, error_if_nonfinite=True)
 
 
+@pytest.mark.slow
 def test_with_nothing_to_clip_not_a_byte_is_written() -> None:
     """In memory that cannot be written."""
     program = """
@@ -453,6 +455,7 @@ def test_a_limit_on_the_device_cannot_be_refused(limit: float, wanted: float) ->
 # ---- workers ----
 
 
+@pytest.mark.slow
 def test_a_share_is_the_exact_total() -> None:
     for case in random_cases(4, 12):
         leaves = tensors_of(case)

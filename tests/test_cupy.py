@@ -74,6 +74,7 @@ def build(case: Case, *, writable: bool = False) -> list[Any]:
 # ---- the numbers ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", [*([name] for name in NAMES), NAMES, NAMES[:3]], ids="-".join)
 def test_random_lists(names: list[str]) -> None:
     wide = any(DTYPES[name] in (np.float64, np.complex128) for name in names)
@@ -103,6 +104,7 @@ def assert_all_as(leaves: list[Any], values: list[Any]) -> None:
         assert_same_bits(read(leaf), old, nan_payload=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["float16", "bfloat16", "float32", "float64"])
 def test_norms_near_the_middle_of_two_numbers(name: str) -> None:
     for leaves in cases.near_midpoints(np.random.default_rng(3), DTYPES[name], 4):
@@ -155,6 +157,7 @@ def test_a_limit_is_checked_where_it_is_read() -> None:
 # ---- NaN and inf ----
 
 
+@pytest.mark.slow
 def test_raise_names_each_offending_leaf_with_its_counts() -> None:
     leaves = {
         "body": [make(np.float32([1, np.nan, np.inf, np.nan])), make(np.float32([1]))],

@@ -145,6 +145,7 @@ def test_random_lists(way: str, kernel_name: str, dtypes: list[str]) -> None:
             check(way, case.values, case.clip_norm, wanted, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
 def test_norms_between_two_numbers(dtype: str, way: str) -> None:
@@ -193,6 +194,7 @@ def test_xla_adds_rows_up_before_columns(shape: tuple[int, ...]) -> None:
     assert len(re.findall(r"= f64\S* reduce\(", program)) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["jit", "operations"])
 def test_the_order_of_leaves_changes_nothing(way: str) -> None:
     rng = np.random.default_rng(6)
@@ -265,6 +267,7 @@ def test_with_and_without_x64(way: str, x64: bool) -> None:
         assert (clipped[0].dtype, norm.dtype) == ("float64", "float64")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
 def test_subnormal_numbers_in_vectors_and_in_what_is_left_over(dtype: str) -> None:
     """What compilers make of the last few numbers of an array flushes at other places."""
@@ -286,6 +289,7 @@ def test_what_jax_leaves_undone_about_subnormal_numbers() -> None:
     assert float(wanted.norm) == 2.0**-139
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["jit", "operations"])
 @pytest.mark.parametrize(
     ("values", "limit", "wanted", "norm"),
@@ -384,6 +388,7 @@ def test_at_zero_the_jacobian_is_the_identity_and_the_norm_s_is_zero(limit: floa
     assert_close(jacobian, np.array([[1, 0], [0, 1], [0, 0]]))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_x64")
 def test_under_vmap_each_member_has_its_own_norm_and_jacobian() -> None:
     rng = np.random.default_rng(9)
@@ -415,6 +420,7 @@ def test_under_vmap_each_member_has_its_own_norm_and_jacobian() -> None:
         np.testing.assert_array_equal(twice[i, j], clip([second[i, j]]))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_x64")
 @pytest.mark.parametrize("factor", [0.3, 3.0])
 def test_second_derivatives(factor: float) -> None:
@@ -434,6 +440,7 @@ def test_second_derivatives(factor: float) -> None:
             assert_close(got, wanted, 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_x64")
 def test_complex_derivatives() -> None:
     """With respect to the real and imaginary parts."""
@@ -485,6 +492,7 @@ def test_derivatives_where_an_element_is_inf(policy: Any, slope: float) -> None:
     np.testing.assert_array_equal(tangent, [slope, slope * 0])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_x64")
 def test_scan_checkpoint_and_linearize() -> None:
     rng = np.random.default_rng(13)
@@ -524,6 +532,7 @@ def test_the_gradient_through_a_loop_body_is_that_of_its_branch() -> None:
 # ---- groups of an axis name; shards ----
 
 
+@pytest.mark.slow
 def test_over_an_axis_of_vmap() -> None:
     """The norm of all members, also of one axis of two, and its derivative."""
     whole = jnp.asarray(np.random.default_rng(14).standard_normal((4, 6)), "float32")
@@ -582,6 +591,7 @@ def test_over_eight_devices() -> None:
 # ---- modes of JAX ----
 
 
+@pytest.mark.slow
 def test_without_jit_and_looking_for_nan() -> None:
     x = jnp.array([3.0, 4.0])
     clip = lambda x: gradclip.clip_by_global_norm([x], 1.0)[0][0]  # noqa: E731
@@ -610,6 +620,7 @@ def test_a_program_saved_in_one_process_runs_in_another(tmp_path: Path) -> None:
     assert (ended.stdout, ended.returncode) == ("5.0\n", 0), ended.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float8_e5m2", "float8_e4m3", "float16", "float32"])
 @pytest.mark.parametrize("way", WAYS)
 def test_what_is_kept_is_kept_to_the_bit(way: str, dtype: str) -> None:
@@ -705,6 +716,7 @@ def embedding(dtype: str = "float32") -> tuple[Any, Any]:
     return jnp.array([[1, 2], [2, 0], [2, 4]], dtype), jnp.array([3, 1, 3])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", ["slices", "bcoo"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "complex64"])
@@ -725,6 +737,7 @@ def test_rows_of_the_same_place_are_added_before_they_are_squared(
         np.testing.assert_array_equal(clipped[0].todense(), leaf.todense() / 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_bcoo_of_every_shape(way: str) -> None:
     """Against the dense array: batch, sparse and dense dimensions, and rows that are padding."""
@@ -751,6 +764,7 @@ def test_bcoo_of_every_shape(way: str) -> None:
     assert WAYS[way]([empty, jnp.array([3.0])], 1.0)[1] == 3
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_x64")
 @pytest.mark.parametrize("kind", ["slices", "bcoo"])
 def test_derivatives_of_sparse_leaves(kind: str) -> None:
@@ -842,6 +856,7 @@ def test_arrays_of_jax_and_of_others_do_not_mix() -> None:
 # ---- containers ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["eager", "jit"])
 def test_models_of_equinox_and_flax(way: str, framework: Callable[[str], Any]) -> None:
     """Whole modules go in and come out, what is no array of theirs as it was."""

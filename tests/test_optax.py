@@ -624,6 +624,7 @@ def test_optax_per_example_agrees_where_both_are_defined() -> None:
             assert np.allclose(a, b, rtol=0, atol=8 * 11 * 3 * 2.0**-24)
 
 
+@pytest.mark.slow
 def test_where_optax_per_example_differs() -> None:
     theirs = lambda grads, limit: np.asarray(  # noqa: E731
         optax.per_example_global_norm_clip([jnp.asarray(grads)], limit)[0][0]

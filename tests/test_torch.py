@@ -954,6 +954,7 @@ def test_clipping_allocates_nothing_that_grows() -> None:
     assert most_resident() - before < 4096  # of 16384 kB
 
 
+@pytest.mark.slow
 def test_clipping_tensors_imports_no_dtensors() -> None:
     """They take most of a second."""
     code = """

@@ -444,6 +444,7 @@ def test_sparse_gradients() -> None:
         assert torch.equal(clipper.norm, expected)
 
 
+@pytest.mark.slow
 def test_where_other_processes_reduce_gradients_they_are_measured_in_the_step() -> None:
     code = """
         import torch, gradclip.torch as gtorch
