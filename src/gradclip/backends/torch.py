@@ -60,9 +60,7 @@ class Held(NamedTuple):
     host: _host.Held | None  # their memory; None where the host's kernels do not reach it
     spread: Sequence[Any] | None = None  # the leaves as they are, where one is a DTensor
     writable: bool = False
-    there: _device.Leaves | None = (
-        None  # in the memory of a device, where Triton's kernels reach all
-    )
+    there: _device.Leaves | None = None  # in a device's memory, if Triton's kernels reach all
 
 
 # ---- the backend ----

@@ -771,7 +771,8 @@ static PyObject *watch_call(Watch *self, PyObject *args, PyObject *unused) {
     int64_t geometry[2 * (MOST_DIMENSIONS + 1)];
     int failed = 0;
     if (Py_TYPE(gradient) == torch.tensor &&
-        read_tensor((char *)gradient + torch.at, torch.cpu, 0, &array, &leaf) == 0 && leaf.kind != F64 &&
+        read_tensor((char *)gradient + torch.at, torch.cpu, 0, &array, &leaf) == 0 &&
+        leaf.kind != F64 &&
         lay_out(&array, &leaf, 1, geometry) == 0 && !leaf.ndim && leaf.size)
         failed = measure_gradient(self, gradient, &leaf);
     Py_DECREF(gradient);
