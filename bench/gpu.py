@@ -26,6 +26,7 @@ from torch import Tensor
 import gradclip
 import gradclip.torch as gtorch
 from gradclip.cli._console import print_table
+from gradclip.kernels.devices import OPTIONS
 
 TURNS = 15
 
@@ -326,8 +327,7 @@ def binaries(target: Any) -> Iterator[tuple[str, dict[str, Any], Any]]:
             signature={name: "constexpr" if name in constants else "i64" for name in names},
             constexprs={(names.index(name),): value for name, value in constants.items()},
         )
-        options = {"num_warps": 8, "enable_fp_fusion": True}
-        yield kernel.fn.__name__, constants, triton.compile(source, target=target, options=options)
+        yield kernel.fn.__name__, constants, triton.compile(source, target=target, options=OPTIONS)
 
 
 def loops(listed: str) -> Iterator[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import importlib.metadata
@@ -223,20 +222,10 @@ def _torch_elsewhere(*args: Any, **options: Any) -> Any:
         return gradclip.clip_by_global_norm(*args, **options)
 
 
-@contextlib.contextmanager
-def torch_there() -> Iterator[None]:
-    """Tensors of the CPU are in the memory of a device that Triton compiles for."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("gradclip.backends.torch.has_triton", lambda _: True)
-        patched.setattr("gradclip.backends.torch._taken", lambda *_, **__: None)
-        with np.errstate(all="ignore"):  # the interpreter calculates by NumPy
-            yield
-
-
 def _torch_triton(*args: Any, **options: Any) -> Any:
     if version("triton") is None:
         pytest.skip("triton is not installed")
-    with torch_there():
+    with importlib.import_module("host_torch").torch_there():
         return gradclip.clip_by_global_norm(*args, **options)
 
 

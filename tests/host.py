@@ -87,6 +87,20 @@ def run_python(
     )
 
 
+def run_script(
+    script: Path, cwd: Path, *arguments: str, timeout: int = 300
+) -> subprocess.CompletedProcess[str]:
+    """Run a script as its user does."""
+    return subprocess.run(
+        [sys.executable, str(script), *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
 _IN_TURN = """
 import json, runpy, sys
 script, folder, commands = sys.argv[1:]

@@ -21,7 +21,7 @@ import gradclip
 import oracle
 from cases import DTYPES, Case, constants_on_boundaries, exact_ties, near_midpoints, random_case
 from compare import assert_leaves, assert_norm, assert_raises, assert_untouched, expected_of
-from conftest import _torch_read, _torch_tensor, torch_there, version
+from conftest import _torch_read, _torch_tensor, version
 from host import run_python
 
 if version("torch") is None or version("triton") is None:
@@ -35,7 +35,7 @@ from gradclip import _device, _host
 from gradclip.backends import numpy as numpy_backend
 from gradclip.backends import torch as backend
 from gradclip.kernels import cuda
-from gradclip.kernels.torch import Memory
+from host_torch import HostMemory, torch_there
 
 NAMES = ["float16", "bfloat16", "float32", "complex64", "float64", "complex128"]
 NARROW = [DTYPES[name] for name in NAMES[:4]]
@@ -58,29 +58,31 @@ def tensors_of(case: Case) -> list[Any]:
 def check(case: Case) -> None:
     """Clip in place and not; hold every bit against the oracle."""
     check_in_place(case)
-    expected = expected_of(case)
-    options: Any = {"use_norm": case.use_norm, "on_nonfinite": case.on_nonfinite}
     leaves = tensors_of(case)
-    if expected.leaves is not None:
-        new, norm = gradclip.clip_by_global_norm(leaves, case.clip_norm, **options)
-        assert_norm(scalar(norm), expected.norm)
-        assert_leaves(list(map(_torch_read, new)), expected)
-    else:
-        assert_raises(gradclip.clip_by_global_norm, leaves, case.clip_norm, **options)
+    check_clip(case, leaves, gradclip.clip_by_global_norm)
     assert_untouched(list(map(_torch_read, leaves)), case.values)
 
 
 def check_in_place(case: Case) -> None:
+    def clip(leaves: Any, *limits: Any, **options: Any) -> Any:
+        return leaves, gradclip.clip_by_global_norm_(leaves, *limits, **options)
+
+    leaves = tensors_of(case)
+    if not check_clip(case, leaves, clip):
+        assert_untouched(list(map(_torch_read, leaves)), case.values)
+
+
+def check_clip(case: Case, leaves: list[Any], clip: Callable[..., Any]) -> bool:
+    """What a clip returns; False where it had to raise."""
     expected = expected_of(case)
     options: Any = {"use_norm": case.use_norm, "on_nonfinite": case.on_nonfinite}
-    leaves = tensors_of(case)
-    if expected.leaves is not None:
-        norm = gradclip.clip_by_global_norm_(leaves, case.clip_norm, **options)
-        assert_norm(scalar(norm), expected.norm)
-        assert_leaves(list(map(_torch_read, leaves)), expected)
-    else:
-        assert_raises(gradclip.clip_by_global_norm_, leaves, case.clip_norm, **options)
-        assert_untouched(list(map(_torch_read, leaves)), case.values)
+    if expected.leaves is None:
+        assert_raises(clip, leaves, case.clip_norm, **options)
+        return False
+    new, norm = clip(leaves, case.clip_norm, **options)
+    assert_norm(scalar(norm), expected.norm)
+    assert_leaves(list(map(_torch_read, new)), expected)
+    return True
 
 
 def scalar(norm: Any) -> Any:
@@ -221,7 +223,7 @@ def test_a_nan_of_any_bits_is_counted(bits: int) -> None:
 # ---- what a call costs ----
 
 
-class Counted(Memory):
+class Counted(HostMemory):
     """Memory that writes down what is asked of it."""
 
     launched: list[str] = []  # noqa: RUF012
@@ -268,7 +270,7 @@ def refuse_to_wait(*_: Any) -> None:
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("__float__", "__bool__", "__int__", "item", "tolist", "cpu", "numpy"):
         monkeypatch.setattr(torch.Tensor, name, refuse_to_wait)
-    monkeypatch.setattr(Memory, "received", refuse_to_wait)
+    monkeypatch.setattr(HostMemory, "received", refuse_to_wait)
 
 
 @pytest.mark.usefixtures("_no_waiting")
@@ -299,7 +301,7 @@ def test_with_nothing_to_clip_not_a_byte_is_written() -> None:
     """In memory that cannot be written."""
     program = """
 import mmap, torch, gradclip
-from conftest import torch_there
+from host_torch import torch_there
 room = mmap.mmap(-1, 1 << 16)
 room.write(torch.ones(1 << 14).numpy().tobytes())
 import ctypes
@@ -320,7 +322,7 @@ def test_a_captured_call_replayed_gives_fresh_norms(monkeypatch: pytest.MonkeyPa
     """What is launched while capturing is only recorded, and run by each replay."""
     graph: list[Callable[[], Any]] = []
 
-    class Capturing(Memory):
+    class Capturing(HostMemory):
         is_capturing = property(lambda _: True)  # type: ignore[assignment]
 
         def zeros(self, words: int) -> Any:

@@ -33,6 +33,7 @@ import cupy
 import host_cupy
 from gradclip.backends import cupy as backend
 from gradclip.kernels import cupy as kernels
+from gradclip.kernels.devices import Reserve
 from host_cupy import lay_out, make, read
 
 NAMES = ["float16", "bfloat16", "float32", "float64", "complex64", "complex128"]
@@ -472,23 +473,21 @@ def test_what_a_graph_uses_is_kept() -> None:
         del kernels._in_graphs[kept:]
 
 
-def test_parts_of_pinned_memory_for_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_reserved", [])
-    monkeypatch.setattr(kernels, "_RESERVED", 7)
-    monkeypatch.setattr(kernels, "_of_pinned", lambda count: np.zeros(count, np.int64))
+def test_parts_of_pinned_memory_for_graphs() -> None:
+    reserve = Reserve(lambda count: np.zeros(count, np.int64), words=7)
     words = np.arange(3)
     text = (
         "no pinned memory is left for the 1 chunks of a clip that is being captured; "
         "clip once before capturing, or fewer graphs"
     )
     with raises(RuntimeError, text):
-        kernels._pinned_for_ever(words)
+        reserve.keep(words)
     for _ in range(2):
-        kernels._reserve()
-    parts = [kernels._pinned_for_ever(words + place) for place in range(2)]
+        reserve.take()
+    parts = [reserve.keep(words + place) for place in range(2)]
     assert [part.tolist() for part in parts] == [[0, 1, 2], [1, 2, 3]]
     with raises(RuntimeError, text):
-        kernels._pinned_for_ever(words)
+        reserve.keep(words)
 
 
 def test_pinned_memory_is_kept_until_it_has_been_read(monkeypatch: pytest.MonkeyPatch) -> None:

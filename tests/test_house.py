@@ -59,6 +59,7 @@ ARROWS = {
     "_clipper": {
         "_clip",
         "_decide",
+        "_device:Ledger",
         "_exact",
         "_workers",
         "backends.torch",

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from host import run_script_in_turn
+from host import run_script, run_script_in_turn
 
 for _name in ("optax", "equinox", "orbax", "sklearn"):
     if importlib.util.find_spec(_name) is None:
@@ -22,20 +20,9 @@ pytestmark = pytest.mark.slow
 EXAMPLE = Path(__file__).parent.parent / "examples" / "jax_digits.py"
 
 
-def run(script: Path, cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(script), *arguments],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-
-
 def test_both_learn_and_the_resumed_run_is_the_same(tmp_path: Path) -> None:
     picture = tmp_path / "digits.png"
-    done = run(EXAMPLE, tmp_path, "--quick", "--out", str(picture))
+    done = run_script(EXAMPLE, tmp_path, "--quick", "--out", str(picture))
     assert done.stderr == ""
     assert done.returncode == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -60,7 +47,7 @@ def test_a_run_that_is_not_resumed_whole_is_told(tmp_path: Path) -> None:
     code = EXAMPLE.read_text()
     forgetful = tmp_path / "forgetful.py"
     forgetful.write_text(code.replace('kept["state"]', "self.state"))
-    done = run(forgetful, tmp_path, "--steps", "6")
+    done = run_script(forgetful, tmp_path, "--steps", "6")
     assert done.returncode == 1
     assert "resumed in a new process, these differ: losses, norms, " in done.stderr
     assert ".global_norm" in done.stderr

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from host import run_script_in_turn
+from host import run_script, run_script_in_turn
 
 pytest.importorskip("torch")
 # Its first import on a machine says on stderr that it looks for fonts.
@@ -19,20 +17,9 @@ pytestmark = pytest.mark.slow
 EXAMPLE = Path(__file__).parent.parent / "examples" / "torch_characters.py"
 
 
-def run(cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(EXAMPLE), *arguments],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
-
-
 def test_the_three_runs_are_one(tmp_path: Path) -> None:
     picture = tmp_path / "characters.png"
-    done = run(tmp_path, "--quick", "--out", str(picture))
+    done = run_script(EXAMPLE, tmp_path, "--quick", "--out", str(picture), timeout=500)
     assert done.stderr == ""
     assert done.returncode == 0
     assert picture.read_bytes().startswith(b"\x89PNG")

@@ -171,7 +171,7 @@ class Network(nn.Module):
 
 def there() -> None:
     """The same in the memory of a device: totals stay there until they are added up."""
-    from conftest import torch_there
+    from host_torch import torch_there
 
     rank, size = start()
     flat = mesh_of(size)

@@ -410,9 +410,17 @@ class _There:
         """Where the norm of one list, and all that comes with it, are to be written."""
         if wide != (self.norms[place].dtype is torch.float64):
             self.norms[place] = self._memory.scalar(wide=wide).zero_()
-        scalars = [0 if each is None else each.data_ptr() for each in amp]
-        books = [self.words.data_ptr(), self.factors[place].data_ptr()]
-        ledger = (*books, int(place == 0), int(folds), *scalars)
+        from gradclip._device import Ledger  # of which nobody has need without a device
+
+        scale, found_inf = (0 if each is None else each.data_ptr() for each in amp)
+        ledger = Ledger(
+            words=self.words.data_ptr(),
+            factor=self.factors[place].data_ptr(),
+            begins=int(place == 0),
+            folds=int(folds),
+            scale=scale,
+            found_inf=found_inf,
+        )
         return {"norm": self.norms[place], "ledger": ledger}
 
     def told(self, scalars: Sequence[Tensor], *, per_group: bool) -> Tensor:

@@ -73,6 +73,9 @@ class Ledger(NamedTuple):
     found_inf: int = 0
 
 
+_NO_LEDGER = Ledger()
+
+
 class _Table(NamedTuple):
     buffer: Any
     chunks: int
@@ -96,7 +99,7 @@ class Leaves(NamedTuple):
         policy: str,
         *,
         given: Any = None,
-        ledger: tuple[int, ...] = Ledger(),
+        ledger: Ledger = _NO_LEDGER,
         norm: Any = None,
         check: Callable[[Any], None] | None = None,
     ) -> Any:
@@ -120,7 +123,7 @@ class Leaves(NamedTuple):
         """The global norm, as a new scalar on the device."""
         norm = self.memory.scalar(wide=self.wide)
         with _prepared(self) as (table, scratch):
-            only = (*self._scalar(np.inf), *self._scalar(None), cuda.POLICIES["keep"], *Ledger())
+            only = (*self._scalar(np.inf), *self._scalar(None), cuda.POLICIES["keep"], *_NO_LEDGER)
             self._measure(table, scratch, (self.memory.address(norm), *only))
         return norm
 

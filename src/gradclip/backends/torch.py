@@ -34,6 +34,7 @@ from gradclip._sparse import IndexedSlices, check_rows, merged_rows
 from gradclip._tree import Tree
 from gradclip._workers import Joint, Workers, workers_of
 from gradclip.kernels import cpu, traced
+from gradclip.kernels.devices import is_run
 from gradclip.kernels.torch import Memory, Operations, pulled_back, pushed_forward, slope
 
 if TYPE_CHECKING:
@@ -625,7 +626,7 @@ def _spans(
         tensor.device != device
         or tensor.layout is not torch.strided
         or tensor.dtype not in _KINDS
-        or not _is_in_one_run(tensor)
+        or not is_run(tensor.shape, tensor.stride(), 1)
         or _needed(tensor) > tensor.untyped_storage().nbytes()
         for tensor in tensors
     ):
@@ -636,16 +637,6 @@ def _spans(
     ]
     wide = any(tensor.dtype in WIDE for tensor in tensors)
     return np.array(rows, np.int64).tobytes(), wide
-
-
-def _is_in_one_run(tensor: Tensor) -> bool:
-    """If the elements lie one after the other, in whatever order of dimensions."""
-    step = 1
-    for stride, length in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if length != 1 and stride != step:
-            return not tensor.numel()
-        step *= length
-    return True
 
 
 # The numbers of `cpu.h`.

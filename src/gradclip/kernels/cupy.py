@@ -15,6 +15,9 @@ from cupy_backends.cuda.api import driver
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from gradclip.kernels import devices
+from gradclip.kernels.devices import OPTIONS, Reserve
+
 
 class Memory(NamedTuple):
     """CuPy's names for what `_device` asks of a device; see there."""
@@ -51,12 +54,12 @@ class Memory(NamedTuple):
 
     def zeros(self, words: int) -> Any:
         if not self.is_capturing:
-            _reserve()
+            _reserve.take()
         with on(self.device):
             return self.kept(cupy.zeros(words, np.int64))
 
     def sent(self, words: Any, *, again: bool) -> Any:
-        pinned = _pinned_for_ever(words) if again else _pinned(words)
+        pinned = _reserve.keep(words) if again else _of_pinned(len(words), words)
         with on(self.device):
             new = cupy.empty(words.shape, np.int64)
             # An array's own way would refuse while capturing.
@@ -149,13 +152,7 @@ def is_run(values: Any) -> bool:
     flags = values.flags
     if flags.c_contiguous or flags.f_contiguous:
         return True
-    wanted = values.itemsize
-    for stride, length in sorted(zip(values.strides, values.shape, strict=True)):
-        if length > 1:
-            if stride != wanted:
-                return False
-            wanted *= length
-    return True
+    return devices.is_run(values.shape, values.strides, values.itemsize)
 
 
 def may_overlap(values: Any) -> bool:
@@ -183,16 +180,6 @@ def _bits(values: Any) -> Any:
 # CuPy gives pinned memory that is dropped to the next who asks, also while it is being read.
 _sending: deque[tuple[Any, Any]] = deque()
 
-# What a captured graph sends to the device it reads again at each replay: a part of pinned memory
-# that is never given back. There may be none to be had while capturing, so some is taken before.
-_RESERVED = 1 << 17
-_reserved: list[Any] = []
-
-
-def _pinned(words: Any) -> Any:
-    """A copy in pinned memory."""
-    return _of_pinned(len(words), words)
-
 
 def _of_pinned(count: int, words: Any = 0) -> Any:
     """New pinned memory for so many words."""
@@ -210,22 +197,7 @@ def _hold_until_sent(pinned: Any, stream: Any) -> None:
         _sending.popleft()
 
 
-def _reserve() -> None:
-    if not _reserved:
-        _reserved.append(_of_pinned(_RESERVED))
-
-
-def _pinned_for_ever(words: Any) -> Any:
-    """A copy in pinned memory that was reserved, for ever."""
-    if not _reserved or len(words) > len(_reserved[0]):
-        raise RuntimeError(
-            f"no pinned memory is left for the {len(words) // 3} chunks of a clip that is being "
-            "captured; clip once before capturing, or fewer graphs"
-        )
-    part = _reserved[0][: len(words)]
-    _reserved[0] = _reserved[0][len(words) :]
-    part[:] = words
-    return part
+_reserve = Reserve(_of_pinned)
 
 
 # ---- kernels ----
@@ -270,7 +242,7 @@ def compile_for(kernel: Any, constants: tuple[tuple[str, int], ...], capability:
     return triton.compile(
         ASTSource(kernel, signature, values),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": 8, "enable_fp_fusion": True},
+        options=OPTIONS,
     )
 
 

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gradclip.kernels.devices import OPTIONS, Reserve
+
 
 class Slope(NamedTuple):
     """What the derivative of a clip is made of: float64 scalars that can be differentiated."""
@@ -215,8 +217,6 @@ class Memory(NamedTuple):
     @classmethod
     def now(cls, device: torch.device) -> Memory:
         """Of a device, and the stream that is current there."""
-        if device.type == "cpu":  # Triton's interpreter
-            return cls(device, 0)
         return cls(device, torch.cuda.current_stream(device).cuda_stream)
 
     @property
@@ -225,27 +225,21 @@ class Memory(NamedTuple):
 
     @property
     def processors(self) -> int:
-        if self.device.type == "cpu":
-            return 1
         return int(torch.cuda.get_device_properties(self.device).multi_processor_count)
 
     @property
     def is_capturing(self) -> bool:
-        if self.device.type == "cpu":
-            return False
         with torch.cuda.device(self.device):
             return torch.cuda.is_current_stream_capturing()
 
     def zeros(self, words: int) -> Tensor:
-        if not self.is_capturing and self.device.type != "cpu":
-            _reserve()
+        if not self.is_capturing:
+            _reserve.take()
         return torch.zeros(words, dtype=torch.int64, device=self.device)
 
     def sent(self, words: Any, *, again: bool) -> Tensor:
         words = torch.from_numpy(words)
-        if self.device.type == "cpu":
-            return words
-        pinned = _kept(words) if again else words.pin_memory()
+        pinned = _reserve.keep(words) if again else words.pin_memory()
         return pinned.to(self.device, non_blocking=True)
 
     def received(self, buffer: Tensor) -> Any:
@@ -265,31 +259,8 @@ class Memory(NamedTuple):
         return buffer.data_ptr()
 
     def launch(self, kernel: Any, programs: int, args: tuple[int, ...], **constants: int) -> None:
-        if self.device.type == "cpu":
-            kernel[(programs,)](*args, **constants)
-            return
         with torch.cuda.device(self.device):
-            kernel[(programs,)](*args, **constants, num_warps=8, enable_fp_fusion=True)
+            kernel[(programs,)](*args, **constants, **OPTIONS)
 
 
-# What a captured graph sends to the device it reads again at each replay: a part of pinned memory
-# that is never given back. There is none to be had while capturing, so some is taken before.
-_RESERVED = 1 << 17
-_reserved: list[Tensor] = []
-
-
-def _reserve() -> None:
-    if not _reserved:
-        _reserved.append(torch.empty(_RESERVED, dtype=torch.int64, pin_memory=True))
-
-
-def _kept(words: Tensor) -> Tensor:
-    """A copy in pinned memory, for ever."""
-    if not _reserved or len(words) > len(_reserved[0]):
-        raise RuntimeError(
-            f"no pinned memory is left for the {len(words) // 3} chunks of a clip that is being "
-            "captured; clip once before capturing, or fewer graphs"
-        )
-    part = _reserved[0][: len(words)]
-    _reserved[0] = _reserved[0][len(words) :]
-    return part.copy_(words)
+_reserve = Reserve(lambda words: torch.empty(words, dtype=torch.int64, pin_memory=True))

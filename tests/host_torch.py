@@ -1,0 +1,49 @@
+"""Tensors of the CPU taken for those of a device, where the kernels run in Triton's interpreter."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from gradclip.kernels.torch import Memory
+
+
+class HostMemory(Memory):
+    """The memory of the CPU, with one processor and no stream: in place of what has no device."""
+
+    @classmethod
+    def now(cls, device: torch.device) -> HostMemory:
+        return cls(device, 0)
+
+    @property
+    def processors(self) -> int:
+        return 1
+
+    @property
+    def is_capturing(self) -> bool:
+        return False
+
+    def zeros(self, words: int) -> torch.Tensor:
+        return torch.zeros(words, dtype=torch.int64)
+
+    def sent(self, words: Any, *, again: bool) -> torch.Tensor:  # noqa: ARG002
+        return torch.from_numpy(words)
+
+    def launch(self, kernel: Any, programs: int, args: tuple[int, ...], **constants: int) -> None:
+        kernel[(programs,)](*args, **constants)
+
+
+@contextlib.contextmanager
+def torch_there() -> Iterator[None]:
+    """Tensors of the CPU are in the memory of a device that Triton compiles for."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("gradclip.backends.torch.Memory", HostMemory)
+        patched.setattr("gradclip.backends.torch.has_triton", lambda _: True)
+        patched.setattr("gradclip.backends.torch._taken", lambda *_, **__: None)
+        with np.errstate(all="ignore"):  # the interpreter calculates by NumPy
+            yield
