@@ -30,7 +30,6 @@ does wait. On other devices PyTorch's operations do the work.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import types
 import warnings
@@ -118,15 +117,17 @@ def clip_grad_norm_(
     tensor(5.) tensor([1.5000, 2.0000])
     """
     del foreach
-    parameters, was_generator = _listed(parameters)
-    if was_generator and not parameters:
-        warnings.warn(
-            "`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=2
-        )
-    order = _order(norm_type)
-    grads = _gradients(parameters)
-    # Of the parameters, since a worker may have no gradient and still has to take part.
-    workers = backend.workers(parameters, group)
+    with _clip.Opening(group) as opening:
+        parameters, was_generator = _listed(parameters, opening.seen)
+        # Of the parameters, since a worker may have no gradient and still has to take part.
+        workers = opening.workers = backend.workers(parameters, group)
+        if was_generator and not parameters:
+            warnings.warn(
+                "`parameters` is an empty generator, no gradient clipping will occur.",
+                stacklevel=2,
+            )
+        order = _order(norm_type)
+        grads = _gradients(parameters)
     if workers is None and torch.compiler.is_compiling():
         limit = torch.as_tensor(max_norm, dtype=torch.float64)
         policy = (on_nonfinite or "", error_if_nonfinite)
@@ -173,9 +174,10 @@ def get_total_norm(
     tensor(5.)
     """
     del foreach
-    tensors, _ = _listed(tensors)
-    order = _order(norm_type)
-    workers = backend.workers(tensors, group)
+    with _clip.Opening(group) as opening:
+        tensors, _ = _listed(tensors, opening.seen)
+        workers = opening.workers = backend.workers(tensors, group)
+        order = _order(norm_type)
     if workers is None and torch.compiler.is_compiling():
         return torch.ops.gradclip.total_norm(tensors, order, error_if_nonfinite)
     return _total_norm(tensors, order, error_if_nonfinite, workers)
@@ -209,7 +211,7 @@ def clip_grads_with_norm_(
     tensor([1.5000, 2.0000])
     """
     del foreach
-    parameters, _ = _listed(parameters)
+    parameters, _ = _listed(parameters, [])
     grads = _gradients(parameters)
     if torch.compiler.is_compiling():
         limits = [torch.as_tensor(x, dtype=torch.float64) for x in (max_norm, total_norm)]
@@ -242,10 +244,10 @@ class patch(Patch):  # noqa: N801  (used as a function)
 # ---- the arguments ----
 
 
-def _listed(tensors: Tensor | Iterable[Tensor]) -> tuple[list[Tensor], bool]:
-    if isinstance(tensors, Tensor):
-        return [tensors], False
-    return list(tensors), isinstance(tensors, types.GeneratorType)
+def _listed(tensors: Tensor | Iterable[Tensor], seen: list[Tensor]) -> tuple[list[Tensor], bool]:
+    """What there is, in ``seen`` too as far as it goes; and if it came from a generator."""
+    seen.extend([tensors] if isinstance(tensors, Tensor) else tensors)
+    return seen, isinstance(tensors, types.GeneratorType)
 
 
 def _gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
@@ -298,16 +300,12 @@ def _measured_of_order(held: Any, order: float, part: Joint | None) -> _clip.Mea
     return _clip.Measured(backend.norm_of_order(every.tolist(), order, wide=wide), wide)
 
 
-def _taking_part(
-    workers: Workers | None, order: float
-) -> contextlib.AbstractContextManager[Joint | None]:
-    return _clip.taking_part(workers, gathers=0 if order == 2 else 2)
-
-
 def _total_norm(
     tensors: list[Tensor], order: float, error_if_nonfinite: bool, workers: Workers | None = None
 ) -> Tensor:
-    with ieee_arithmetic(), _taking_part(workers, order) as part:
+    with ieee_arithmetic(), _clip.taking_part(workers) as part:
+        if part is not None:
+            part.asked(norm_type=order, error_if_nonfinite=bool(error_if_nonfinite))
         held = backend.hold(tensors, "tensors[{}]".format, writable=False)
         if len(once := backend.distinct(tensors)) < len(tensors):
             held = backend.hold(once, str, writable=False)
@@ -334,15 +332,23 @@ def _clip_grads_(
     error_if_nonfinite: bool,
     workers: Workers | None = None,
 ) -> Tensor:
-    with ieee_arithmetic(), _taking_part(workers, order) as part:
+    with ieee_arithmetic(), _clip.taking_part(workers) as part:
         if on_nonfinite is not None:
             check_on_nonfinite(on_nonfinite)
+        max_norm, _ = _clip.limits_read(max_norm, None, "max_norm")
         held = backend.hold(grads, path, writable=True)
         queue = backend.queue(held) if part is None and order == 2 else None
         if queue is not None:
             refuse = partial(_refuse, order) if error_if_nonfinite else None
             return _queued_(grads, path, queue, max_norm, None, on_nonfinite, refuse)
         limit = check_clip_norm(max_norm, "max_norm")
+        if part is not None:
+            part.asked(
+                max_norm=limit,
+                norm_type=order,
+                on_nonfinite=on_nonfinite,
+                error_if_nonfinite=bool(error_if_nonfinite),
+            )
         found = _measured(held, order, error_if_nonfinite, part)
         _act_(grads, path, held, found.norm, limit, on_nonfinite, part)
         return backend.scalar(found.norm, held, wide=found.wide)
@@ -352,6 +358,8 @@ def _clip_grads_with_norm_(
     grads: list[Tensor], path: Callable[[int], str], max_norm: Any, total_norm: Any
 ) -> None:
     with ieee_arithmetic():
+        limits = _clip.limits_read(max_norm, total_norm, "max_norm", "total_norm")
+        max_norm, total_norm = limits
         held = backend.hold(grads, path, writable=True)
         queue = backend.queue(held)
         if queue is not None:
