@@ -25,9 +25,9 @@ needs_torch = pytest.mark.skipif(version("torch") is None, reason="torch is not 
     ("count", "functions", "printed"),
     [
         (1, ["splits"], ""),
-        (2, ["splits", "engines"] + ["there"] * (version("triton") is not None), ""),
-        (3, ["splits", "failures"], "told\n"),
-        (4, ["splits", "engines", "stages"], ""),
+        (2, ["splits", "engines", "flat"] + ["there"] * (version("triton") is not None), ""),
+        (3, ["splits", "flat", "errors", "failures"], "told\n"),
+        (4, ["splits", "engines", "flat", "stages"], ""),
         (8, ["splits"], ""),
     ],
 )

@@ -37,7 +37,8 @@ ARROWS = {
     "_decide": {"_exact"},
     "_protocol": {"_exact", "_tree", "_workers"},
     "_workers": {"_exact"},
-    "_mesh": {"_exact"},
+    "_flat": set(),
+    "_mesh": {"_exact", "_flat"},
     "_exact": set(),
     "_sparse": set(),
     "backends.": {

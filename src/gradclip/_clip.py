@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from types import TracebackType
 from typing import Any, NamedTuple
 
 from gradclip._decide import (
@@ -19,7 +20,12 @@ from gradclip._decide import (
     check_use_norm,
     decide,
 )
-from gradclip._dispatch import backend_of, backend_of_group
+from gradclip._dispatch import (
+    backend_of,
+    backend_of_group,
+    backends_of,
+    is_defined_by_framework,
+)
 from gradclip._exact import FLOAT32, FLOAT64, Scaled, Total, counts, merge, norm, square
 from gradclip._protocol import Backend, Plain, Queue
 from gradclip._tree import Tree, flatten
@@ -88,13 +94,13 @@ def clip_by_global_norm(
     [array([1.5]), array([2.])] 5.0
     """
     with ieee_arithmetic():
-        with _told(group):
+        with Opening(group) as opening:
+            tree, backend = _opened(t_list, group, opening)
             check_on_nonfinite(on_nonfinite)
-            tree, backend = _opened(t_list, group)
             recorder = backend.recorder([*tree.leaves, clip_norm, use_norm], group)
         if recorder is None:
-            workers = backend.workers(tree.leaves, group)
-            with taking_part(workers, given=use_norm is not None) as part:
+            with taking_part(opening.workers) as part:
+                clip_norm, use_norm = limits_read(clip_norm, use_norm)
                 held = backend.hold(tree.leaves, tree.path, writable=False)
                 if part is None and backend.queue(held) is not None:
                     leaves = backend.copied(held)
@@ -145,11 +151,11 @@ def clip_by_global_norm_(
     5.0 [1.5 2. ]
     """
     with ieee_arithmetic():
-        with _told(group):
+        with Opening(group) as opening:
+            tree, backend = _opened(t_list, group, opening)
+        with taking_part(opening.workers) as part:
             check_on_nonfinite(on_nonfinite)
-            tree, backend = _opened(t_list, group)
-        workers = backend.workers(tree.leaves, group)
-        with taking_part(workers, given=use_norm is not None) as part:
+            clip_norm, use_norm = limits_read(clip_norm, use_norm)
             held = backend.hold(tree.leaves, tree.path, writable=True)
             if part is None and backend.queue(held) is not None:
                 return _queued_(tree, backend, held, clip_norm, use_norm, on_nonfinite)
@@ -189,12 +195,12 @@ def global_norm(
     5.0
     """
     with ieee_arithmetic():
-        with _told(group):
-            tree, backend = _opened(t_list, group)
+        with Opening(group) as opening:
+            tree, backend = _opened(t_list, group, opening)
             recorder = backend.recorder(tree.leaves, group)
         if recorder is not None:
             return recorder.norm(tree, _plain(tree, backend), name)
-        with taking_part(backend.workers(tree.leaves, group)) as part:
+        with taking_part(opening.workers) as part:
             held = backend.hold(tree.leaves, tree.path, writable=False)
             queue = backend.queue(held) if part is None else None
             if queue is not None:
@@ -215,24 +221,42 @@ class Measured(NamedTuple):
     wide: bool = False  # if it is float64 because of a leaf that another worker has
 
 
-def taking_part(
-    workers: Workers | None, *, given: bool = False, gathers: int = 0
-) -> contextlib.AbstractContextManager[Joint | None]:
-    """This worker's part in a measurement; none where it is alone, or the norm is ``given``."""
-    return contextlib.nullcontext() if workers is None or given else Joint(workers, gathers)
+def taking_part(workers: Workers | None) -> contextlib.AbstractContextManager[Joint | None]:
+    """This worker's part in a measurement; none where it is alone."""
+    return contextlib.nullcontext() if workers is None else Joint(workers)
 
 
-@contextlib.contextmanager
-def _told(group: Any) -> Iterator[None]:
-    """Where a worker fails before its leaves are known, tell those of the group."""
-    try:
-        yield
-    except Exception:
-        served = backend_of_group(group)
-        if served is None:
-            raise
-        with taking_part(served.workers([], group)):
-            raise
+class Opening:
+    """The first look at what was passed, until it is known who the other workers are.
+
+    Within ``with`` an error is told to them as soon as there is a way: to those of a group from the
+    start; where none is named, to the `workers` once they are known, and before to those whom the
+    leaves that have been `seen` leave no doubt about.
+    """
+
+    def __init__(self, group: Any) -> None:
+        self._group = group
+        self.seen: list[Any] = []
+        self.workers: Workers | None = None
+
+    def __enter__(self) -> Opening:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        workers = self._reached() if isinstance(error, Exception) else None
+        if workers is not None:
+            Joint(workers).fail()
+
+    def _reached(self) -> Workers | None:
+        if self.workers is not None:
+            return self.workers
+        if self._group is not None:
+            served = backend_of_group(self._group)
+            return None if served is None else served.workers([], self._group)
+        sure = (served.everyone(self.seen) for served in backends_of(self.seen))
+        return next((workers for workers in sure if workers is not None), None)
 
 
 def measured(backend: Backend, held: Any, part: Joint | None) -> Measured:
@@ -245,6 +269,24 @@ def measured(backend: Backend, held: Any, part: Joint | None) -> Measured:
         return Measured(backend.measure(held))
     total, wide = backend.share(held, part)
     return Measured(*part.norm(total, wide=wide))
+
+
+def limits_read(clip_norm: Any, use_norm: Any, *names: str) -> tuple[Any, Any]:
+    """The limits, those read whose reading may run anyone's code, as it may change the leaves.
+
+    So it comes before their memory is held. Arrays of a framework have no such code, and the host
+    need not wait for one that is on the leaves' device.
+    """
+    if not _is_inert(clip_norm):
+        clip_norm = check_clip_norm(clip_norm, *names[:1])
+    if not _is_inert(use_norm):
+        use_norm = float(check_use_norm(use_norm, *names[1:]))
+    return clip_norm, use_norm
+
+
+def _is_inert(limit: Any) -> bool:
+    kind = type(limit)
+    return limit is None or kind is float or kind is int or is_defined_by_framework(kind)
 
 
 def limits_there(queue: Queue, clip_norm: Any, use_norm: Any, *names: str) -> tuple[Any, Any]:
@@ -392,13 +434,16 @@ def decided(
     return action
 
 
-def _opened(t_list: Any, group: Any = None) -> tuple[Tree, Backend]:
+def _opened(t_list: Any, group: Any = None, opening: Opening | None = None) -> tuple[Tree, Backend]:
     """Take a nest apart, and find who serves its leaves; of no leaves, who serves the group."""
-    tree = flatten(t_list)
+    tree = flatten(t_list, None if opening is None else opening.seen)
+    if opening is not None:
+        opening.seen = tree.leaves
     served = None if tree.leaves else backend_of_group(group)
-    if served is not None:
-        return tree, served
-    return tree, backend_of(tree.leaves, tree.kinds, tree.path)
+    backend = served or backend_of(tree.leaves, tree.kinds, tree.path)
+    if opening is not None:
+        opening.workers = backend.workers(tree.leaves, group)
+    return tree, backend
 
 
 def _checked(clip_norm: Any, use_norm: Any) -> tuple[float, Scaled | None]:
@@ -416,7 +461,14 @@ def _decided(
     part: Joint | None,
 ) -> tuple[Measured, Keep | Fill | Scale]:
     """The norm, and what is to be done: everything up to the first write."""
-    found = measured(backend, held, part) if given is None else Measured(given)
+    if part is not None:
+        part.asked(clip_norm=limit, use_norm=given and float(given), on_nonfinite=on_nonfinite)
+    if given is None:
+        found = measured(backend, held, part)
+    else:
+        found = Measured(given)
+        if part is not None:
+            part.meet()
     return found, decided(
         backend,
         tree.leaves,

@@ -161,6 +161,7 @@ class Clipper:
             if _KEY in self._optimizer._optimizer_step_pre_hooks:
                 raise ValueError("the optimizer has a clipper already; remove() that one first")
             if part is not None:
+                part.asked(limits=len(self._limits), on_nonfinite=on_nonfinite)
                 part.agree()
         self._on_nonfinite: OnNonfiniteStep = on_nonfinite
         self._group = group
@@ -405,6 +406,8 @@ class Clipper:
         self, gradients: Gradients, limit: float, scale: float, part: Joint | None
     ) -> tuple[Scaled, Keep | Fill | Scale]:
         """The norm of gradients, and what is to be done to them."""
+        if part is not None:
+            part.asked(max_norm=limit, on_nonfinite=self._on_nonfinite)
         norm, wide = gradients.norm(part)
         gradients.wide = gradients.wide or wide
         norm = unscaled(norm, scale, gradients.wide)

@@ -21,13 +21,16 @@ class Tree(NamedTuple):
     places: Sequence[int]  # of each leaf among all, with what is none
 
 
-def flatten(t_list: Any) -> Tree:
+def flatten(t_list: Any, read: list[Any] | None = None) -> Tree:
     """Take a nest apart; an iterator is read once, into a list.
 
-    None, and what JAX puts where there is no gradient, keeps its place and is no leaf.
+    None, and what JAX puts where there is no gradient, keeps its place and is no leaf. What an
+    iterator gives is put into ``read``, also where it raises half way.
     """
     if isinstance(t_list, Iterator | ValuesView):
-        t_list = list(t_list)
+        read = [] if read is None else read
+        read.extend(t_list)
+        t_list = list(read)
     if type(t_list) is list:
         kinds = set(map(type, t_list))
         if _are_leaves(kinds, t_list):

@@ -31,7 +31,6 @@ does wait. On other devices PyTorch's operations do the work.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import types
 import warnings
@@ -120,15 +119,17 @@ def clip_grad_norm_(
     tensor(5.) tensor([1.5000, 2.0000])
     """
     del foreach
-    given = _listed(parameters, "parameters")
-    if isinstance(parameters, types.GeneratorType) and not given.tensors:
-        warnings.warn(
-            "`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=2
-        )
-    order = _order(norm_type)
-    grads = _gradients(given)
-    # Of the parameters, since a worker may have no gradient and still has to take part.
-    workers = backend.workers(given.tensors, group)
+    with _clip.Opening(group) as opening:
+        given = _listed(parameters, "parameters", opening.seen)
+        # Of the parameters, since a worker may have no gradient and still has to take part.
+        workers = opening.workers = backend.workers(given.tensors, group)
+        if isinstance(parameters, types.GeneratorType) and not given.tensors:
+            warnings.warn(
+                "`parameters` is an empty generator, no gradient clipping will occur.",
+                stacklevel=2,
+            )
+        order = _order(norm_type)
+        grads = _gradients(given)
     if workers is None and torch.compiler.is_compiling():
         limit = torch.as_tensor(max_norm, dtype=torch.float64)
         policy = (on_nonfinite or "", error_if_nonfinite)
@@ -175,9 +176,10 @@ def get_total_norm(
     tensor(5.)
     """
     del foreach
-    given = _listed(tensors, "tensors")
-    order = _order(norm_type)
-    workers = backend.workers(given.tensors, group)
+    with _clip.Opening(group) as opening:
+        given = _listed(tensors, "tensors", opening.seen)
+        workers = opening.workers = backend.workers(given.tensors, group)
+        order = _order(norm_type)
     if workers is None and torch.compiler.is_compiling():
         return torch.ops.gradclip.total_norm(given.tensors, order, error_if_nonfinite)
     return _total_norm(given.tensors, given.path, order, error_if_nonfinite, workers)
@@ -211,7 +213,7 @@ def clip_grads_with_norm_(
     tensor([1.5000, 2.0000])
     """
     del foreach
-    given = _listed(parameters, "parameters")
+    given = _listed(parameters, "parameters", [])
     grads = _gradients(given)
     if torch.compiler.is_compiling():
         limits = [torch.as_tensor(x, dtype=torch.float64) for x in (max_norm, total_norm)]
@@ -259,29 +261,35 @@ class _Listed(NamedTuple):
         return f"{self.called}[{place}]" if self.names is None else self.names[place]
 
 
-def _listed(given: Tensor | Iterable[Tensor] | Named, called: str) -> _Listed:
-    """Tensors in a row, with their names if they have some.
+def _listed(given: Tensor | Iterable[Tensor] | Named, called: str, seen: list[Tensor]) -> _Listed:
+    """Tensors in a row, with their names if they have some; in ``seen`` too, as far as it goes.
 
     Raises:
         TypeError: what is given holds no tensors, or others than those meant.
     """
     if isinstance(given, Tensor):
-        return _Listed([given], called)
+        given = [given]
     if isinstance(given, Mapping | torch.nn.ParameterDict):
-        tensors = list(given.values())
-        if called == "parameters" and tensors and not any(map(_may_have_gradient, tensors)):
+        values = list(given.values())
+        if called == "parameters" and values and not any(map(_may_have_gradient, values)):
             raise TypeError(_no_tensors(given, called))  # a state_dict: weights, no parameters
-        return _Listed(tensors, called, list(map(str, given)))
+        given = given.items()
     no_list = isinstance(given, torch.nn.Module | torch.optim.Optimizer | str)
     if no_list and not isinstance(given, torch.nn.ParameterList):
         raise TypeError(_no_tensors(given, called))
     try:
-        items = list(given)
+        items: Any = iter(given)
     except TypeError:
         raise TypeError(_no_tensors(given, called)) from None
-    if items and all(type(item) is tuple and len(item) == 2 for item in items):
-        return _Listed([each for _, each in items], called, [str(name) for name, _ in items])
-    return _Listed(items, called)
+    names = None
+    try:
+        seen.extend(items)
+    finally:
+        pairs: Any = seen
+        if pairs and all(type(pair) is tuple and len(pair) == 2 for pair in pairs):
+            names = [str(name) for name, _ in pairs]
+            seen[:] = [tensor for _, tensor in pairs]
+    return _Listed(seen, called, names)
 
 
 def _may_have_gradient(tensor: Any) -> bool:
@@ -361,12 +369,6 @@ def _measured_of_order(held: Any, order: float, part: Joint | None) -> _clip.Mea
     return _clip.Measured(backend.norm_of_order(every.tolist(), order, wide=wide), wide)
 
 
-def _taking_part(
-    workers: Workers | None, order: float
-) -> contextlib.AbstractContextManager[Joint | None]:
-    return _clip.taking_part(workers, gathers=0 if order == 2 else 2)
-
-
 def _total_norm(
     tensors: list[Tensor],
     path: Callable[[int], str],
@@ -374,7 +376,9 @@ def _total_norm(
     error_if_nonfinite: bool,
     workers: Workers | None = None,
 ) -> Tensor:
-    with ieee_arithmetic(), _taking_part(workers, order) as part:
+    with ieee_arithmetic(), _clip.taking_part(workers) as part:
+        if part is not None:
+            part.asked(norm_type=order, error_if_nonfinite=bool(error_if_nonfinite))
         held = backend.hold(tensors, path, writable=False)
         if len(once := backend.distinct(tensors)) < len(tensors):
             held = backend.hold(once, str, writable=False)
@@ -401,15 +405,23 @@ def _clip_grads_(
     error_if_nonfinite: bool,
     workers: Workers | None = None,
 ) -> Tensor:
-    with torch.no_grad(), ieee_arithmetic(), _taking_part(workers, order) as part:
+    with torch.no_grad(), ieee_arithmetic(), _clip.taking_part(workers) as part:
         if on_nonfinite is not None:
             check_on_nonfinite(on_nonfinite)
+        max_norm, _ = _clip.limits_read(max_norm, None, "max_norm")
         held = backend.hold(grads, path, writable=True)
         queue = backend.queue(held) if part is None and order == 2 else None
         if queue is not None:
             refuse = partial(_refuse, order) if error_if_nonfinite else None
             return _queued_(grads, path, queue, max_norm, None, on_nonfinite, refuse)
         limit = check_clip_norm(max_norm, "max_norm")
+        if part is not None:
+            part.asked(
+                max_norm=limit,
+                norm_type=order,
+                on_nonfinite=on_nonfinite,
+                error_if_nonfinite=bool(error_if_nonfinite),
+            )
         found = _measured(held, order, error_if_nonfinite, part)
         _act_(grads, path, held, found.norm, limit, on_nonfinite, part)
         return backend.scalar(found.norm, held, wide=found.wide)
@@ -419,6 +431,8 @@ def _clip_grads_with_norm_(
     grads: list[Tensor], path: Callable[[int], str], max_norm: Any, total_norm: Any
 ) -> None:
     with torch.no_grad(), ieee_arithmetic():
+        limits = _clip.limits_read(max_norm, total_norm, "max_norm", "total_norm")
+        max_norm, total_norm = limits
         held = backend.hold(grads, path, writable=True)
         queue = backend.queue(held)
         if queue is not None:

@@ -32,6 +32,10 @@ def workers(leaves: Sequence[Any], group: Any) -> Workers | None:  # noqa: ARG00
     return workers_of(group)
 
 
+def everyone(leaves: Sequence[Any]) -> None:
+    """Nobody: no array says who has other parts of the same gradient."""
+
+
 def hold(leaves: Sequence[Any], path: Callable[[int], str], *, writable: bool) -> Held:
     """Check the leaves and take hold of their memory.
 

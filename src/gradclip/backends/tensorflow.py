@@ -248,6 +248,10 @@ def workers(leaves: Sequence[Any], group: Any) -> None:
     """Nobody: there is no group for tensors of TensorFlow."""
 
 
+def everyone(leaves: Sequence[Any]) -> None:
+    """Nobody: no tensor says who has other parts of the same gradient."""
+
+
 def recorder(values: Sequence[Any], group: Any) -> _Recorder | None:
     """Who clips where a graph or a gradient tape records, or the tensors are elsewhere."""
     check_no_group(group)

@@ -812,6 +812,11 @@ def workers(leaves: Sequence[Any], group: Any) -> Workers | None:
     return ring
 
 
+def everyone(leaves: Sequence[Any]) -> Workers | None:
+    """All processes, where one of the leaves is spread over all of them."""
+    return _mesh.ring_of_all(leaves)
+
+
 def recorder(values: Sequence[Any], group: Any) -> _Recorder | None:
     """Who clips where autograd, or a transform of `torch.func`, follows what becomes of tensors."""
     found = _recorder(values)
