@@ -3,10 +3,6 @@
 A large gradient is measured in the hook that runs when autograd has just written it, so much of it
 is read from the processor's caches. The step adds the parts up. Fused optimizers divide gradients
 by a number that they are given, so clipping takes no pass of its own.
-
-What a step is to do differently it is told by a stand-in: an object with the optimizer's class and
-attributes but for one, which the hook before the step puts in the optimizer's place. So whatever
-becomes of the step, nothing of ours is left on the optimizer.
 """
 
 from __future__ import annotations
@@ -15,18 +11,18 @@ import copy
 import inspect
 import math
 import pickle
-import sys
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from operator import is_
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gradclip import _clip
+from gradclip._books import CLIPPED, SKIPPED, STEPS, There
 from gradclip._decide import (
     Fill,
     Keep,
@@ -38,6 +34,18 @@ from gradclip._decide import (
 )
 from gradclip._exact import Scaled
 from gradclip._gradients import Gradients, Place, leave, names_in, unscaled
+from gradclip._step import (
+    Outcome,
+    caller,
+    calls,
+    carried_out,
+    check_arguments,
+    cpu_tensor,
+    factor_of,
+    is_fused,
+    stand_in_for,
+    without_a_step,
+)
 from gradclip._workers import Joint
 from gradclip.backends import torch as backend
 from gradclip.kernels.cpu import ieee_arithmetic
@@ -139,9 +147,9 @@ class Clipper:
     # arguments, and what is to become of it.
     _step: FrameType | None
     _args: tuple[Any, ...] | None
-    _outcome: _Outcome
+    _outcome: Outcome
     _places: list[Place]
-    _there: _There | None  # the books, if it is a device's memory in which they are kept
+    _there: There | None  # the books, if it is a device's memory in which they are kept
 
     def __init__(
         self,
@@ -236,27 +244,27 @@ class Clipper:
     @property
     def steps(self) -> Tensor:
         """How many steps were taken, int64."""
-        return self._count(self._steps, _STEPS)
+        return self._count(self._steps, STEPS)
 
     @property
     def clipped_steps(self) -> Tensor:
         """In how many of them a norm was not at most its limit: above it, inf or NaN; int64."""
-        return self._count(self._clipped_steps, _CLIPPED)
+        return self._count(self._clipped_steps, CLIPPED)
 
     @property
     def skipped_steps(self) -> Tensor:
         """How many were not taken, with ``on_nonfinite="skip"``, int64."""
-        return self._count(self._skipped_steps, _SKIPPED)
+        return self._count(self._skipped_steps, SKIPPED)
 
     def _count(self, here: int, word: int) -> Tensor:
         self._settle()
         if self._there is None:
-            return _cpu_tensor(here, torch.int64)
+            return cpu_tensor(here, torch.int64)
         return self._there.words[word] + here
 
     def _tensor(self, values: list[float], dtype: torch.dtype) -> Tensor:
         with ieee_arithmetic():
-            return _cpu_tensor(values if self._per_group else values[0], dtype)
+            return cpu_tensor(values if self._per_group else values[0], dtype)
 
     def state_dict(self) -> dict[str, int]:
         """The counts, to be saved beside the optimizer's; the limit is for `attach` to say."""
@@ -328,10 +336,10 @@ class Clipper:
     def _before_step(
         self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if not self._finalizer.alive or _calls(self._step):
+        if not self._finalizer.alive or calls(self._step):
             return None  # removed; or a step that calls its base class's: it has been clipped
         self._settle()
-        self._step = _caller()
+        self._step = caller()
         with torch.no_grad(), ieee_arithmetic():
             self._outcome = self._clipped(optimizer, args, kwargs)
         self._args = (self._outcome.stand_in or optimizer, *args[1:])
@@ -354,7 +362,7 @@ class Clipper:
 
     def _settle(self) -> None:
         """See to a step that has failed: it does not count."""
-        if self._step is None or _calls(self._step):
+        if self._step is None or calls(self._step):
             return
         if self._outcome.there and self._there is not None:
             self._there.take_back()
@@ -362,16 +370,16 @@ class Clipper:
 
     def _end_step(self) -> None:
         """Note that no step is under way."""
-        self._step, self._args, self._outcome = None, None, _Outcome()
+        self._step, self._args, self._outcome = None, None, Outcome()
 
-    def _clipped(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Outcome:
+    def _clipped(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Outcome:
         """Clip, and say what is to become of the step."""
         self._find_places(optimizer)
         everyone = [place.parameter for place in self._places]
         workers = backend.workers(everyone, self._group)
         # The same for all lists, so that an error in one is told to whoever waits.
         with _clip.taking_part(workers) as part:
-            _check_arguments(args, kwargs)
+            check_arguments(args, kwargs)
             self._check_number_of_limits(optimizer)
             lists = self._gradients()
             if workers is None and self._is_there(optimizer, everyone):
@@ -381,7 +389,7 @@ class Clipper:
             self._come_here()
             # Alone, nothing is stepped where a gradient overflowed under GradScaler's scale.
             if part is None and getattr(optimizer, "found_inf", None):
-                return _Outcome()
+                return Outcome()
             limits = [self._limit(place) for place in range(len(lists))]
             scale = float(getattr(optimizer, "grad_scale", None) or 1.0)
             found = [self._found(lists[0], limits[0], scale, part)]
@@ -394,12 +402,12 @@ class Clipper:
         finite = all(math.isfinite(norm.significand) for norm in norms)
         if self._on_nonfinite == "skip" and not finite:
             self._factors = [1.0] * len(norms)
-            return _Outcome(skipped=True, **_without_a_step(optimizer, lists))
-        self._factors = list(map(_factor, actions))
-        return _Outcome(
+            return Outcome(skipped=True, **without_a_step(optimizer, lists))
+        self._factors = list(map(factor_of, actions))
+        return Outcome(
             taken=True,
             clipped=not all(map(at_most, norms, limits)),
-            stand_in=_carried_out(optimizer, lists, actions, scale),
+            stand_in=carried_out(optimizer, lists, actions, scale),
         )
 
     def _found(
@@ -468,9 +476,9 @@ class Clipper:
             return False
         # The host waits in any case to raise: for all lists, before one is written.
         waits = self._on_nonfinite == "raise"
-        return not waits and (self._on_nonfinite != "skip" or _is_fused(optimizer))
+        return not waits and (self._on_nonfinite != "skip" or is_fused(optimizer))
 
-    def _clipped_there(self, optimizer: Any, lists: list[Gradients]) -> _Outcome | None:
+    def _clipped_there(self, optimizer: Any, lists: list[Gradients]) -> Outcome | None:
         """Clip where the gradients lie; None where that is not in the memory of one device."""
         queues: list[Any] = [backend.queue(each.held()) for each in lists]
         amp = [getattr(optimizer, name, None) for name in ("grad_scale", "found_inf")]
@@ -489,11 +497,11 @@ class Clipper:
         if self._there is not None and self._there.words.device != devices[0]:
             self._come_here()
         if self._there is None:
-            self._there = _There(queues[0].memory, len(lists))
+            self._there = There(queues[0].memory, len(lists))
         # A fused optimizer that divides by the scale divides by the factor at no cost. Without a
         # scale it would write each gradient back for it, clipped or not.
         one = len(lists) == 1 and not lists[0].repeated
-        folds = one and amp[0] is not None and _is_fused(optimizer)
+        folds = one and amp[0] is not None and is_fused(optimizer)
         for place, (each, queue, limit) in enumerate(zip(lists, queues, limits, strict=True)):
             into = self._there.into(place, queue.wide, amp, folds=folds)
             policy = self._on_nonfinite
@@ -503,7 +511,7 @@ class Clipper:
             told["grad_scale"] = self._there.divisor
         if self._on_nonfinite == "skip":
             told["found_inf"] = self._there.skips
-        return _Outcome(there=True, stand_in=_stand_in(optimizer, told) if told else None)
+        return Outcome(there=True, stand_in=stand_in_for(optimizer, told) if told else None)
 
     def _come_here(self) -> None:
         """Have the books on the host, if the latest step was clipped elsewhere."""
@@ -570,198 +578,3 @@ def _is_list(max_norm: Any) -> bool:
 def _limits(max_norm: Any) -> list[Limit]:
     limits = max_norm if _is_list(max_norm) else [max_norm]
     return [limit if callable(limit) else check_clip_norm(limit, "max_norm") for limit in limits]
-
-
-# ---- a step ----
-
-
-class _Outcome(NamedTuple):
-    """What is to become of a step once it has been taken; it may yet fail."""
-
-    taken: bool = False
-    clipped: bool = False
-    skipped: bool = False
-    there: bool = False  # if the books are kept in a device's memory
-    stand_in: Any = None
-    hidden: Sequence[tuple[Tensor, Tensor]] = ()  # parameters, and the gradients taken from them
-
-    def leave(self, optimizer: Any) -> None:
-        """Have the optimizer be what the step has made of its stand-in, and see its gradients."""
-        for parameter, gradient in self.hidden:
-            parameter.grad = gradient
-        if self.stand_in is not None and not self.skipped:
-            ours = vars(optimizer)
-            for name, value in vars(self.stand_in).items():
-                if name not in _TOLD:
-                    ours[name] = value
-
-
-_TOLD = ("grad_scale", "found_inf")
-
-
-def _stand_in(optimizer: Any, told: dict[str, Any]) -> Any:
-    """An optimizer that is another's like, but for what its step is told."""
-    new: Any = object.__new__(type(optimizer))
-    vars(new).update(vars(optimizer), **told)
-    return new
-
-
-def _check_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Refuse a step whose gradients are made in it, or are others than those of the parameters.
-
-    Raises:
-        RuntimeError: it is given a closure, or gradients.
-    """
-    # The optimizer itself is the first of args.
-    if all(value is None for value in (*args[1:], *kwargs.values())):
-        return
-    names = list(inspect.signature(type(args[0]).step).parameters)
-    for name, value in [*zip(names[1:], args[1:], strict=False), *kwargs.items()]:
-        if callable(value):
-            raise RuntimeError(
-                f"optimizer.step({name}=...) under gradclip.torch.attach: a closure would make the "
-                "gradients inside of the step. Call it before step(), or clip at its end by "
-                "gradclip.torch.clip_grad_norm_. Under Lightning's automatic optimization, which "
-                "always passes one, use gradclip.torch.patch(), or optimize manually"
-            )
-        if "grad" in name and value is not None:
-            raise RuntimeError(
-                f"optimizer.step({name}=...) under gradclip.torch.attach, which clips what the "
-                "parameters have in .grad: pass no gradients, or clip them by "
-                "gradclip.clip_by_global_norm_"
-            )
-
-
-def _carried_out(
-    optimizer: Any,
-    lists: Sequence[Gradients],
-    actions: Sequence[Keep | Fill | Scale],
-    scale: float,
-) -> Any:
-    """Do what has been decided; the stand-in that is to do it in the step, if one can."""
-    if len(lists) == 1 and isinstance(actions[0], Scale) and not lists[0].repeated:
-        divisor = scale / (float(actions[0].factor) or math.ulp(0.0))
-        if _is_fused(optimizer) and divisor < torch.finfo(torch.float32).max:
-            return _stand_in(optimizer, {"grad_scale": _cpu_tensor(divisor, torch.float32)})
-    todo = [
-        (each.held(), action)
-        for each, action in zip(lists, actions, strict=True)
-        if not isinstance(action, Keep)
-    ]
-    for held, action in todo:
-        _clip.carry_out_(backend, held, action)
-    return None
-
-
-def _is_fused(optimizer: Any) -> bool:
-    """If the step is known to divide by ``grad_scale`` and to heed ``found_inf``."""
-    # A step of a subclass may be its own, whatever its base class was told to be.
-    ours = type(optimizer).step.__module__ in _FUSED
-    divides = ours and getattr(optimizer, "_step_supports_amp_scaling", False)
-    return divides and all(group.get("fused") for group in optimizer.param_groups)
-
-
-_FUSED = {f"torch.optim.{name}" for name in ("adagrad", "adam", "adamw", "sgd")}
-
-
-def _without_a_step(optimizer: Any, lists: Sequence[Gradients]) -> dict[str, Any]:
-    """Who steps in the optimizer's place where no step is to be taken: one without parameters.
-
-    The step of another library may step by other objects, too: it sees no gradient, either.
-    """
-    if type(optimizer).step.__module__.startswith("torch.optim."):
-        return {"stand_in": _stand_in(optimizer, {"param_groups": []})}
-    hidden = []
-    for parameter in {id(p): p for each in lists for p in each.parameters}.values():
-        hidden.append((parameter, parameter.grad))
-        parameter.grad = None
-    groups = [dict(group) for group in optimizer.param_groups]
-    return {"stand_in": _stand_in(optimizer, {"param_groups": groups}), "hidden": hidden}
-
-
-def _caller() -> FrameType | None:
-    """What has called the hook from which this is called; not what keeps Dynamo out of it."""
-    frame = sys._getframe(1).f_back
-    while frame is not None and frame.f_globals["__name__"].startswith(_DYNAMO):
-        frame = frame.f_back
-    return frame
-
-
-_DYNAMO = ("torch._compile", "torch._dynamo")
-
-
-def _calls(step: FrameType | None) -> bool:
-    """If a step is under way that has led to where we are: it is not one that has failed."""
-    frame = sys._getframe(1) if step is not None else None
-    while frame is not None and frame is not step:
-        frame = frame.f_back
-    return frame is not None
-
-
-def _factor(action: Keep | Fill | Scale) -> float:
-    match action:
-        case Scale(factor):
-            return float(factor)
-        case Fill(value):
-            return value
-    return 1.0
-
-
-def _cpu_tensor(values: Any, dtype: torch.dtype) -> Tensor:
-    return torch.tensor(values, dtype=dtype, device="cpu")
-
-
-# ---- the books, in a device's memory ----
-
-# Words of 8 bytes, as `kernels.cuda.measure` has them.
-_STEPS, _CLIPPED, _LATEST, _DIVISOR, _SKIPPED, _SKIPS, _BEFORE, _WORDS = 0, 1, 2, 3, 4, 5, 6, 10
-
-
-class _There:
-    """What a clipper knows of its steps, where it is a device that knows it."""
-
-    def __init__(self, memory: Any, lists: int) -> None:
-        self._memory = memory
-        self.words: Tensor = memory.zeros(_WORDS)
-        self.factors: list[Tensor] = list(memory.zeros(lists).view(torch.float64).fill_(1.0))
-        self.norms: list[Tensor] = [memory.scalar(wide=False).zero_() for _ in range(lists)]
-
-    @property
-    def divisor(self) -> Tensor:
-        """What a fused optimizer divides by."""
-        return self.words.view(torch.float32)[2 * _DIVISOR]
-
-    @property
-    def skips(self) -> Tensor:
-        """1 where a fused optimizer is to take no step, else 0."""
-        return self.words.view(torch.float32)[2 * _SKIPS]
-
-    def take_back(self) -> None:
-        """Count the latest step no more."""
-        now = [_STEPS, _CLIPPED, _LATEST, _SKIPPED]
-        self.words[now] = self.words[_BEFORE:].clone()
-
-    def into(
-        self, place: int, wide: bool, amp: Sequence[Tensor | None], *, folds: bool
-    ) -> dict[str, Any]:
-        """Where the norm of one list, and all that comes with it, are to be written."""
-        if wide != (self.norms[place].dtype is torch.float64):
-            self.norms[place] = self._memory.scalar(wide=wide).zero_()
-        from gradclip._device import Ledger  # of which nobody has need without a device
-
-        scale, found_inf = (0 if each is None else each.data_ptr() for each in amp)
-        ledger = Ledger(
-            words=self.words.data_ptr(),
-            factor=self.factors[place].data_ptr(),
-            begins=int(place == 0),
-            folds=int(folds),
-            scale=scale,
-            found_inf=found_inf,
-        )
-        return {"norm": self.norms[place], "ledger": ledger}
-
-    def told(self, scalars: Sequence[Tensor], *, per_group: bool) -> Tensor:
-        """A copy that later steps leave alone."""
-        wide = any(each.dtype is torch.float64 for each in scalars)
-        every = [each.double() if wide else each for each in scalars]
-        return torch.stack(every) if per_group else every[0].clone()
