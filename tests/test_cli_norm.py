@@ -296,17 +296,6 @@ def test_output_to_a_full_disk(tmp_path: Path) -> None:
 # ---- without extras ----
 
 
-def test_without_rich_there_is_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name.partition(".")[0] == "rich"]:
-        monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.setitem(sys.modules, "rich", None)
-    monkeypatch.setitem(sys.modules, "rich.console", None)
-    path = save(tmp_path / "a.npy", {"a": np.array([3.0, 4])})
-    assert report(path)["norm"] == 5
-    message = "gradclip: rich is not installed; pip install 'gradclip[cli]' brings it\n"
-    assert run_main("norm", path) == (2, "", message)
-
-
 @pytest.mark.parametrize("module", ["safetensors", "ml_dtypes"])
 def test_without_a_format_s_library(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str
