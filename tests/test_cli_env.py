@@ -89,12 +89,3 @@ def test_a_wrong_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRADCLIP_NUM_THREADS", "0")
     message = "gradclip: GRADCLIP_NUM_THREADS is '0'; it must be a number above 0\n"
     assert run_main("env") == (2, "", message)
-
-
-def test_the_version_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
-    from gradclip.cli import main
-
-    with pytest.raises(SystemExit) as stopped:
-        main(["--version"])
-    assert stopped.value.code == 0
-    assert capsys.readouterr().out == f"gradclip {gradclip.__version__}\n"

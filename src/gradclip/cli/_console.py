@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import math
+import os
+import shutil
 import sys
+import time
+import unicodedata
 from collections.abc import Callable, Container, Iterator, Sequence
-from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any, TextIO
 
-if TYPE_CHECKING:
-    from rich.console import Console
+_ITALIC, _BOLD, _RED = "\x1b[3m", "\x1b[1m", "\x1b[31m"
+_BAR = 30
 
 
 class CliError(Exception):
@@ -43,21 +47,15 @@ def size(nbytes: float) -> str:
     return f"{nbytes:.3g} TB"
 
 
+def note(message: str) -> None:
+    """Print one line on stderr."""
+    print("gradclip: " + printable(" ".join(message.split())), file=sys.stderr)
+
+
 def fail(message: str, status: int) -> int:
     """Print one line on stderr and hand back the exit status."""
-    print("gradclip: " + printable(" ".join(message.split())), file=sys.stderr)
+    note(message)
     return status
-
-
-def console(*, stderr: bool = False) -> Console:
-    """A console that colours only terminals, honours NO_COLOR and never cuts what is piped."""
-    try:
-        from rich.console import Console
-    except ImportError:
-        raise need_extra("rich") from None
-    if (sys.stderr if stderr else sys.stdout).isatty():
-        return Console(stderr=stderr, highlight=False)
-    return Console(stderr=stderr, highlight=False, force_terminal=False, width=10_000)
 
 
 def print_json(value: Any) -> None:
@@ -85,35 +83,40 @@ def print_table(
 ) -> None:
     """Print a table; the first ``text`` columns are words, the others figures.
 
-    A row of a single cell is a heading of the rows below it; the ``alarming`` rows are red.
+    A row of a single cell is a heading of the rows below it; the ``alarming`` rows are red on a
+    terminal. What is piped is never cut.
     """
-    out = console()
-    from rich.text import Text
+    room = shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000
+    header, *lines = _laid_out([columns, *rows], text, room)
+    width = max(_width(part) for line in (header, *lines) for part in line.split("\n"))
+    unicode = (sys.stdout.encoding or "utf-8").lower().startswith("utf")
+    print(_styled(title, _ITALIC))
+    if any(columns):
+        print(_styled(header, _BOLD))
+        print(" " + (min(width, room) - 1) * ("\u2500" if unicode else "-"))
+    for place, (row, line) in enumerate(zip(rows, lines, strict=True)):
+        heading = _BOLD if len(row) < len(columns) else ""
+        print(_styled(line, _RED if place in alarming else heading))
+    print()
 
-    header, *lines = _laid_out([columns, *rows], text, out.width)
-    width = max(len(part) for line in (header, *lines) for part in line.split("\n"))
-    rule = (min(width, out.width) - 1) * ("-" if out.options.ascii_only else "\u2500")
-    # Rich would end the process with status 1 where the reader of a pipe has gone.
-    with out.capture() as captured:
-        out.print(Text(title, "italic"))
-        if any(columns):
-            out.print(Text(header, "bold"))
-            out.print(Text(f" {rule}"))
-        for place, (row, line) in enumerate(zip(rows, lines, strict=True)):
-            heading = "bold" if len(row) < len(columns) else ""
-            out.print(Text(line, "red" if place in alarming else heading), soft_wrap=True)
-    print(captured.get())
+
+def _styled(text: str, style: str) -> str:
+    shown = style and text and _moves(sys.stdout) and not os.environ.get("NO_COLOR")
+    return f"{style}{text}\x1b[0m" if shown else text
+
+
+def _moves(stream: TextIO) -> bool:
+    """If it is a terminal that can do more than print line after line."""
+    return stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
 
 
 def _laid_out(rows: Sequence[Sequence[str]], text: int, room: int) -> list[str]:
     """Each row as a line, or as two if the first cells leave too little room for the others."""
-    from rich.cells import cell_len, set_cell_size
-
     full = [row for row in rows if len(row) == len(rows[0])]
-    first, *widths = (max(map(cell_len, column)) for column in zip(*full, strict=True))
+    first, *widths = (max(map(_width, column)) for column in zip(*full, strict=True))
     others = [
         "  ".join(
-            set_cell_size(cell, width) if place < text else " " * (width - cell_len(cell)) + cell
+            _padded(cell, width, left=place < text)
             for place, (cell, width) in enumerate(zip(row[1:], widths, strict=False), 1)
         ).rstrip()
         for row in rows
@@ -126,25 +129,48 @@ def _laid_out(rows: Sequence[Sequence[str]], text: int, room: int) -> list[str]:
         elif stacked:
             lines.append(f" {row[0]}\n      {other}")
         else:
-            lines.append(f" {set_cell_size(row[0], first)}  {other}")
+            lines.append(f" {_padded(row[0], first, left=True)}  {other}")
     return lines
+
+
+def _padded(cell: str, width: int, *, left: bool) -> str:
+    room = (width - _width(cell)) * " "
+    return cell + room if left else room + cell
+
+
+def _width(text: str) -> int:
+    """The columns of a terminal that it takes: two for a Chinese sign, none for an accent."""
+    if text.isascii():
+        return len(text)
+    signs = (sign for sign in text if unicodedata.category(sign) not in ("Mn", "Me"))
+    return sum(1 + (unicodedata.east_asian_width(sign) in "WF") for sign in signs)
 
 
 @contextlib.contextmanager
 def progress(label: str, total: float) -> Iterator[Callable[[float], None]]:
     """A progress bar on stderr, on a terminal only; yields ``advance(amount)``."""
-    if not sys.stderr.isatty() or find_spec("rich") is None:
+    if not _moves(sys.stderr):
         yield lambda _amount: None
         return
-    out = console(stderr=True)
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    started = drawn = time.monotonic()
+    done = 0.0
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f} %"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=out, transient=True) as bar:
-        task = bar.add_task(label, total=total)
-        yield lambda amount: bar.advance(task, amount)
+    def draw() -> None:
+        share = min(done / total, 1.0) if total else 1.0
+        bar = (round(_BAR * share) * "#").ljust(_BAR, ".")
+        spent = drawn - started
+        left = datetime.timedelta(seconds=round(spent / share - spent)) if share else "-:--:--"
+        print(f"\r{label} {bar} {share:4.0%} {left}\x1b[K", end="", file=sys.stderr, flush=True)
+
+    def advance(amount: float) -> None:
+        nonlocal done, drawn
+        done += amount
+        if time.monotonic() - drawn > 0.1:  # writing takes longer than measuring a piece
+            drawn = time.monotonic()
+            draw()
+
+    try:
+        draw()
+        yield advance
+    finally:
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
