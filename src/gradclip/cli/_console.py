@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import json
 import math
-import os
-import shutil
 import sys
-import time
-import unicodedata
 from collections.abc import Callable, Container, Iterator, Sequence
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any
 
-_ITALIC, _BOLD, _RED = "\x1b[3m", "\x1b[1m", "\x1b[31m"
-_BAR = 30
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 class CliError(Exception):
@@ -73,6 +68,23 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def console(*, stderr: bool = False) -> Console | None:
+    """A console that colours only terminals, honours NO_COLOR and never cuts what is piped.
+
+    None where rich is not installed: what is printed then is the same text, plain.
+    """
+    try:
+        from rich.console import Console
+    except ImportError:
+        return None
+    if (sys.stderr if stderr else sys.stdout).isatty():
+        return Console(stderr=stderr, highlight=False)
+    return Console(stderr=stderr, highlight=False, force_terminal=False, width=_PIPED)
+
+
+_PIPED = 10_000
+
+
 def print_table(
     title: str,
     columns: Sequence[str],
@@ -83,40 +95,46 @@ def print_table(
 ) -> None:
     """Print a table; the first ``text`` columns are words, the others figures.
 
-    A row of a single cell is a heading of the rows below it; the ``alarming`` rows are red on a
-    terminal. What is piped is never cut.
+    A row of a single cell is a heading of the rows below it; the ``alarming`` rows are red.
     """
-    room = shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000
+    out = console()
+    room = _PIPED if out is None else out.width
     header, *lines = _laid_out([columns, *rows], text, room)
-    width = max(_width(part) for line in (header, *lines) for part in line.split("\n"))
+    width = max(len(part) for line in (header, *lines) for part in line.split("\n"))
     unicode = (sys.stdout.encoding or "utf-8").lower().startswith("utf")
-    print(_styled(title, _ITALIC))
-    if any(columns):
-        print(_styled(header, _BOLD))
-        print(" " + (min(width, room) - 1) * ("\u2500" if unicode else "-"))
+    rule = (min(width, room) - 1) * ("\u2500" if unicode else "-")
+    heads = [(header, "bold"), (f" {rule}", "")] if any(columns) else []
+    styled = [(title, "italic"), *heads]
     for place, (row, line) in enumerate(zip(rows, lines, strict=True)):
-        heading = _BOLD if len(row) < len(columns) else ""
-        print(_styled(line, _RED if place in alarming else heading))
-    print()
+        heading = "bold" if len(row) < len(columns) else ""
+        styled.append((line, "red" if place in alarming else heading))
+    if out is None:
+        print(*(line for line, _ in styled), "", sep="\n")
+        return
+    from rich.text import Text
 
-
-def _styled(text: str, style: str) -> str:
-    shown = style and text and _moves(sys.stdout) and not os.environ.get("NO_COLOR")
-    return f"{style}{text}\x1b[0m" if shown else text
-
-
-def _moves(stream: TextIO) -> bool:
-    """If it is a terminal that can do more than print line after line."""
-    return stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+    # Rich would end the process with status 1 where the reader of a pipe has gone.
+    with out.capture() as captured:
+        for line, style in styled:
+            out.print(Text(line, style), soft_wrap=True)
+    print(captured.get())
 
 
 def _laid_out(rows: Sequence[Sequence[str]], text: int, room: int) -> list[str]:
     """Each row as a line, or as two if the first cells leave too little room for the others."""
+    columns_of: Callable[[str], int] = len
+    with contextlib.suppress(ImportError):
+        from rich.cells import cell_len as columns_of
     full = [row for row in rows if len(row) == len(rows[0])]
-    first, *widths = (max(map(_width, column)) for column in zip(*full, strict=True))
+    first, *widths = (max(map(columns_of, column)) for column in zip(*full, strict=True))
+
+    def padded(cell: str, width: int, *, left: bool) -> str:
+        space = " " * (width - columns_of(cell))
+        return cell + space if left else space + cell
+
     others = [
         "  ".join(
-            _padded(cell, width, left=place < text)
+            padded(cell, width, left=place < text)
             for place, (cell, width) in enumerate(zip(row[1:], widths, strict=False), 1)
         ).rstrip()
         for row in rows
@@ -129,48 +147,25 @@ def _laid_out(rows: Sequence[Sequence[str]], text: int, room: int) -> list[str]:
         elif stacked:
             lines.append(f" {row[0]}\n      {other}")
         else:
-            lines.append(f" {_padded(row[0], first, left=True)}  {other}")
+            lines.append(f" {padded(row[0], first, left=True)}  {other}")
     return lines
-
-
-def _padded(cell: str, width: int, *, left: bool) -> str:
-    room = (width - _width(cell)) * " "
-    return cell + room if left else room + cell
-
-
-def _width(text: str) -> int:
-    """The columns of a terminal that it takes: two for a Chinese sign, none for an accent."""
-    if text.isascii():
-        return len(text)
-    signs = (sign for sign in text if unicodedata.category(sign) not in ("Mn", "Me"))
-    return sum(1 + (unicodedata.east_asian_width(sign) in "WF") for sign in signs)
 
 
 @contextlib.contextmanager
 def progress(label: str, total: float) -> Iterator[Callable[[float], None]]:
     """A progress bar on stderr, on a terminal only; yields ``advance(amount)``."""
-    if not _moves(sys.stderr):
+    out = console(stderr=True) if sys.stderr.isatty() else None
+    if out is None:
         yield lambda _amount: None
         return
-    started = drawn = time.monotonic()
-    done = 0.0
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    def draw() -> None:
-        share = min(done / total, 1.0) if total else 1.0
-        bar = (round(_BAR * share) * "#").ljust(_BAR, ".")
-        spent = drawn - started
-        left = datetime.timedelta(seconds=round(spent / share - spent)) if share else "-:--:--"
-        print(f"\r{label} {bar} {share:4.0%} {left}\x1b[K", end="", file=sys.stderr, flush=True)
-
-    def advance(amount: float) -> None:
-        nonlocal done, drawn
-        done += amount
-        if time.monotonic() - drawn > 0.1:  # writing takes longer than measuring a piece
-            drawn = time.monotonic()
-            draw()
-
-    try:
-        draw()
-        yield advance
-    finally:
-        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=out, transient=True) as bar:
+        task = bar.add_task(label, total=total)
+        yield lambda amount: bar.advance(task, amount)
