@@ -62,10 +62,12 @@ ARROWS = {
         "_decide",
         "_device:Ledger",
         "_exact",
+        "_gradients",
         "_workers",
         "backends.torch",
         "kernels.cpu:ieee_arithmetic",
     },
+    "_gradients": {"_clip", "_exact", "_workers", "backends.torch"},
     "tensorflow": {"_clip", "_patch", "keras"},
     "torch": {
         "_clip",

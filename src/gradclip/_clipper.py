@@ -3,30 +3,53 @@
 A large gradient is measured in the hook that runs when autograd has just written it, so much of it
 is read from the processor's caches. The step adds the parts up. Fused optimizers divide gradients
 by a number that they are given, so clipping takes no pass of its own.
+
+What a step is to do differently it is told by a stand-in: an object with the optimizer's class and
+attributes but for one, which the hook before the step puts in the optimizer's place. So whatever
+becomes of the step, nothing of ours is left on the optimizer.
 """
 
 from __future__ import annotations
 
+import copy
+import inspect
 import math
+import pickle
 import sys
 import weakref
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from operator import is_
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from gradclip import _clip
-from gradclip._decide import Fill, Keep, OnNonfinite, Scale, check_clip_norm, check_on_nonfinite
-from gradclip._exact import Part, Scaled, certified_norm
+from gradclip._decide import (
+    Fill,
+    Keep,
+    OnNonfiniteStep,
+    Scale,
+    at_most,
+    check_clip_norm,
+    check_on_nonfinite,
+)
+from gradclip._exact import Scaled
+from gradclip._gradients import Gradients, Place, leave, names_in, unscaled
 from gradclip._workers import Joint
 from gradclip.backends import torch as backend
 from gradclip.kernels.cpu import ieee_arithmetic
 
-_attached: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+# What a limit may be: a number, or a schedule: from how many steps were begun before to a number.
+Limit = float | Callable[[int], Any]
+
+_KEY = "gradclip"  # of our hooks, among those that PyTorch numbers
+_HOOKS = {
+    "_optimizer_step_pre_hooks": "_before_step",
+    "_optimizer_step_post_hooks": "_after_step",
+}
 
 
 class Clipper:
@@ -48,26 +71,37 @@ class Clipper:
     ``.data``, ``.numpy()`` or DLPack, is seen only if it changes one of eight numbers that are
     looked at. With ``torch.distributed`` in use every gradient is measured in the step.
 
+    A copy of the optimizer, by ``copy``, ``pickle`` or ``torch.save``, has a clipper of its own,
+    with the same limit and counts. Its ``state_dict`` stays as it is, and the clipper has one too.
+
     Args:
         optimizer: any optimizer, or one that accelerate has prepared, whose step is given no
-            closure. Its ``state_dict`` stays as it is.
-        max_norm: a number above 0 (``inf`` only measures), or one for each parameter group: then
-            each group is clipped by a norm of its own.
+            closure.
+        max_norm: a number above 0 (``inf`` only measures); a schedule, which is called with how
+            many steps were begun before, 0 in the first; or a list of these, one for each parameter
+            group: then each group is clipped by a norm of its own.
         on_nonfinite: what becomes of the gradients where an element is NaN or inf, as in
-            `gradclip.clip_by_global_norm`.
-        group: as in `gradclip.torch.clip_grad_norm_`; every worker steps. With it, what GradScaler
-            finds to be inf has to be made known to all before, or they do not step alike.
+            `gradclip.clip_by_global_norm`; or ``"skip"``: the step is not taken, and neither
+            weights nor what the optimizer keeps of them change. ``"zero"`` takes it: momentum, the
+            averages of Adam and weight decay still move the weights.
+        group: as in `gradclip.torch.clip_grad_norm_`; every worker attaches, and steps. With it,
+            what GradScaler finds to be inf has to be made known to all before, or they do not step
+            alike.
 
     On a GPU gradients are clipped before the step, by two launches for which the host does not
-    wait; a fused optimizer divides by the factor only where it divides by GradScaler's scale.
+    wait; a fused optimizer divides by the factor only where it divides by GradScaler's scale. It
+    also skips by itself; for others that are to skip, the host waits for the norm.
 
-    ``norm``, ``factor``, ``steps`` and ``clipped_steps`` tell of it, in tensors; the first two of
-    one element for each group if ``max_norm`` has.
+    ``norm``, ``factor``, ``steps``, ``clipped_steps`` and ``skipped_steps`` tell of it, in tensors;
+    the first two of one element for each group if ``max_norm`` has. A step is counted when it has
+    been taken, and as clipped if its norm was not at most the limit: above it, inf or NaN.
 
     Raises:
-        TypeError, ValueError: a limit is no number or out of range, there are not as many as
-            groups, or the optimizer has a clipper already.
-        RuntimeError: from a step that is given a closure.
+        TypeError: what is given is no optimizer, or one whose step needs a closure; a limit is no
+            number.
+        ValueError: a limit is out of range, there are not as many as groups, or the optimizer has
+            a clipper already.
+        RuntimeError: from a step that is given a closure or gradients; another worker has failed.
         FloatingPointError: from a step, with ``on_nonfinite="raise"``; nothing has been written.
 
     >>> weight = torch.nn.Parameter(torch.zeros(2))
@@ -79,77 +113,143 @@ class Clipper:
     tensor(5.) tensor([-1.5000, -2.0000])
     """
 
+    __slots__ = (
+        "__weakref__",
+        "_args",
+        "_begun",
+        "_clipped_steps",
+        "_factors",
+        "_finalizer",
+        "_group",
+        "_limits",
+        "_norms",
+        "_on_nonfinite",
+        "_optimizer",
+        "_outcome",
+        "_per_group",
+        "_places",
+        "_skipped_steps",
+        "_step",
+        "_steps",
+        "_there",
+        "_wide",
+    )
+
+    # Of the step that is under way: who has called its hook, what it was given in place of its
+    # arguments, and what is to become of it.
+    _step: FrameType | None
+    _args: tuple[Any, ...] | None
+    _outcome: _Outcome
+    _places: list[Place]
+    _there: _There | None  # the books, if it is a device's memory in which they are kept
+
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
-        max_norm: float | Sequence[float],
+        max_norm: Limit | Sequence[Limit],
         *,
-        on_nonfinite: OnNonfinite = "nan",
+        on_nonfinite: OnNonfiniteStep = "nan",
         group: Any = None,
     ) -> None:
-        check_on_nonfinite(on_nonfinite)
-        while not hasattr(optimizer, "_optimizer_step_pre_hooks") and hasattr(
-            optimizer, "optimizer"
-        ):
-            optimizer = optimizer.optimizer  # it wraps the one that steps
-        self._per_group = isinstance(max_norm, Sequence) and not isinstance(max_norm, str)
-        limits: Any = max_norm if self._per_group else [max_norm]
-        self._limits = [check_clip_norm(limit, "max_norm") for limit in limits]
-        if self._per_group and len(self._limits) != len(optimizer.param_groups):
-            raise ValueError(_number_of_limits(self._limits, optimizer))
-        if optimizer in _attached:
-            raise ValueError("the optimizer has a clipper already; remove() that one first")
-        self._on_nonfinite: OnNonfinite = on_nonfinite
+        workers = None if group is None else backend.workers([], group)
+        with _clip.taking_part(workers) as part:
+            check_on_nonfinite(on_nonfinite, steps=True)
+            self._optimizer = _that_steps(optimizer)
+            self._per_group = _is_list(max_norm)
+            self._limits = _limits(max_norm)
+            self._check_number_of_limits(self._optimizer)
+            if _KEY in self._optimizer._optimizer_step_pre_hooks:
+                raise ValueError("the optimizer has a clipper already; remove() that one first")
+            if part is not None:
+                part.asked(limits=len(self._limits), on_nonfinite=on_nonfinite)
+                part.agree()
+        self._on_nonfinite: OnNonfiniteStep = on_nonfinite
         self._group = group
-        self._optimizer = optimizer
-        self._places: list[_Place] = []
-        self._folded: Tensor | None = None
-        self._instead_of: Any = None
-        self._norms = [Scaled(0.0, 0)] * len(self._limits)
-        self._actions: list[Keep | Fill | Scale] = [Keep()] * len(self._limits)
+        self._norms = [0.0] * len(self._limits)
+        self._factors = [1.0] * len(self._limits)
         self._wide = False
-        self._step: FrameType | None = None  # the one that is under way
-        self._steps = self._clipped_steps = 0
-        self._there: _There | None = None  # where the latest step was clipped in a device's memory
-        self._handles = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-        ]
-        _attached.add(optimizer)
-        # The watches go with the optimizer, though parameters may outlive it.
-        self._finalizer = weakref.finalize(optimizer, _leave, self._places)
+        self._begun = self._steps = self._clipped_steps = self._skipped_steps = 0
+        self._hook_on()
         try:
-            self._find_places()
+            self._find_places(self._optimizer)
         except BaseException:
             self.remove()
             raise
+
+    def _hook_on(self) -> None:
+        """Have the optimizer's steps clipped, and its copies too."""
+        self._places = []
+        self._there = None
+        self._end_step()
+        # The watches go with the optimizer, though parameters may outlive it.
+        self._finalizer = weakref.finalize(self._optimizer, leave, self._places)
+        ours: Any = vars(self._optimizer)
+        for name, hook in _HOOKS.items():
+            ours.setdefault(name, OrderedDict())[_KEY] = getattr(self, hook)
+        ours["__getstate__"] = self._with_state_of_optimizer
+
+    def remove(self) -> None:
+        """Clip no more; what was counted stays."""
+        ours: Any = vars(self._optimizer)
+        for name in _HOOKS:
+            ours[name].pop(_KEY, None)
+        ours.pop("__getstate__", None)
+        self._finalizer()
+
+    # ---- what it tells, and is told ----
+
+    def __repr__(self) -> str:
+        told = [f"{name}={getattr(self, name).tolist()}" for name in ("norm", "factor", *_COUNTS)]
+        return f"Clipper(max_norm={self.max_norm}, {', '.join(told)})"
+
+    @property
+    def max_norm(self) -> Any:
+        """The limit, or the schedule; a list if each parameter group has one. May be set.
+
+        Raises:
+            TypeError, ValueError: it is set to what is none, or to another number of them.
+        """
+        return list(self._limits) if self._per_group else self._limits[0]
+
+    @max_norm.setter
+    def max_norm(self, max_norm: Any) -> None:
+        limits = _limits(max_norm)
+        if _is_list(max_norm) != self._per_group or len(limits) != len(self._limits):
+            ours = f"{len(self._limits)} limits" if self._per_group else "one limit for all groups"
+            raise ValueError(f"max_norm is {max_norm!r}; this clipper has {ours}: attach another")
+        self._limits = limits
 
     @property
     def norm(self) -> Tensor:
         """The global norm of the latest step, as it was before clipping."""
         if self._there is not None:
             return self._there.told(self._there.norms, per_group=self._per_group)
-        dtype = torch.float64 if self._wide else torch.float32
-        return self._tensor(list(map(float, self._norms)), dtype)
+        return self._tensor(self._norms, torch.float64 if self._wide else torch.float32)
 
     @property
     def factor(self) -> Tensor:
         """What gradients were multiplied by in the latest step, float64."""
         if self._there is not None:
             return self._there.told(self._there.factors, per_group=self._per_group)
-        return self._tensor(list(map(_factor, self._actions)), torch.float64)
+        return self._tensor(self._factors, torch.float64)
 
     @property
     def steps(self) -> Tensor:
-        """How many steps there were, int64."""
-        return self._count(self._steps, 0)
+        """How many steps were taken, int64."""
+        return self._count(self._steps, _STEPS)
 
     @property
     def clipped_steps(self) -> Tensor:
-        """In how many of them a norm was above its limit, int64."""
-        return self._count(self._clipped_steps, 1)
+        """In how many of them a norm was not at most its limit: above it, inf or NaN; int64."""
+        return self._count(self._clipped_steps, _CLIPPED)
+
+    @property
+    def skipped_steps(self) -> Tensor:
+        """How many were not taken, with ``on_nonfinite="skip"``, int64."""
+        return self._count(self._skipped_steps, _SKIPPED)
 
     def _count(self, here: int, word: int) -> Tensor:
+        self._settle()
         if self._there is None:
             return _cpu_tensor(here, torch.int64)
         return self._there.words[word] + here
@@ -158,109 +258,191 @@ class Clipper:
         with ieee_arithmetic():
             return _cpu_tensor(values if self._per_group else values[0], dtype)
 
-    def remove(self) -> None:
-        """Clip no more; what was counted stays."""
-        self._unfold()
-        for handle in self._handles:
-            handle.remove()
-        self._finalizer()
-        _attached.discard(self._optimizer)
+    def state_dict(self) -> dict[str, int]:
+        """The counts, to be saved beside the optimizer's; the limit is for `attach` to say."""
+        return {
+            "begun": self._begun,
+            **{name: int(getattr(self, name)) for name in _COUNTS},
+        }
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on counting from a `state_dict`; a schedule goes on, too.
+
+        Raises:
+            ValueError: it is none.
+        """
+        if set(state) != {"begun", *_COUNTS}:
+            raise ValueError(f"the state has {sorted(state)}; it must be of Clipper.state_dict()")
+        self._come_here()
+        for name, value in state.items():
+            setattr(self, f"_{name}", int(value))
+
+    # ---- copies ----
+
+    def _with_state_of_optimizer(self) -> dict[str, Any]:
+        """What is copied of the optimizer: PyTorch leaves all hooks out, also ours."""
+        optimizer: Any = self._optimizer
+        of_class: Any = type(optimizer).__getstate__
+        state = of_class(optimizer)
+        if not isinstance(state, dict):
+            raise TypeError(
+                f"a copy of {type(optimizer).__name__} would not be clipped: remove() the clipper "
+                "before, and attach again"
+            )
+        hooks = {name: OrderedDict({_KEY: getattr(self, hook)}) for name, hook in _HOOKS.items()}
+        return {**state, **hooks, "__getstate__": self._with_state_of_optimizer}
+
+    def _state(self) -> dict[str, Any]:
+        """What a copy of the clipper begins with."""
+        self._come_here()
+        return {name: getattr(self, name) for name in _KEPT}
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self._state()
+        again = "remove() the clipper before, and attach again"
+        if self._group is not None:
+            raise TypeError(f"a clipper over a group cannot be pickled: {again}")
+        try:
+            pickle.dumps(self._limits)
+        except Exception as error:
+            raise TypeError(f"the schedule of a clipper cannot be pickled: {again}") from error
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
+        self._hook_on()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Clipper:
+        new: Clipper = object.__new__(type(self))
+        memo[id(self)] = new
+        memo[id(self._group)] = self._group  # the workers are the same
+        new.__setstate__(copy.deepcopy(self._state(), memo))
+        return new
 
     # ---- the step ----
 
-    def _before_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if _calls(self._step):
-            return  # a step that calls its base class's: it has been clipped
-        self._step = sys._getframe(1)
-        # The optimizer itself is the first of args.
-        if any(each is not None for each in (*args[1:], kwargs.get("closure"))):
-            raise RuntimeError(
-                "optimizer.step(closure) under gradclip.torch.attach: the closure would make the "
-                "gradients inside of the step. Call it before step(), or clip at its end by "
-                "gradclip.torch.clip_grad_norm_"
-            )
-        if self._per_group and len(self._limits) != len(optimizer.param_groups):
-            raise ValueError(_number_of_limits(self._limits, optimizer))
-        self._unfold()  # after a step that has failed
-        self._find_places()
-        if self._clips_there(optimizer):
+    # What torch.compile would make of these depended on every number that they see.
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def _before_step(
+        self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if not self._finalizer.alive or _calls(self._step):
+            return None  # removed; or a step that calls its base class's: it has been clipped
+        self._settle()
+        self._step = _caller()
+        with torch.no_grad(), ieee_arithmetic():
+            self._outcome = self._clipped(optimizer, args, kwargs)
+        self._args = (self._outcome.stand_in or optimizer, *args[1:])
+        return self._args, kwargs
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def _after_step(self, optimizer: Any, args: tuple[Any, ...], *_: Any) -> None:
+        if args is not self._args:
+            return  # of the base class: the step goes on
+        outcome = self._outcome
+        self._end_step()
+        self._begun += 1
+        self._steps += outcome.taken
+        self._clipped_steps += outcome.clipped
+        self._skipped_steps += outcome.skipped
+        outcome.leave(optimizer)
+        for place in self._places:
+            if place.watching is not None:
+                place.watching.forget()
+
+    def _settle(self) -> None:
+        """See to a step that has failed: it does not count."""
+        if self._step is None or _calls(self._step):
             return
-        if getattr(optimizer, "found_inf", None):
-            return  # a gradient overflowed under GradScaler's scale, so nothing is stepped
-        self._come_here()
-        scale = float(getattr(optimizer, "grad_scale", None) or 1.0)
-        lists = self._gradients()
-        with ieee_arithmetic():
-            # The same for all lists, so that an error in one is told to whoever waits.
-            everyone = [place.parameter for place in self._places]
-            workers = backend.workers(everyone, self._group)
-            norms, actions = [], []
-            for each, limit in zip(lists, self._limits, strict=True):
-                with _clip.taking_part(workers) as part:
-                    norm, wide = _norm(each, part)
-                    each.wide = each.wide or wide
-                    norms.append(_unscaled(norm, scale, each.wide))
-                    actions.append(self._decided(each, norms[-1], limit, part))
-            self._carry_out(lists, actions, scale)
-        self._norms, self._actions = norms, actions
-        self._wide = any(each.wide for each in lists)
-        self._steps += 1
-        self._clipped_steps += any(isinstance(action, Scale) for action in actions)
+        if self._outcome.there and self._there is not None:
+            self._there.take_back()
+        self._end_step()
 
-    def _clips_there(self, optimizer: Any) -> bool:
-        """Clip in a device's memory, without waiting for it, if that is where all gradients are."""
+    def _end_step(self) -> None:
+        """Note that no step is under way."""
+        self._step, self._args, self._outcome = None, None, _Outcome()
+
+    def _clipped(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Outcome:
+        """Clip, and say what is to become of the step."""
+        self._find_places(optimizer)
         everyone = [place.parameter for place in self._places]
-        if not everyone or not backend.has_triton(everyone[0].device):
-            return False
-        if self._on_nonfinite == "raise":
-            return False  # the host waits in any case: for all lists, before one is written
-        if backend.workers(everyone, self._group) is not None:
-            return False
-        lists = self._gradients()
-        queues: list[Any] = [backend.queue(each.held()) for each in lists]
-        amp = [getattr(optimizer, name, None) for name in ("grad_scale", "found_inf")]
-        if None in queues:
-            return False
-        devices = [queue.memory.device for queue in queues]
-        devices += [each.device for each in amp if each is not None]
-        if len(set(devices)) > 1:
-            return False
-        if self._there is not None and self._there.words.device != devices[0]:
+        workers = backend.workers(everyone, self._group)
+        # The same for all lists, so that an error in one is told to whoever waits.
+        with _clip.taking_part(workers) as part:
+            _check_arguments(args, kwargs)
+            self._check_number_of_limits(optimizer)
+            lists = self._gradients()
+            if workers is None and self._is_there(optimizer, everyone):
+                outcome = self._clipped_there(optimizer, lists)
+                if outcome is not None:
+                    return outcome
             self._come_here()
-        if self._there is None:
-            self._there = _There(queues[0].memory, len(lists))
-        # A fused optimizer that divides by the scale divides by the factor at no cost. Without a
-        # scale it would write each gradient back for it, clipped or not.
-        folds = amp[0] is not None and len(lists) == 1 and not lists[0].repeated
-        with ieee_arithmetic():
-            for place, (each, queue, limit) in enumerate(
-                zip(lists, queues, self._limits, strict=True)
-            ):
-                into = self._there.into(place, queue.wide, amp, folds=folds)
-                policy = self._on_nonfinite
-                _clip.queued_(backend, queue, each.tensors, each.path, limit, None, policy, **into)
-        if folds:
-            self._divide_by(self._there.divisor)
-        return True
+            # Alone, nothing is stepped where a gradient overflowed under GradScaler's scale.
+            if part is None and getattr(optimizer, "found_inf", None):
+                return _Outcome()
+            limits = [self._limit(place) for place in range(len(lists))]
+            scale = float(getattr(optimizer, "grad_scale", None) or 1.0)
+            found = [self._found(lists[0], limits[0], scale, part)]
+        for each, limit in zip(lists[1:], limits[1:], strict=True):
+            with _clip.taking_part(workers) as part:
+                found.append(self._found(each, limit, scale, part))
+        norms, actions = zip(*found, strict=True)
+        self._norms = list(map(float, norms))
+        self._wide = any(each.wide for each in lists)
+        finite = all(math.isfinite(norm.significand) for norm in norms)
+        if self._on_nonfinite == "skip" and not finite:
+            self._factors = [1.0] * len(norms)
+            return _Outcome(skipped=True, **_without_a_step(optimizer, lists))
+        self._factors = list(map(_factor, actions))
+        return _Outcome(
+            taken=True,
+            clipped=not all(map(at_most, norms, limits)),
+            stand_in=_carried_out(optimizer, lists, actions, scale),
+        )
 
-    def _come_here(self) -> None:
-        """Have the books on the host, if the latest step was clipped elsewhere."""
-        if self._there is not None:
-            self._steps += int(self._there.words[0])
-            self._clipped_steps += int(self._there.words[1])
-            self._there = None
+    def _found(
+        self, gradients: Gradients, limit: float, scale: float, part: Joint | None
+    ) -> tuple[Scaled, Keep | Fill | Scale]:
+        """The norm of gradients, and what is to be done to them."""
+        if part is not None:
+            part.asked(max_norm=limit, on_nonfinite=self._on_nonfinite)
+        norm, wide = gradients.norm(part)
+        gradients.wide = gradients.wide or wide
+        norm = unscaled(norm, scale, gradients.wide)
+        policy = "keep" if self._on_nonfinite == "skip" else self._on_nonfinite
+        action = _clip.decided(
+            backend, gradients.tensors, gradients.path, norm, limit, policy, part=part
+        )
+        return norm, action
 
-    def _find_places(self) -> None:
+    def _limit(self, place: int) -> float:
+        """The limit of this step."""
+        limit = self._limits[place]
+        if not callable(limit):
+            return limit
+        return check_clip_norm(limit(self._begun), f"max_norm({self._begun})")
+
+    def _check_number_of_limits(self, optimizer: Any) -> None:
+        groups = len(optimizer.param_groups)
+        if self._per_group and len(self._limits) != groups:
+            raise ValueError(
+                f"max_norm has {len(self._limits)} limits, and the optimizer {groups} parameter "
+                "groups"
+            )
+
+    def _find_places(self, optimizer: Any) -> None:
         """See which parameters the optimizer has, and have each watched once it is trained."""
-        groups = [group["params"] for group in self._optimizer.param_groups]
+        groups = [group["params"] for group in optimizer.param_groups]
         parameters = [parameter for group in groups for parameter in group]
         known = [place.parameter for place in self._places]
         if len(parameters) != len(known) or not all(map(is_, parameters, known)):
             old = {id(place.parameter): place for place in self._places}
             self._places[:] = [
-                (old.pop(id(parameter), None) or _Place(parameter)).moved_to(group, number)
-                for group, members in enumerate(groups)
-                for number, parameter in enumerate(members)
+                (old.pop(id(parameter), None) or Place(parameter)).moved_to(group, name)
+                for group, names in enumerate(names_in(optimizer.param_groups))
+                for name, parameter in zip(names, groups[group], strict=True)
             ]
             for place in old.values():
                 place.leave()
@@ -269,84 +451,243 @@ class Clipper:
             if trained and not torch.nn.parameter.is_lazy(place.parameter):
                 place.watch()
 
-    def _gradients(self) -> list[_Gradients]:
+    def _gradients(self) -> list[Gradients]:
         """The gradients there are, in lists of those that are clipped together."""
-        lists = [_Gradients() for _ in self._limits]
+        lists = [Gradients() for _ in self._limits]
         for place in self._places:
             gradient = place.parameter.grad
             if gradient is not None:
                 lists[place.group if self._per_group else 0].add(place, gradient)
         return lists
 
-    def _decided(
-        self, gradients: _Gradients, norm: Scaled, limit: float, part: Joint | None
-    ) -> Keep | Fill | Scale:
-        return _clip.decided(
-            backend,
-            gradients.tensors,
-            gradients.path,
-            norm,
-            limit,
-            self._on_nonfinite,
-            part=part,
-        )
+    # ---- the step, in a device's memory ----
 
-    def _carry_out(
-        self, lists: list[_Gradients], actions: list[Keep | Fill | Scale], scale: float
-    ) -> None:
-        match actions:
-            case [Scale(factor)] if not lists[0].repeated and self._fold(scale, factor):
-                return
-        todo = [
-            (each.held(), action)
-            for each, action in zip(lists, actions, strict=True)
-            if not isinstance(action, Keep)
+    def _is_there(self, optimizer: Any, parameters: Sequence[Tensor]) -> bool:
+        """If the step is to be clipped in a device's memory, without waiting for it."""
+        if not parameters or not backend.has_triton(parameters[0].device):
+            return False
+        # The host waits in any case to raise: for all lists, before one is written.
+        waits = self._on_nonfinite == "raise"
+        return not waits and (self._on_nonfinite != "skip" or _is_fused(optimizer))
+
+    def _clipped_there(self, optimizer: Any, lists: list[Gradients]) -> _Outcome | None:
+        """Clip where the gradients lie; None where that is not in the memory of one device."""
+        queues: list[Any] = [backend.queue(each.held()) for each in lists]
+        amp = [getattr(optimizer, name, None) for name in ("grad_scale", "found_inf")]
+        if None in queues:
+            return None
+        devices = [queue.memory.device for queue in queues]
+        devices += [each.device for each in amp if each is not None]
+        if len(set(devices)) > 1:
+            return None
+        limits = [
+            _clip.limits_there(queue, limit(self._begun), None, f"max_norm({self._begun})")[0]
+            if callable(limit)
+            else limit
+            for queue, limit in zip(queues, self._limits, strict=True)
         ]
-        for held, action in todo:
-            _clip.carry_out_(backend, held, action)
+        if self._there is not None and self._there.words.device != devices[0]:
+            self._come_here()
+        if self._there is None:
+            self._there = _There(queues[0].memory, len(lists))
+        # A fused optimizer that divides by the scale divides by the factor at no cost. Without a
+        # scale it would write each gradient back for it, clipped or not.
+        one = len(lists) == 1 and not lists[0].repeated
+        folds = one and amp[0] is not None and _is_fused(optimizer)
+        for place, (each, queue, limit) in enumerate(zip(lists, queues, limits, strict=True)):
+            into = self._there.into(place, queue.wide, amp, folds=folds)
+            policy = self._on_nonfinite
+            _clip.queued_(backend, queue, each.tensors, each.path, limit, None, policy, **into)
+        told: dict[str, Tensor] = {}
+        if folds:
+            told["grad_scale"] = self._there.divisor
+        if self._on_nonfinite == "skip":
+            told["found_inf"] = self._there.skips
+        return _Outcome(there=True, stand_in=_stand_in(optimizer, told) if told else None)
 
-    def _fold(self, scale: float, factor: Scaled) -> bool:
-        """Have the optimizer divide by ``scale / factor``; False if it is not one that does."""
-        optimizer: Any = self._optimizer
-        fused = all(group.get("fused") for group in optimizer.param_groups)
-        if not fused or not getattr(optimizer, "_step_supports_amp_scaling", False):
-            return False
-        divisor = scale / (float(factor) or math.ulp(0.0))
-        if not divisor < torch.finfo(torch.float32).max:
-            return False
-        self._divide_by(_cpu_tensor(divisor, torch.float32))
-        return True
-
-    def _divide_by(self, divisor: Tensor) -> None:
-        """Have a fused optimizer divide gradients by this in place of GradScaler's scale."""
-        optimizer: Any = self._optimizer
-        self._instead_of = vars(optimizer).get("grad_scale", _ABSENT)
-        self._folded = optimizer.grad_scale = divisor
-
-    def _after_step(self, *_: Any) -> None:
-        if sys._getframe(1) is not self._step and _calls(self._step):
-            return  # of the base class: the step goes on
-        self._step = None
-        self._unfold()
-        for place in self._places:
-            if place.watching is not None:
-                place.watching.forget()
-
-    def _unfold(self) -> None:
-        optimizer: Any = self._optimizer
-        if self._folded is not None and getattr(optimizer, "grad_scale", None) is self._folded:
-            if self._instead_of is _ABSENT:
-                del optimizer.grad_scale
-            else:
-                optimizer.grad_scale = self._instead_of
-        self._folded = None
+    def _come_here(self) -> None:
+        """Have the books on the host, if the latest step was clipped elsewhere."""
+        if self._there is None:
+            return
+        norms, factors = self._there.norms, self._there.factors
+        self._norms, self._factors = (list(map(float, each)) for each in (norms, factors))
+        self._wide = any(norm.dtype is torch.float64 for norm in norms)
+        self._begun, self._steps, self._clipped_steps, self._skipped_steps = (
+            self.state_dict().values()
+        )
+        self._there = None
 
 
-_ABSENT = object()
+_COUNTS = ("steps", "clipped_steps", "skipped_steps")
+_KEPT = (
+    "_optimizer",
+    "_limits",
+    "_per_group",
+    "_on_nonfinite",
+    "_group",
+    "_norms",
+    "_factors",
+    "_wide",
+    "_begun",
+    *(f"_{name}" for name in _COUNTS),
+)
 
 
-def _cpu_tensor(values: Any, dtype: torch.dtype) -> Tensor:
-    return torch.tensor(values, dtype=dtype, device="cpu")
+# ---- what is attached to, and the limits ----
+
+
+def _that_steps(optimizer: Any) -> Any:
+    """The optimizer, or the one that it wraps.
+
+    Raises:
+        TypeError: it is none, or its step needs a closure.
+    """
+    name = "_optimizer_step_pre_hooks"
+    found = optimizer
+    # accelerate's has no hooks of its own, Lightning's has those of the one within.
+    while hasattr(inner := getattr(found, "optimizer", None), name) and (
+        getattr(found, name, None) in (None, getattr(inner, name))
+    ):
+        found = inner
+    if not isinstance(found, torch.optim.Optimizer) or not hasattr(found, name):
+        raise TypeError(
+            f"attach takes an optimizer, as torch.optim.AdamW(model.parameters()) is; this is "
+            f"{type(optimizer).__name__}"
+        )
+    closure = inspect.signature(type(found).step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise TypeError(
+            f"the step of {type(found).__name__} needs a closure, which would make the gradients "
+            "inside of the step: clip at the closure's end by gradclip.torch.clip_grad_norm_"
+        )
+    return found
+
+
+def _is_list(max_norm: Any) -> bool:
+    return isinstance(max_norm, Sequence) and not isinstance(max_norm, str)
+
+
+def _limits(max_norm: Any) -> list[Limit]:
+    limits = max_norm if _is_list(max_norm) else [max_norm]
+    return [limit if callable(limit) else check_clip_norm(limit, "max_norm") for limit in limits]
+
+
+# ---- a step ----
+
+
+class _Outcome(NamedTuple):
+    """What is to become of a step once it has been taken; it may yet fail."""
+
+    taken: bool = False
+    clipped: bool = False
+    skipped: bool = False
+    there: bool = False  # if the books are kept in a device's memory
+    stand_in: Any = None
+    hidden: Sequence[tuple[Tensor, Tensor]] = ()  # parameters, and the gradients taken from them
+
+    def leave(self, optimizer: Any) -> None:
+        """Have the optimizer be what the step has made of its stand-in, and see its gradients."""
+        for parameter, gradient in self.hidden:
+            parameter.grad = gradient
+        if self.stand_in is not None and not self.skipped:
+            ours = vars(optimizer)
+            for name, value in vars(self.stand_in).items():
+                if name not in _TOLD:
+                    ours[name] = value
+
+
+_TOLD = ("grad_scale", "found_inf")
+
+
+def _stand_in(optimizer: Any, told: dict[str, Any]) -> Any:
+    """An optimizer that is another's like, but for what its step is told."""
+    new: Any = object.__new__(type(optimizer))
+    vars(new).update(vars(optimizer), **told)
+    return new
+
+
+def _check_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuse a step whose gradients are made in it, or are others than those of the parameters.
+
+    Raises:
+        RuntimeError: it is given a closure, or gradients.
+    """
+    # The optimizer itself is the first of args.
+    if all(value is None for value in (*args[1:], *kwargs.values())):
+        return
+    names = list(inspect.signature(type(args[0]).step).parameters)
+    for name, value in [*zip(names[1:], args[1:], strict=False), *kwargs.items()]:
+        if callable(value):
+            raise RuntimeError(
+                f"optimizer.step({name}=...) under gradclip.torch.attach: a closure would make the "
+                "gradients inside of the step. Call it before step(), or clip at its end by "
+                "gradclip.torch.clip_grad_norm_. Under Lightning's automatic optimization, which "
+                "always passes one, use gradclip.torch.patch(), or optimize manually"
+            )
+        if "grad" in name and value is not None:
+            raise RuntimeError(
+                f"optimizer.step({name}=...) under gradclip.torch.attach, which clips what the "
+                "parameters have in .grad: pass no gradients, or clip them by "
+                "gradclip.clip_by_global_norm_"
+            )
+
+
+def _carried_out(
+    optimizer: Any,
+    lists: Sequence[Gradients],
+    actions: Sequence[Keep | Fill | Scale],
+    scale: float,
+) -> Any:
+    """Do what has been decided; the stand-in that is to do it in the step, if one can."""
+    if len(lists) == 1 and isinstance(actions[0], Scale) and not lists[0].repeated:
+        divisor = scale / (float(actions[0].factor) or math.ulp(0.0))
+        if _is_fused(optimizer) and divisor < torch.finfo(torch.float32).max:
+            return _stand_in(optimizer, {"grad_scale": _cpu_tensor(divisor, torch.float32)})
+    todo = [
+        (each.held(), action)
+        for each, action in zip(lists, actions, strict=True)
+        if not isinstance(action, Keep)
+    ]
+    for held, action in todo:
+        _clip.carry_out_(backend, held, action)
+    return None
+
+
+def _is_fused(optimizer: Any) -> bool:
+    """If the step is known to divide by ``grad_scale`` and to heed ``found_inf``."""
+    # A step of a subclass may be its own, whatever its base class was told to be.
+    ours = type(optimizer).step.__module__ in _FUSED
+    divides = ours and getattr(optimizer, "_step_supports_amp_scaling", False)
+    return divides and all(group.get("fused") for group in optimizer.param_groups)
+
+
+_FUSED = {f"torch.optim.{name}" for name in ("adagrad", "adam", "adamw", "sgd")}
+
+
+def _without_a_step(optimizer: Any, lists: Sequence[Gradients]) -> dict[str, Any]:
+    """Who steps in the optimizer's place where no step is to be taken: one without parameters.
+
+    The step of another library may step by other objects, too: it sees no gradient, either.
+    """
+    if type(optimizer).step.__module__.startswith("torch.optim."):
+        return {"stand_in": _stand_in(optimizer, {"param_groups": []})}
+    hidden = []
+    for parameter in {id(p): p for each in lists for p in each.parameters}.values():
+        hidden.append((parameter, parameter.grad))
+        parameter.grad = None
+    groups = [dict(group) for group in optimizer.param_groups]
+    return {"stand_in": _stand_in(optimizer, {"param_groups": groups}), "hidden": hidden}
+
+
+def _caller() -> FrameType | None:
+    """What has called the hook from which this is called; not what keeps Dynamo out of it."""
+    frame = sys._getframe(1).f_back
+    while frame is not None and frame.f_globals["__name__"].startswith(_DYNAMO):
+        frame = frame.f_back
+    return frame
+
+
+_DYNAMO = ("torch._compile", "torch._dynamo")
 
 
 def _calls(step: FrameType | None) -> bool:
@@ -357,37 +698,23 @@ def _calls(step: FrameType | None) -> bool:
     return frame is not None
 
 
-def _leave(places: list[_Place]) -> None:
-    for place in places:
-        place.leave()
-    places.clear()
+def _factor(action: Keep | Fill | Scale) -> float:
+    match action:
+        case Scale(factor):
+            return float(factor)
+        case Fill(value):
+            return value
+    return 1.0
 
 
-class _Place:
-    """A parameter, its place in the optimizer, and the watch on its gradient."""
+def _cpu_tensor(values: Any, dtype: torch.dtype) -> Tensor:
+    return torch.tensor(values, dtype=dtype, device="cpu")
 
-    __slots__ = ("_handle", "group", "number", "parameter", "waits", "watching")
 
-    def __init__(self, parameter: Tensor) -> None:
-        self.parameter = parameter
-        self.waits = True  # to be watched: it may be frozen, or have no shape yet
-        self.watching: Any = None
-        self._handle: Any = None
+# ---- the books, in a device's memory ----
 
-    def moved_to(self, group: int, number: int) -> _Place:
-        """The place, at its place among the parameter groups."""
-        self.group, self.number = group, number
-        return self
-
-    def watch(self) -> None:
-        """Have the gradient measured when it is written, if that is worth it."""
-        self.waits = False
-        self.watching, self._handle = backend.watch(self.parameter) or (None, None)
-
-    def leave(self) -> None:
-        """Watch no more."""
-        if self._handle is not None:
-            self._handle.remove()
+# Words of 8 bytes, as `kernels.cuda.measure` has them.
+_STEPS, _CLIPPED, _LATEST, _DIVISOR, _SKIPPED, _SKIPS, _BEFORE, _WORDS = 0, 1, 2, 3, 4, 5, 6, 10
 
 
 class _There:
@@ -395,14 +722,24 @@ class _There:
 
     def __init__(self, memory: Any, lists: int) -> None:
         self._memory = memory
-        self.words: Tensor = memory.zeros(4)
+        self.words: Tensor = memory.zeros(_WORDS)
         self.factors: list[Tensor] = list(memory.zeros(lists).view(torch.float64).fill_(1.0))
         self.norms: list[Tensor] = [memory.scalar(wide=False).zero_() for _ in range(lists)]
 
     @property
     def divisor(self) -> Tensor:
         """What a fused optimizer divides by."""
-        return self.words.view(torch.float32)[6]
+        return self.words.view(torch.float32)[2 * _DIVISOR]
+
+    @property
+    def skips(self) -> Tensor:
+        """1 where a fused optimizer is to take no step, else 0."""
+        return self.words.view(torch.float32)[2 * _SKIPS]
+
+    def take_back(self) -> None:
+        """Count the latest step no more."""
+        now = [_STEPS, _CLIPPED, _LATEST, _SKIPPED]
+        self.words[now] = self.words[_BEFORE:].clone()
 
     def into(
         self, place: int, wide: bool, amp: Sequence[Tensor | None], *, folds: bool
@@ -428,80 +765,3 @@ class _There:
         wide = any(each.dtype is torch.float64 for each in scalars)
         every = [each.double() if wide else each for each in scalars]
         return torch.stack(every) if per_group else every[0].clone()
-
-
-class _Gradients:
-    """Gradients that are clipped together, and what is known of their sum of squares."""
-
-    def __init__(self) -> None:
-        self._places: list[_Place] = []
-        self.tensors: list[Tensor] = []
-        self.parts: list[Part] = []
-        self.cold: list[Tensor] = []
-        self.wide = self.repeated = False
-        self._keys: set[int] = set()
-
-    def add(self, place: _Place, gradient: Tensor) -> None:
-        """One more."""
-        self._places.append(place)
-        self.tensors.append(gradient)
-        dense = type(gradient) is Tensor and gradient.layout is torch.strided
-        key = (dense and gradient.data_ptr()) or id(gradient)
-        self.repeated = self.repeated or key in self._keys
-        self._keys.add(key)
-        warm = None if place.watching is None else place.watching.sums(gradient)
-        if warm is not None:
-            self.parts += warm
-            return
-        self.cold.append(gradient)
-        self.wide = self.wide or gradient.dtype in backend.WIDE
-
-    def held(self) -> Any:
-        """Their memory."""
-        return backend.hold(self.tensors, self.path, writable=True)
-
-    def path(self, number: int) -> str:
-        """What an error calls one of them."""
-        place = self._places[number]
-        return f"param_groups[{place.group}]['params'][{place.number}].grad"
-
-
-def _norm(gradients: _Gradients, part: Joint | None) -> _clip.Measured:
-    """The global norm: by what was measured while it was warm, if that is all there is to it."""
-    alone = part is None and not _is_distributed()
-    if alone and not gradients.wide and not gradients.repeated:
-        more = backend.sums(gradients.cold)
-        norm = None if more is None else certified_norm([*gradients.parts, *more])
-        if norm is not None:
-            return _clip.Measured(norm)
-    return _clip.measured(backend, gradients.held(), part)
-
-
-def _unscaled(norm: Scaled, scale: float, wide: bool) -> Scaled:
-    """The norm of gradients that GradScaler has multiplied by ``scale``."""
-    if scale == 1 or not math.isfinite(norm.significand):
-        return norm
-    by = Scaled.of(scale)
-    quotient = norm.significand / by.significand
-    significand, exponent = math.frexp(quotient if wide else float(np.float32(quotient)))
-    return Scaled(significand, exponent + norm.exponent - by.exponent)
-
-
-def _factor(action: Keep | Fill | Scale) -> float:
-    match action:
-        case Scale(factor):
-            return float(factor)
-        case Fill(value):
-            return value
-    return 1.0
-
-
-def _is_distributed() -> bool:
-    """If other processes' gradients may be reduced into these, which no version counter shows."""
-    distributed = torch.distributed
-    return distributed.is_available() and distributed.is_initialized()
-
-
-def _number_of_limits(limits: Sequence[float], optimizer: torch.optim.Optimizer) -> str:
-    groups = len(optimizer.param_groups)
-    return f"max_norm has {len(limits)} limits, and the optimizer {groups} parameter groups"

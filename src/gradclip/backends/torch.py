@@ -71,10 +71,13 @@ def hold(leaves: Sequence[Any], path: Callable[[int], str], *, writable: bool) -
     """Check the leaves and take hold of their memory.
 
     Raises:
-        TypeError: a leaf is of another dtype or type than those clipped.
+        TypeError: a leaf is of another dtype or type than those clipped; with ``writable``,
+            autograd records what becomes of one.
         ValueError: a sparse leaf is malformed, or the memory of one has been given up; with
             ``writable``, elements of one share memory.
     """
+    if writable and torch.is_grad_enabled():
+        _check_unrecorded(leaves, path)
     if _are_plain(leaves):
         memory = _taken(leaves, writable=writable)
         if memory is not None:
@@ -387,6 +390,18 @@ def _checked(leaf: Any, path: Callable[[], str]) -> Tensor:
     if values is not leaf:
         _check_indices(leaf, path)
     return values
+
+
+def _check_unrecorded(leaves: Sequence[Any], path: Callable[[int], str]) -> None:
+    """Refuse to write to parameters, which are no gradients, and to what a graph has read."""
+    for place, leaf in enumerate(leaves):
+        tensor = leaf.values if isinstance(leaf, IndexedSlices) else leaf
+        if getattr(tensor, "requires_grad", False):
+            raise TypeError(
+                f"{path(place)} requires a gradient, and weights are no gradients: those of "
+                "parameters are clipped by gradclip.torch.clip_grad_norm_. To write to this tensor "
+                "itself use torch.no_grad()"
+            )
 
 
 def _needed(values: Tensor) -> int:
