@@ -33,7 +33,7 @@ needs_torch = pytest.mark.skipif(version("torch") is None, reason="torch is not 
     [
         (1, ["splits"], ""),
         (2, ["splits", "engines", "flat"] + ["there"] * (version("triton") is not None), ""),
-        (3, ["splits", "flat", "errors", "failures"], "told\n"),
+        (3, ["splits", "flat", "errors", "attached_errors", "failures"], "told\n"),
         (4, ["splits", "engines", "flat", "stages"], ""),
         (8, ["splits"], ""),
     ],

@@ -646,6 +646,47 @@ def errors() -> None:
     assert weight.grad[1:].tolist() == leaf[1:].tolist() == [3.0] * 3
 
 
+def attached_errors() -> None:
+    """What goes wrong in one rank's step is an error in every one's; the next step is right."""
+    rank, size = start()
+    last = rank == size - 1
+    weight = nn.Parameter(torch.zeros(4))
+    weight.grad = torch.full((4,), 3.0)
+    optimizer = torch.optim.SGD([weight], lr=0.0)
+    limit: list[Any] = [1e9]
+    clipper = gtorch.attach(optimizer, lambda _: limit[0], group=dist.group.WORLD)
+    expected = gradclip.global_norm([torch.full((4 * size,), 3.0)])
+
+    def next_step(steps: int) -> None:
+        limit[0] = 1e9
+        optimizer.step()
+        assert torch.equal(clipper.norm.squeeze(), expected)
+        assert weight.grad is not None
+        assert weight.grad.tolist() == [3.0] * 4
+        assert clipper.steps == steps
+
+    next_step(1)
+    for steps, wrong in enumerate([*WRONG_LIMITS, None, lambda: 1.0], start=2):
+        limit[0] = wrong if last and not callable(wrong) else 1e9
+        errors = (TypeError, ValueError, ZeroDivisionError, RuntimeError)
+        with pytest.raises(errors) if last else raises(RuntimeError, FAILED.format(size)):
+            optimizer.step(wrong if last and callable(wrong) else None)
+        next_step(steps)
+    limit[0] = 1e9 if last else 2e9
+    with pytest.raises(RuntimeError, match=r"^the workers were not asked for the same"):
+        optimizer.step()
+    next_step(steps + 1)
+    clipper.remove()
+    clipper = gtorch.attach(optimizer, [1e9], group=dist.group.WORLD)
+    if last:
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
+    with pytest.raises(ValueError) if last else raises(RuntimeError, FAILED.format(size)):  # noqa: PT011
+        optimizer.step()
+    if last:
+        del optimizer.param_groups[1]
+    next_step(1)
+
+
 # ---- pipelines and experts ----
 
 
