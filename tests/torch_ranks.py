@@ -629,14 +629,16 @@ def errors() -> None:
     wrong_arguments(new, some, numbers)
     different_arguments(new, some, {"t_list": [[spread_one]]})
     # A mesh that is not in the group.
-    alone = DeviceMesh("cpu", [rank])
     grid = dist.new_group([0, 1])
-    if rank < 2:
-        inside = spread(leaf, alone, Replicate()) if rank else leaf
-        assert gradclip.global_norm([inside], group=grid) == torch.tensor(6 * 2**0.5)
-        beyond = spread_one if rank and size > 2 else 3 if rank else leaf
-        with pytest.raises((ValueError, TypeError) if rank else RuntimeError):
-            gradclip.global_norm([beyond], group=grid)
+    whole_world = spread(leaf, flat, Replicate())
+    if size > 2 and rank < 2:
+        with (
+            raises(RuntimeError, FAILED.format(2))
+            if rank == 0
+            else pytest.raises(ValueError, match="name a group that has all of them")
+        ):
+            gradclip.global_norm([whole_world if rank else leaf], group=grid)
+        assert gradclip.global_norm([leaf], group=grid) == torch.tensor(6 * 2**0.5)
     # One rank's NaN.
     weight = nn.Parameter(torch.zeros(4))
     weight.grad = leaf.clone()
