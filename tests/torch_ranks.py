@@ -719,6 +719,15 @@ def stages() -> None:
     assert parameters[-1].grad is not None
     torch.testing.assert_close(parameters[-1].grad.full_tensor(), tied / expected)
 
+    # An error of one rank of a stage is one of the other, and not of the other stage.
+    order = -1.0 if rank == 1 else 2.0
+    if stage:
+        gtorch.clip_grad_norm_(parameters, math.inf, order)
+    else:
+        wrong = pytest.raises(ValueError, match=r"^norm_type is -1\.0")
+        with wrong if rank == 1 else raises(RuntimeError, FAILED.format(2)):
+            gtorch.clip_grad_norm_(parameters, math.inf, order)
+
     # No gradient on one rank, and its parameters still say with whom it is.
     for parameter in parameters if rank == 0 else []:
         parameter.grad = None
