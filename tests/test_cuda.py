@@ -36,7 +36,7 @@ from gradclip import _device, _host
 from gradclip.backends import numpy as numpy_backend
 from gradclip.backends import torch as backend
 from gradclip.kernels import cuda
-from host_torch import HostMemory, torch_there
+from host_torch import HostMemory, Moving, torch_there
 
 NAMES = ["float16", "bfloat16", "float32", "complex64", "float64", "complex128"]
 NARROW = [DTYPES[name] for name in NAMES[:4]]
@@ -459,6 +459,20 @@ def test_a_limit_on_the_device_cannot_be_refused(limit: float, wanted: float) ->
 
 
 @pytest.mark.slow
+def test_limits_that_are_read_are_read_before_memory_is_held() -> None:
+    leaf = torch.full((4,), 16.0)
+    weight = torch.nn.Parameter(torch.zeros(4))
+    weight.grad = leaf
+    limit = Moving(1.0, leaf)
+    gradclip.clip_by_global_norm_([leaf], limit)
+    assert leaf.tolist() == [0.5] * 4
+    gtorch.clip_grad_norm_([weight], limit)
+    assert leaf.tolist() == [0.5] * 4
+    gtorch.clip_grads_with_norm_([weight], 1.0, Moving(4.0, leaf))
+    assert leaf.tolist() == [0.5] * 4
+    assert limit.old.tolist() == [16.0] * 4
+
+
 def test_a_share_is_the_exact_total() -> None:
     for case in random_cases(4, 12):
         leaves = tensors_of(case)

@@ -629,14 +629,16 @@ def errors() -> None:
     wrong_arguments(new, some, numbers)
     different_arguments(new, some, {"t_list": [[spread_one]]})
     # A mesh that is not in the group.
-    alone = DeviceMesh("cpu", [rank])
     grid = dist.new_group([0, 1])
-    if rank < 2:
-        inside = spread(leaf, alone, Replicate()) if rank else leaf
-        assert gradclip.global_norm([inside], group=grid) == torch.tensor(6 * 2**0.5)
-        beyond = spread_one if rank and size > 2 else 3 if rank else leaf
-        with pytest.raises((ValueError, TypeError) if rank else RuntimeError):
-            gradclip.global_norm([beyond], group=grid)
+    whole_world = spread(leaf, flat, Replicate())
+    if size > 2 and rank < 2:
+        with (
+            raises(RuntimeError, FAILED.format(2))
+            if rank == 0
+            else pytest.raises(ValueError, match="name a group that has all of them")
+        ):
+            gradclip.global_norm([whole_world if rank else leaf], group=grid)
+        assert gradclip.global_norm([leaf], group=grid) == torch.tensor(6 * 2**0.5)
     # One rank's NaN.
     weight = nn.Parameter(torch.zeros(4))
     weight.grad = leaf.clone()
@@ -644,6 +646,47 @@ def errors() -> None:
     with pytest.raises(RuntimeError, match=r"^The total norm of order 2\.0 for gradients"):
         gtorch.clip_grad_norm_([weight], 1.0, error_if_nonfinite=True, group=world)
     assert weight.grad[1:].tolist() == leaf[1:].tolist() == [3.0] * 3
+
+
+def attached_errors() -> None:
+    """What goes wrong in one rank's step is an error in every one's; the next step is right."""
+    rank, size = start()
+    last = rank == size - 1
+    weight = nn.Parameter(torch.zeros(4))
+    weight.grad = torch.full((4,), 3.0)
+    optimizer = torch.optim.SGD([weight], lr=0.0)
+    limit: list[Any] = [1e9]
+    clipper = gtorch.attach(optimizer, lambda _: limit[0], group=dist.group.WORLD)
+    expected = gradclip.global_norm([torch.full((4 * size,), 3.0)])
+
+    def next_step(steps: int) -> None:
+        limit[0] = 1e9
+        optimizer.step()
+        assert torch.equal(clipper.norm.squeeze(), expected)
+        assert weight.grad is not None
+        assert weight.grad.tolist() == [3.0] * 4
+        assert clipper.steps == steps
+
+    next_step(1)
+    for steps, wrong in enumerate([*WRONG_LIMITS, None, lambda: 1.0], start=2):
+        limit[0] = wrong if last and not callable(wrong) else 1e9
+        errors = (TypeError, ValueError, ZeroDivisionError, RuntimeError)
+        with pytest.raises(errors) if last else raises(RuntimeError, FAILED.format(size)):
+            optimizer.step(wrong if last and callable(wrong) else None)
+        next_step(steps)
+    limit[0] = 1e9 if last else 2e9
+    with pytest.raises(RuntimeError, match=r"^the workers were not asked for the same"):
+        optimizer.step()
+    next_step(steps + 1)
+    clipper.remove()
+    clipper = gtorch.attach(optimizer, [1e9], group=dist.group.WORLD)
+    if last:
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
+    with pytest.raises(ValueError) if last else raises(RuntimeError, FAILED.format(size)):  # noqa: PT011
+        optimizer.step()
+    if last:
+        del optimizer.param_groups[1]
+    next_step(1)
 
 
 # ---- pipelines and experts ----
@@ -675,6 +718,15 @@ def stages() -> None:
     assert torch.equal(norm, expected)
     assert parameters[-1].grad is not None
     torch.testing.assert_close(parameters[-1].grad.full_tensor(), tied / expected)
+
+    # An error of one rank of a stage is one of the other, and not of the other stage.
+    order = -1.0 if rank == 1 else 2.0
+    if stage:
+        gtorch.clip_grad_norm_(parameters, math.inf, order)
+    else:
+        wrong = pytest.raises(ValueError, match=r"^norm_type is -1\.0")
+        with wrong if rank == 1 else raises(RuntimeError, FAILED.format(2)):
+            gtorch.clip_grad_norm_(parameters, math.inf, order)
 
     # No gradient on one rank, and its parameters still say with whom it is.
     for parameter in parameters if rank == 0 else []:

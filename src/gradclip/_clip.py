@@ -69,7 +69,8 @@ def clip_by_global_norm(
             unchanged, ``"raise"`` FloatingPointError; in a graph or under jit, which cannot raise,
             ValueError.
         group: who else holds parts of the same gradient; the norm is that of all parts, on all
-            workers the same. Every one has to call, with whatever leaves it has, also with none.
+            workers the same. Every one has to call, with whatever leaves it has, also with none,
+            and with the same limits and policy.
             For JAX the name of an axis of ``jax.shard_map``, ``pmap`` or ``vmap``, or a tuple of
             names. For PyTorch a ``ProcessGroup`` or ``DeviceMesh``; a DTensor needs none. For
             PyTorch, NumPy and CuPy a communicator of mpi4py.
@@ -84,7 +85,7 @@ def clip_by_global_norm(
             frameworks, or a limit is no real number.
         ValueError: a limit is out of range, or a sparse leaf is malformed.
         FloatingPointError: with ``on_nonfinite="raise"``; on all workers of a group.
-        RuntimeError: another worker has failed.
+        RuntimeError: another worker has failed, or was given other arguments.
 
     Follows ``tf.clip_by_global_norm`` and Pascanu et al., 2012 (arXiv:1211.5063).
 
@@ -462,13 +463,14 @@ def _decided(
 ) -> tuple[Measured, Keep | Fill | Scale]:
     """The norm, and what is to be done: everything up to the first write."""
     if part is not None:
-        part.asked(clip_norm=limit, use_norm=given and float(given), on_nonfinite=on_nonfinite)
+        known = None if given is None else float(given)
+        part.asked(clip_norm=limit, use_norm=known, on_nonfinite=on_nonfinite)
     if given is None:
         found = measured(backend, held, part)
     else:
         found = Measured(given)
         if part is not None:
-            part.meet()
+            part.meet()  # for an error of another, and for one that has not been given it
     return found, decided(
         backend,
         tree.leaves,

@@ -22,7 +22,8 @@
 
 DTensors are counted by their placements, on any mix of meshes, with tensors beside them: one
 all-reduce, of one size. PyTorch takes one mesh, sums shards in their dtype, and returns the norm as
-a DTensor; here it is a tensor, the same on every rank.
+a DTensor; here it is a tensor, the same on every rank. Parameters of FullyShardedDataParallel are
+counted as it has sharded them; PyTorch's function gives each rank a norm of its own.
 
 Gradients on a GPU are clipped by two launches of Triton kernels, to the same bits, and the host
 does not wait for them; ``max_norm`` and ``total_norm`` may be tensors there. docs/gpu.md has what
@@ -97,8 +98,9 @@ def clip_grad_norm_(
             ``"zero"``, ``"keep"`` or ``"raise"``, as in `gradclip.clip_by_global_norm`. None does
             as PyTorch: NaN makes all NaN; inf makes itself NaN and what is finite 0.
         group: a ``ProcessGroup``, ``DeviceMesh`` or mpi4py communicator of the workers that hold
-            other parameters of the same model, as the stages of a pipeline do; each calls. None:
-            those over whose meshes the DTensors among the parameters are spread, if any are.
+            other parameters of the same model, as the stages of a pipeline do; each calls, with the
+            same arguments but the parameters. None: those over whose meshes the DTensors among the
+            parameters are spread, or with whom FullyShardedDataParallel has sharded them.
 
     Returns:
         total_norm before clipping, a scalar: float64 if a gradient is float64 or complex128, else
@@ -107,8 +109,8 @@ def clip_grad_norm_(
     Raises:
         TypeError, ValueError: a limit is no number or out of range, or a gradient is not of the
             dtypes and layouts that are clipped. Nothing has been written then.
-        RuntimeError: with ``error_if_nonfinite``, or another worker has failed; nothing has been
-            written.
+        RuntimeError: with ``error_if_nonfinite``; or another worker has failed, or was given other
+            arguments. Nothing has been written.
         FloatingPointError: with ``on_nonfinite="raise"``; it names the gradients.
 
     Follows ``torch.nn.utils.clip_grad_norm_``, with the differences that `gradclip.torch` lists.
@@ -128,7 +130,7 @@ def clip_grad_norm_(
                 "`parameters` is an empty generator, no gradient clipping will occur.",
                 stacklevel=2,
             )
-        order = _order(norm_type)
+        order, error_if_nonfinite = _order(norm_type), bool(error_if_nonfinite)
         grads = _gradients(given)
     if workers is None and torch.compiler.is_compiling():
         limit = torch.as_tensor(max_norm, dtype=torch.float64)
@@ -160,7 +162,7 @@ def get_total_norm(
         norm_type: p, above 0; ``inf`` is the largest ``|x|``.
         error_if_nonfinite: RuntimeError if the norm is NaN or inf.
         foreach: without effect.
-        group: as in `clip_grad_norm_`.
+        group: as in `clip_grad_norm_`; None: those over whose meshes DTensors are spread.
 
     Returns:
         A scalar: float64 if a tensor is float64 or complex128, else float32.
@@ -168,7 +170,8 @@ def get_total_norm(
     Raises:
         TypeError, ValueError: a tensor is not of the dtypes and layouts that are clipped, or
             ``norm_type`` is out of range.
-        RuntimeError: with ``error_if_nonfinite``.
+        RuntimeError: with ``error_if_nonfinite``; or another worker has failed, or was given other
+            arguments.
 
     Follows ``torch.nn.utils.get_total_norm``, with the differences that `gradclip.torch` lists.
 
@@ -179,7 +182,7 @@ def get_total_norm(
     with _clip.Opening(group) as opening:
         given = _listed(tensors, "tensors", opening.seen)
         workers = opening.workers = backend.workers(given.tensors, group)
-        order = _order(norm_type)
+        order, error_if_nonfinite = _order(norm_type), bool(error_if_nonfinite)
     if workers is None and torch.compiler.is_compiling():
         return torch.ops.gradclip.total_norm(given.tensors, order, error_if_nonfinite)
     return _total_norm(given.tensors, given.path, order, error_if_nonfinite, workers)
@@ -378,7 +381,7 @@ def _total_norm(
 ) -> Tensor:
     with ieee_arithmetic(), _clip.taking_part(workers) as part:
         if part is not None:
-            part.asked(norm_type=order, error_if_nonfinite=bool(error_if_nonfinite))
+            part.asked(norm_type=order, error_if_nonfinite=error_if_nonfinite)
         held = backend.hold(tensors, path, writable=False)
         if len(once := backend.distinct(tensors)) < len(tensors):
             held = backend.hold(once, str, writable=False)
@@ -420,7 +423,7 @@ def _clip_grads_(
                 max_norm=limit,
                 norm_type=order,
                 on_nonfinite=on_nonfinite,
-                error_if_nonfinite=bool(error_if_nonfinite),
+                error_if_nonfinite=error_if_nonfinite,
             )
         found = _measured(held, order, error_if_nonfinite, part)
         _act_(grads, path, held, found.norm, limit, on_nonfinite, part)
