@@ -380,9 +380,9 @@ def test_a_bad_limit_is_refused(max_norm: Any, error: type[Exception], text: str
 
 
 def test_a_bad_policy_is_refused_at_once() -> None:
-    text = "on_nonfinite is 'skip'; it must be one of 'nan', 'raise', 'zero', 'keep'"
+    text = "on_nonfinite is 'never'; it must be one of 'nan', 'raise', 'zero', 'keep'"
     with raises(ValueError, text):
-        door.clip_by_global_norm(1.0, on_nonfinite="skip")  # type: ignore[arg-type]
+        door.clip_by_global_norm(1.0, on_nonfinite="never")  # type: ignore[arg-type]
 
 
 def test_inf_only_measures() -> None:

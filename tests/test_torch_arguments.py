@@ -138,7 +138,7 @@ def test_weights_are_not_clipped_in_place_of_their_gradients() -> None:
     text = (
         "t_list{} requires a gradient, and weights are no gradients: those of parameters are "
         "clipped by gradclip.torch.clip_grad_norm_. To write to this tensor itself use "
-        "torch.no_grad()"
+        "torch.no_grad(); clip_by_global_norm returns new ones"
     )
     with raises(TypeError, text.format("[2]")):  # the first two are frozen
         gradclip.clip_by_global_norm_(model.parameters(), 0.1)

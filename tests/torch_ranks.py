@@ -687,6 +687,26 @@ def attached_errors() -> None:
     if last:
         del optimizer.param_groups[1]
     next_step(1)
+    # As many limits as groups, and not as many as on the others, who would not wait as often.
+    clipper.remove()
+    if last:
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
+    with pytest.raises(RuntimeError, match=r"^the workers were not asked for the same"):
+        gtorch.attach(optimizer, [1e9] * (1 + last), group=dist.group.WORLD)
+    if last:
+        del optimizer.param_groups[1]
+    clipper = gtorch.attach(optimizer, 1e9, group=dist.group.WORLD)
+    next_step(1)
+    # A parameter on a mesh that is not in the group.
+    clipper.remove()
+    pair = dist.new_group([0, 1])
+    beyond = nn.Parameter(spread(torch.zeros(2), mesh_of(size), Replicate()))
+    if size > 2 and rank < 2:
+        if rank == 1:
+            optimizer.add_param_group({"params": [beyond]})
+        gtorch.attach(optimizer, 1e9, group=pair)
+        with pytest.raises(ValueError) if rank else raises(RuntimeError, FAILED.format(2)):  # noqa: PT011
+            optimizer.step()
 
 
 # ---- pipelines and experts ----

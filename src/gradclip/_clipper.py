@@ -170,7 +170,7 @@ class Clipper:
                 raise ValueError("the optimizer has a clipper already; remove() that one first")
             if part is not None:
                 part.asked(limits=len(self._limits), on_nonfinite=on_nonfinite)
-                part.agree()
+                part.meet()
         self._on_nonfinite: OnNonfiniteStep = on_nonfinite
         self._group = group
         self._norms = [0.0] * len(self._limits)
@@ -374,9 +374,10 @@ class Clipper:
 
     def _clipped(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Outcome:
         """Clip, and say what is to become of the step."""
-        self._find_places(optimizer)
-        everyone = [place.parameter for place in self._places]
-        workers = backend.workers(everyone, self._group)
+        with _clip.Opening(self._group) as opening:
+            self._find_places(optimizer)
+            everyone = opening.seen = [place.parameter for place in self._places]
+            workers = opening.workers = backend.workers(everyone, self._group)
         # The same for all lists, so that an error in one is told to whoever waits.
         with _clip.taking_part(workers) as part:
             check_arguments(args, kwargs)
@@ -392,6 +393,8 @@ class Clipper:
                 return Outcome()
             limits = [self._limit(place) for place in range(len(lists))]
             scale = float(getattr(optimizer, "grad_scale", None) or 1.0)
+            if part is not None:
+                part.asked(max_norm=limits, on_nonfinite=self._on_nonfinite, grad_scale=scale)
             found = [self._found(lists[0], limits[0], scale, part)]
         for each, limit in zip(lists[1:], limits[1:], strict=True):
             with _clip.taking_part(workers) as part:
@@ -414,8 +417,6 @@ class Clipper:
         self, gradients: Gradients, limit: float, scale: float, part: Joint | None
     ) -> tuple[Scaled, Keep | Fill | Scale]:
         """The norm of gradients, and what is to be done to them."""
-        if part is not None:
-            part.asked(max_norm=limit, on_nonfinite=self._on_nonfinite)
         norm, wide = gradients.norm(part)
         gradients.wide = gradients.wide or wide
         norm = unscaled(norm, scale, gradients.wide)

@@ -76,11 +76,9 @@ def check_on_nonfinite(on_nonfinite: Any, *, steps: bool = False) -> None:
     known = get_args(OnNonfiniteStep if steps else OnNonfinite)
     if not isinstance(on_nonfinite, str) or on_nonfinite not in known:
         choices = ", ".join(map(repr, known))
-        hint = ". There is no step to skip: gradclip.torch.attach has one"
-        raise ValueError(
-            f"on_nonfinite is {on_nonfinite!r}; it must be one of {choices}"
-            + (hint if on_nonfinite == "skip" else "")
-        )
+        skips = isinstance(on_nonfinite, str) and on_nonfinite == "skip"
+        hint = ". There is no step to skip: gradclip.torch.attach has one" if skips else ""
+        raise ValueError(f"on_nonfinite is {on_nonfinite!r}; it must be one of {choices}{hint}")
 
 
 def check_no_group(group: Any) -> None:

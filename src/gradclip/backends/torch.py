@@ -400,7 +400,7 @@ def _check_unrecorded(leaves: Sequence[Any], path: Callable[[int], str]) -> None
             raise TypeError(
                 f"{path(place)} requires a gradient, and weights are no gradients: those of "
                 "parameters are clipped by gradclip.torch.clip_grad_norm_. To write to this tensor "
-                "itself use torch.no_grad()"
+                "itself use torch.no_grad(); clip_by_global_norm returns new ones"
             )
 
 
