@@ -882,6 +882,13 @@ static PyObject *py_xla_handlers(PyObject *module, PyObject *unused) {
     return handlers;
 }
 
+static PyObject *py_fault(PyObject *module, PyObject *unused) {
+    (void)module, (void)unused;
+    const char *fault = trial_fault();
+    if (!fault) Py_RETURN_NONE;
+    return PyUnicode_FromString(fault);
+}
+
 static PyMethodDef methods[] = {
     {"xla_handlers", py_xla_handlers, METH_NOARGS, "What XLA may call: capsules by their names."},
     {"take", take, METH_VARARGS, take_doc},
@@ -890,6 +897,7 @@ static PyMethodDef methods[] = {
     {"leave_team", leave_team, METH_NOARGS, "Ask no thread of PyTorch any more."},
     {"set_ieee", set_ieee, METH_NOARGS, set_ieee_doc},
     {"set_arithmetic", set_arithmetic, METH_O, set_arithmetic_doc},
+    {"fault", py_fault, METH_NOARGS, "Try the kernel in use: None, or what it gets wrong."},
     {"kernel", py_kernel, METH_NOARGS, "The kernel in use."},
     {"kernels", py_kernels, METH_NOARGS, "The kernels this processor can run, widest first."},
     {"choose_kernel", py_choose_kernel, METH_VARARGS, "Use the kernel of this name."},
