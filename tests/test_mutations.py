@@ -315,7 +315,7 @@ C_MUTATIONS = {
     "float16 ties away": ("cpu.c", "+ 0xfff + (magnitude >> 13 & 1)", "+ 0x1000"),
     "bytes not swapped": ("cpu.c", "leaf->swap ? size - 1 - b : b", "b"),
     "a stream without its end": ("cpu.c", "memcpy(to + head, from + head, bytes - head);", ""),
-    "scaled twice": ("cpumodule.c", "leaves[i].size = 0;", ";"),
+    "scaled twice": ("cpumodule.c", "leaves[place->leaf].size = 0;", ";"),
     "inf counted as NaN": ("cpu.c", "+= magnitude > infinite;", "+= magnitude >= infinite;"),
     "a number on the edge left out": ("cpu_blocks.h", "magnitude >= from", "magnitude > from"),
     "a power of two left out": ("cpu.c", "blocks->scale_f64(out, n, factor->shift, out);", ""),

@@ -58,6 +58,12 @@ class Leaves(Protocol):
     def spans(self) -> bytes | None:
         """Of each leaf its address, size and kind, as int64; None if one is not in one run."""
 
+    def crowded(self) -> list[tuple[int, int, int, tuple[tuple[int, int], ...]]] | None:
+        """None where it is seen that leaves to be written lie apart, or none is to be written.
+
+        Else of each that has elements its number, and its `layout.Layout`.
+        """
+
     def rewind(self) -> None:
         """Start over: before each walk."""
 
@@ -90,6 +96,8 @@ def why_numpy() -> str | None:
 
 def take(arrays: list[Any], decode: list[bytes | None] | None, *, writable: bool) -> Leaves | None:
     """Hold the memory of arrays, or None where one of them needs care first.
+
+    None too where they have more elements, a complex one counted as two, than an int64 counts.
 
     With ``decode`` None only native NumPy dtypes are taken. Else it has an entry for each array:
     uint16 arrays are bfloat16, uint8 arrays are codes for the 256 float32 values in the entry.
