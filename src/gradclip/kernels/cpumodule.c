@@ -201,7 +201,7 @@ static int drop_repeats(leaf_t *leaves, const place_t *places, int64_t count) {
         }
         crowded |= place->address < end;
         uint64_t bytes = place->bytes == MANY ? extent(&leaves[place->leaf]) : place->bytes;
-        if (place->address + bytes > end) end = place->address + bytes;
+        end = place->address + bytes; /* the furthest yet, where none are crowded */
     }
     return crowded;
 }
