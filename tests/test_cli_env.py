@@ -47,9 +47,12 @@ def test_the_kernel_and_its_threads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_without_the_c_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert report()["why_numpy"] is None
     monkeypatch.setattr(cpu, "_cpu", None)
+    monkeypatch.setattr(cpu, "_why_numpy", "was not built")
     found = report()
     assert (found["kernel"], found["kernels"]) == ("numpy", ["numpy"])
+    assert found["why_numpy"] == "was not built"
     assert found["xla_calls_kernel"] is False
     table = run_main("env")[1]
     assert "the C kernel was not built: NumPy does its work" in table

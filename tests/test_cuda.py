@@ -199,14 +199,14 @@ def test_a_tensor_listed_twice_counts_once_in_place() -> None:
 def test_by_pytorchs_methods_where_there_is_no_c_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     leaves = [torch.randn(5, 7).T, torch.randn(3, dtype=torch.complex64), torch.zeros(0)]
     device = torch.device("cpu")
-    by_c = backend._spans([*leaves, leaves[0]], device, writable=True)
+    by_c = backend._spans([*leaves, leaves[0]], device, str, writable=True)
     monkeypatch.setattr(backend.cpu, "kernel", lambda: "numpy")
-    by_python = backend._spans([*leaves, leaves[0]], device, writable=True)
+    by_python = backend._spans([*leaves, leaves[0]], device, str, writable=True)
     rows = [np.frombuffer(spans[0], np.int64).reshape(-1, 3) for spans in (by_c, by_python)]
     rows = [{tuple(row) for row in each.tolist() if row[1]} for each in rows]
     assert rows[0] == rows[1]
     assert len(rows[0]) == 2
-    assert backend._spans([torch.ones(4)[::2]], device, writable=False) is None
+    assert backend._spans([torch.ones(4)[::2]], device, str, writable=False) is None
 
 
 @pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001])

@@ -83,7 +83,8 @@ def clip_by_global_norm(
     Raises:
         TypeError: a leaf is not of a dtype or framework that is served, leaves are of two
             frameworks, or a limit is no real number.
-        ValueError: a limit is out of range, or a sparse leaf is malformed.
+        ValueError: a limit is out of range, a sparse leaf is malformed, or there are more elements
+            than an int64 counts.
         FloatingPointError: with ``on_nonfinite="raise"``; on all workers of a group.
         RuntimeError: another worker has failed, or was given other arguments.
 
@@ -129,8 +130,9 @@ def clip_by_global_norm_(
 ) -> Any:
     """Scale arrays down together where they lie; see `clip_by_global_norm`.
 
-    With nothing to clip no byte is written. An array that is listed twice counts once and is
-    scaled once. Arrays that overlap in part are scaled each, as by NumPy's own operators.
+    With nothing to clip no byte is written. An array that is listed twice, also in another shape
+    or order of dimensions, counts once and is scaled once. Two that share only a part of their
+    memory are refused; views of one array that lie apart, also alternately, are not.
 
     Args:
         t_list: as in `clip_by_global_norm`; every leaf must be writable.
@@ -144,7 +146,8 @@ def clip_by_global_norm_(
 
     Raises:
         TypeError, ValueError, FloatingPointError: as `clip_by_global_norm`, and ValueError for a
-            leaf that is read-only or whose elements share memory. Nothing has been written then.
+            leaf that is read-only or whose elements share memory, and for two that share a part
+            of it. Nothing has been written then.
 
     >>> import numpy as np
     >>> gradient = np.array([3.0, 4.0])
@@ -187,7 +190,7 @@ def global_norm(
 
     Raises:
         TypeError: a leaf is not of a dtype or framework that is served.
-        ValueError: a sparse leaf is malformed.
+        ValueError: a sparse leaf is malformed, or there are more elements than an int64 counts.
 
     Follows ``tf.linalg.global_norm``.
 

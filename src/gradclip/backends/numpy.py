@@ -41,13 +41,14 @@ def hold(leaves: Sequence[Any], path: Callable[[int], str], *, writable: bool) -
 
     Raises:
         TypeError: a leaf is of another dtype or type than those clipped.
-        ValueError: a sparse leaf is malformed; with ``writable``, a leaf is read-only or its
-            elements share memory.
+        ValueError: a sparse leaf is malformed, or there are more elements than an int64 counts;
+            with ``writable``, a leaf is read-only, or elements of one or of two share memory.
     """
     values = list(leaves)
     if not values or type(values[0]) is np.ndarray:
         held = _host.hold_plain(leaves, values, writable=writable)
         if held is not None:
+            _host.check_apart(held.memory, path)
             return held
     for place, leaf in enumerate(leaves):
         values[place] = _values(leaf, partial(path, place), writable=writable)
