@@ -755,7 +755,7 @@ def test_install_and_undo() -> None:
 
     before = own()
     huge = [[1e30, 0, 0, 1e30]]
-    undo = gradclip.keras._install()
+    undo = gradclip.keras._Installed().undo
     try:
         for optimizer in (
             keras.optimizers.SGD(1.0, global_clipnorm=1.0),
@@ -772,7 +772,7 @@ def test_install_and_undo() -> None:
             during = steps(keras.optimizers.SGD(0.5, **options), gradients_of(None))
             undo()
             after = steps(keras.optimizers.SGD(0.5, **options), gradients_of(None))
-            undo = gradclip.keras._install()
+            undo = gradclip.keras._Installed().undo
             assert during == after
     finally:
         undo()
@@ -784,7 +784,7 @@ def test_install_and_undo() -> None:
 
 @on_tensorflow
 def test_installed_on_replicas() -> None:
-    undo = gradclip.keras._install()
+    undo = gradclip.keras._Installed().undo
     try:
         for optimizer_class in (keras.optimizers.SGD, SGD):
             for apart in (False, True):

@@ -65,7 +65,7 @@ ARROWS = {
         "backends.torch",
         "kernels.cpu:ieee_arithmetic",
     },
-    "tensorflow": {"_clip", "_patch", "keras"},
+    "tensorflow": {"_clip", "_patch", "backends.tensorflow:Scope", "keras"},
     "torch": {
         "_clip",
         "_clipper",
@@ -77,7 +77,7 @@ ARROWS = {
         "kernels.cpu:ieee_arithmetic",
     },
     "optax": {"_clip", "_decide", "_sparse", "kernels.xla"},
-    "keras": {"gradclip", "tensorflow", "_decide"},
+    "keras": {"_clip", "_decide", "_patch"},
     "cli.": {
         "gradclip",
         "_clip",

@@ -87,10 +87,27 @@ def clip_by_global_norm(
     >>> print(clipped, norm)
     [array([1.5]), array([2.])] 5.0
     """
+    return clipped(t_list, clip_norm, use_norm, name, on_nonfinite=on_nonfinite, group=group)
+
+
+def clipped(
+    t_list: Any,
+    clip_norm: Any,
+    use_norm: Any = None,
+    name: Any = None,
+    *,
+    on_nonfinite: OnNonfinite = "nan",
+    group: Any = None,
+    called: str | Callable[[int], str] = "t_list",
+) -> tuple[Any, Any]:
+    """`clip_by_global_norm`, for doors that have a word of their own for what is clipped.
+
+    ``called`` is as in `flatten`, and ``name`` whatever the recorder of the door's framework knows.
+    """
     with ieee_arithmetic():
         with _told(group):
             check_on_nonfinite(on_nonfinite)
-            tree, backend = _opened(t_list, group)
+            tree, backend = _opened(t_list, group, called)
             recorder = backend.recorder([*tree.leaves, clip_norm, use_norm], group)
         if recorder is None:
             workers = backend.workers(tree.leaves, group)
@@ -203,7 +220,7 @@ def global_norm(
             return backend.scalar(found.norm, held, wide=found.wide)
 
 
-for _function in (clip_by_global_norm, clip_by_global_norm_, global_norm):
+for _function in (clip_by_global_norm, clipped, clip_by_global_norm_, global_norm):
     # Where a tf.function calls them, AutoGraph is not to rewrite them: they tell graphs themselves.
     vars(_function)["autograph_info__"] = {}
 
@@ -392,9 +409,11 @@ def decided(
     return action
 
 
-def _opened(t_list: Any, group: Any = None) -> tuple[Tree, Backend]:
+def _opened(
+    t_list: Any, group: Any = None, called: str | Callable[[int], str] = "t_list"
+) -> tuple[Tree, Backend]:
     """Take a nest apart, and find who serves its leaves; of no leaves, who serves the group."""
-    tree = flatten(t_list)
+    tree = flatten(t_list, called)
     served = None if tree.leaves else backend_of_group(group)
     if served is not None:
         return tree, served
