@@ -17,18 +17,24 @@ in this, on purpose:
 - ``use_norm`` may be a Python number. Below 0 it is a ValueError, in a graph it clips nothing.
 - At a norm of 0 the gradient is that of the identity; TensorFlow's is NaN.
 
-In a graph on the CPU it is one operation that calls back into this process, so such a graph cannot
-run in another: ``tf.saved_model.save`` refuses it. Under XLA and on other devices it is made of
-TensorFlow's own, which cannot refuse slices with an index out of range, and which any process runs:
-a ``tf.function`` with ``jit_compile=True`` that clips can be saved, and gives the same bits where
-it is loaded, without gradclip. One that has been traced outside of XLA and is then called from one
-with ``jit_compile=True`` needs ``jit_compile=True`` too.
+In a graph on the CPU it is one operation that calls back into this process. Under XLA and on other
+devices it is made of TensorFlow's own, which cannot refuse slices with an index out of range. A
+``tf.function`` that has been traced outside of XLA and is then called from one with
+``jit_compile=True`` needs ``jit_compile=True`` too.
+
+What ``tf.saved_model.save`` and Keras's ``export`` save of a ``tf.function`` is also made of
+TensorFlow's own operations: it gives the same bits where it is loaded, without gradclip. A concrete
+function that was traced before is refused. What else writes graphs, as ``as_graph_def``, the savers
+of ``tf.compat.v1`` and the service of ``tf.data`` do, fails in another process, as with every
+``tf.py_function``; with ``jit_compile=True`` there is none.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import tensorflow as tf
@@ -142,11 +148,11 @@ def _is_leaf(leaf: Any) -> bool:
 class patch(Patch):  # noqa: N801  (used as a function)
     """Put `gradclip` in place of TensorFlow's functions, and of Keras's own use of them.
 
-    From the call on, or within the ``with`` statement, ``tf.clip_by_global_norm``,
-    ``tf.linalg.global_norm``, their names in ``tf.compat``, and every Keras optimizer with a
-    ``global_clipnorm`` clip by the exact norm. Functions traced before keep what they were traced
-    with, and code that has imported them by name before keeps TensorFlow's. ``undo()`` puts back
-    what was there before.
+    From the call on, or within the ``with`` statement, ``tf.clip_by_global_norm`` and
+    ``tf.linalg.global_norm``, in all modules of TensorFlow's that have them, and every Keras
+    optimizer with a ``global_clipnorm`` clip by the exact norm. Functions traced before keep what
+    they were traced with, and code that has imported them by name keeps TensorFlow's. ``undo()``
+    puts back what was there before.
 
     >>> with patch():
     ...     tf.clip_by_global_norm is clip_by_global_norm
@@ -156,10 +162,20 @@ class patch(Patch):  # noqa: N801  (used as a function)
     """
 
     def _install(self) -> None:
-        for module in (tf, tf.linalg, tf.compat.v1, tf.compat.v1.linalg, tf.compat.v2, clip_ops):
-            for function in (clip_by_global_norm, global_norm):
-                if hasattr(module, function.__name__):
-                    self._put(module, function.__name__, function)
+        # What is imported as tensorflow.compat.v2 is not the module that is tf.compat.v2.
+        for version in ("v1", "v2"):
+            importlib.import_module(f"tensorflow.compat.{version}")
+        of_tensorflow = [
+            module
+            for name, module in sys.modules.items()
+            if name.partition(".")[0] == "tensorflow" and isinstance(module, ModuleType)
+        ]
+        for function in (clip_by_global_norm, global_norm):
+            name = function.__name__
+            theirs = getattr(clip_ops, name)
+            for module in of_tensorflow:
+                if vars(module).get(name) is theirs:
+                    self._put(module, name, function)
         if importlib.util.find_spec("keras"):
             from gradclip import keras
 
