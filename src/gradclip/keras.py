@@ -57,14 +57,16 @@ def _by_global_norm(optimizer: Any) -> bool:
     return bool(optimizer.global_clipnorm and optimizer.global_clipnorm > 0)
 
 
-def _clip(optimizer: Any, grads: list[Any]) -> tuple[list[Any], Any]:
+def _clip(optimizer: Any, grads: Sequence[Any]) -> tuple[list[Any], Any]:
     """Sum gradients over the replicas, if there are any, and clip the sums."""
     backend = keras.backend.backend()
     if backend not in _BACKENDS:
         raise NotImplementedError(f"Keras's backend is {backend}; gradclip has {list(_BACKENDS)}")
     if _keras_all_reduce is not None:
-        pairs = _keras_all_reduce(optimizer, [(grad, None) for grad in grads])
-        grads = [grad for grad, _ in pairs]
+        # Keras would warn of None by its variable.
+        some = [(grad, None) for grad in grads if grad is not None]
+        reduced = iter(_keras_all_reduce(optimizer, some))
+        grads = [None if grad is None else next(reduced)[0] for grad in grads]
     clip = clipped
     if backend == "torch":
         import torch
@@ -111,6 +113,9 @@ def _at_most(limit: float, dtype: str) -> float:
     return float(rounded if float(rounded) <= limit else np.nextafter(rounded, kind(0)))
 
 
+_NORMS = 4  # the latest norm, their mean, how many were clipped, how many there were
+
+
 class _ExactGlobalNorm:
     """Goes before a Keras optimizer class; see `exact`."""
 
@@ -118,6 +123,7 @@ class _ExactGlobalNorm:
     clipnorm: float | None
     _global_clipnorm: float | None
     _norms: Any
+    _waiting: list[float] | None = None
     variables: list[Any]
     add_variable: Callable[..., Any]
     assign: Callable[[Any, Any], None]
@@ -153,20 +159,29 @@ class _ExactGlobalNorm:
         first = not self.built
         super().build(variables)  # type: ignore[misc]
         if first and self.global_clipnorm is not None:
-            # The latest norm, their mean, how many were clipped, how many there were. One
-            # variable: each assignment takes its time, and under JAX all state is variables.
+            # One variable: each assignment takes its time, and under JAX all state is variables.
             self._norms = self.add_variable(
-                (4,), dtype="float32", aggregation="only_first_replica", name="global_norm"
+                (_NORMS,), dtype="float32", aggregation="only_first_replica", name="global_norm"
             )
+            if self._waiting is not None:
+                self.assign(self._norms, np.array(self._waiting, np.float32))
 
     def load_own_variables(self, store: Any) -> None:
-        """Take over what was saved; also from Keras's own optimizer, which keeps no norm."""
-        others = [each for each in self.variables if each is not getattr(self, "_norms", None)]
-        if len(store.keys()) != len(others):
+        """Take over what was saved, also from Keras's own optimizer, which keeps no norms.
+
+        Before it is built an optimizer has nowhere to put the norms; they wait until it is.
+        """
+        norms = getattr(self, "_norms", None)
+        others = [each for each in self.variables if each is not norms]
+        more = len(store.keys()) - len(others)
+        waits = norms is None and more == 1 and np.shape(store[str(len(others))]) == (_NORMS,)
+        if more and not waits:
             super().load_own_variables(store)  # type: ignore[misc]
             return
         for place, variable in enumerate(others):
             variable.assign(store[str(place)])
+        if waits:
+            self._waiting = np.asarray(store[str(len(others))]).tolist()
 
     def __reduce__(self) -> Any:
         """As Keras does; of a class that only `exact` has, by the class that it was made of."""
@@ -201,7 +216,9 @@ class _ExactGlobalNorm:
         largest = _at_most(limit, keras.backend.standardize_dtype(norm.dtype))
         within = keras.ops.cast(norm <= largest, "float32")
         norm = keras.ops.cast(norm, "float32")
-        _, mean, clipped, count = keras.ops.unstack(keras.ops.convert_to_tensor(self._norms), 4)
+        _, mean, clipped, count = keras.ops.unstack(
+            keras.ops.convert_to_tensor(self._norms), _NORMS
+        )
         # A running mean: a sum of a million float32 would stop growing.
         mean = mean + (norm - mean) / (count + 1)
         self.assign(self._norms, keras.ops.stack([norm, mean, clipped + 1 - within, count + 1]))
@@ -356,7 +373,7 @@ class GlobalNorm(keras.callbacks.Callback):  # type: ignore[misc]
         """Start to count anew."""
         # Where the model's input shape is not known, it is not built before its first step.
         if self._optimizer.built:
-            self._optimizer.assign(self._optimizer._norms, np.zeros(4, np.float32))
+            self._optimizer.assign(self._optimizer._norms, np.zeros(_NORMS, np.float32))
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:  # noqa: ARG002
         """Write the epoch's mean and share into the logs."""
@@ -378,14 +395,27 @@ class _Installed(Patch):
         self._replace("_clip_gradients", lambda self, grads: _clip(self, grads)[0])
         if _keras_all_reduce is not None:
             self._replace("_all_reduce_sum_gradients", lambda _, grads_and_vars: grads_and_vars)
+        owner, keras_own = _own("_backend_apply_gradients")
+
+        @functools.wraps(keras_own)
+        def apply(self: Any, grads: Any, trainable_variables: Any) -> None:
+            with _applying(trainable_variables):
+                keras_own(self, grads, trainable_variables)
+
+        self._put(owner, "_backend_apply_gradients", apply)
 
     def _replace(self, name: str, ours: Callable[[Any, Any], Any]) -> None:
         """Have Keras's base class call ``ours`` where it clips by the global norm."""
-        owner = next(base for base in keras.Optimizer.__mro__ if name in vars(base))
-        keras_own = vars(owner)[name]
+        owner, keras_own = _own(name)
 
         @functools.wraps(keras_own)
         def method(self: Any, argument: Any) -> Any:
             return (ours if _by_global_norm(self) else keras_own)(self, argument)
 
         self._put(owner, name, method)
+
+
+def _own(name: str) -> tuple[type, Any]:
+    """The method of Keras's base class, and the class that has it."""
+    owner = next(base for base in keras.Optimizer.__mro__ if name in vars(base))
+    return owner, vars(owner)[name]
