@@ -15,7 +15,9 @@ What differs from ``keras.optimizers``, with ``global_clipnorm`` alone:
 - 0, negative numbers and NaN are errors, ``inf`` only measures;
 - the norm is kept: `GlobalNorm` logs it, and ``optimizer.last_global_norm`` is the latest.
 
-With ``global_clipnorm=None`` they are Keras's to the bit.
+With ``global_clipnorm=None`` they are Keras's to the bit, and so they are with a ``clipnorm`` that
+has been set beside it, by which Keras clips instead. What they save and copy is what Keras's do,
+and the norms; the state that Keras's own optimizer has saved is taken over.
 """
 
 from __future__ import annotations
@@ -325,7 +327,7 @@ class GlobalNorm(keras.callbacks.Callback):  # type: ignore[misc]
     - ``global_norm``: the mean over the epoch's updates of the norm before clipping;
     - ``clipped``: the share of the epoch's updates that were clipped, from 0 to 1. An update counts
       as clipped if its norm was not at most the limit: above it, as inf is above every finite
-      limit, or NaN.
+      limit, or NaN. Where the backend flushes subnormal numbers, such a norm counts as 0.
 
     An update that a loss scale or gradient accumulation leaves out does not count; both are NaN
     in an epoch without any. The place in ``callbacks=`` does not matter: it moves to the front,
