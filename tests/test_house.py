@@ -71,7 +71,7 @@ ARROWS = {
     "_step": {"_clip", "_decide", "_gradients", "backends.torch"},
     "_books": {"_device:Ledger"},
     "_gradients": {"_clip", "_exact", "_workers", "backends.torch"},
-    "tensorflow": {"_clip", "_patch", "keras"},
+    "tensorflow": {"_clip", "_patch", "backends.tensorflow:Scope", "keras"},
     "torch": {
         "_clip",
         "_clipper",
@@ -83,7 +83,7 @@ ARROWS = {
         "kernels.cpu:ieee_arithmetic",
     },
     "optax": {"_clip", "_decide", "_sparse", "kernels.xla"},
-    "keras": {"gradclip", "tensorflow", "_decide"},
+    "keras": {"_clip", "_decide", "_patch"},
     "cli.": {
         "gradclip",
         "_clip",

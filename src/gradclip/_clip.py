@@ -95,9 +95,26 @@ def clip_by_global_norm(
     >>> print(clipped, norm)
     [array([1.5]), array([2.])] 5.0
     """
+    return clipped(t_list, clip_norm, use_norm, name, on_nonfinite=on_nonfinite, group=group)
+
+
+def clipped(
+    t_list: Any,
+    clip_norm: Any,
+    use_norm: Any = None,
+    name: Any = None,
+    *,
+    on_nonfinite: OnNonfinite = "nan",
+    group: Any = None,
+    called: str | Callable[[int], str] = "t_list",
+) -> tuple[Any, Any]:
+    """`clip_by_global_norm`, for doors that have a word of their own for what is clipped.
+
+    ``called`` is as in `flatten`, and ``name`` whatever the recorder of the door's framework knows.
+    """
     with ieee_arithmetic():
         with Opening(group) as opening:
-            tree, backend = _opened(t_list, group, opening)
+            tree, backend = _opened(t_list, group, opening, called)
             check_on_nonfinite(on_nonfinite)
             recorder = backend.recorder([*tree.leaves, clip_norm, use_norm], group)
         if recorder is None:
@@ -213,7 +230,7 @@ def global_norm(
             return backend.scalar(found.norm, held, wide=found.wide)
 
 
-for _function in (clip_by_global_norm, clip_by_global_norm_, global_norm):
+for _function in (clip_by_global_norm, clipped, clip_by_global_norm_, global_norm):
     # Where a tf.function calls them, AutoGraph is not to rewrite them: they tell graphs themselves.
     vars(_function)["autograph_info__"] = {}
 
@@ -438,9 +455,14 @@ def decided(
     return action
 
 
-def _opened(t_list: Any, group: Any = None, opening: Opening | None = None) -> tuple[Tree, Backend]:
+def _opened(
+    t_list: Any,
+    group: Any = None,
+    opening: Opening | None = None,
+    called: str | Callable[[int], str] = "t_list",
+) -> tuple[Tree, Backend]:
     """Take a nest apart, and find who serves its leaves; of no leaves, who serves the group."""
-    tree = flatten(t_list, None if opening is None else opening.seen)
+    tree = flatten(t_list, called, None if opening is None else opening.seen)
     if opening is not None:
         opening.seen = tree.leaves
     served = None if tree.leaves else backend_of_group(group)

@@ -102,7 +102,8 @@ class Clipper:
 
     ``norm``, ``factor``, ``steps``, ``clipped_steps`` and ``skipped_steps`` tell of it, in tensors;
     the first two of one element for each group if ``max_norm`` has. A step is counted when it has
-    been taken, and as clipped if its norm was not at most the limit: above it, inf or NaN.
+    been taken, and as clipped if its norm was not at most the limit: above it, as inf is above
+    every finite limit, or NaN.
 
     Raises:
         TypeError: what is given is no optimizer, or one whose step needs a closure; a limit is no
@@ -248,7 +249,7 @@ class Clipper:
 
     @property
     def clipped_steps(self) -> Tensor:
-        """In how many of them a norm was not at most its limit: above it, inf or NaN; int64."""
+        """In how many of them a norm was not at most its limit: above it, or NaN; int64."""
         return self._count(self._clipped_steps, CLIPPED)
 
     @property
