@@ -333,7 +333,7 @@ def test_errors_say_updates_or_grads() -> None:
         once(clip, {"w": rows})
 
 
-@pytest.mark.parametrize("leaf", ["abc", object(), np.array(["a"])], ids=repr)
+@pytest.mark.parametrize("leaf", ["abc", object(), np.array(["a"])], ids=["str", "object", "text"])
 def test_a_leaf_that_is_no_array_is_named(leaf: Any) -> None:
     for tree, place in (({"a": jnp.ones(2), "b": leaf}, "['b']"), ([leaf], "[0]")):
         with pytest.raises(TypeError) as caught:
