@@ -44,7 +44,7 @@ from torch import Tensor
 from torch.nn import utils
 
 from gradclip import _clip
-from gradclip._clipper import Clipper
+from gradclip._clipper import Clipper, clipper_of
 from gradclip._decide import (
     OnNonfinite,
     check_clip_norm,
@@ -62,6 +62,7 @@ __all__ = [
     "attach",
     "clip_grad_norm_",
     "clip_grads_with_norm_",
+    "clipper_of",
     "get_total_norm",
     "patch",
 ]
