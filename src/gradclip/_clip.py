@@ -19,7 +19,7 @@ from gradclip._decide import (
     check_use_norm,
     decide,
 )
-from gradclip._dispatch import backend_of, backend_of_group
+from gradclip._dispatch import backend_of, backend_of_group, is_compiled
 from gradclip._exact import FLOAT32, FLOAT64, Scaled, Total, counts, merge, norm, square
 from gradclip._protocol import Backend, Plain, Queue
 from gradclip._tree import Tree, flatten
@@ -39,7 +39,7 @@ def clip_by_global_norm(
     """Scale arrays down together so that their global norm is at most ``clip_norm``.
 
     Takes arrays of NumPy, SciPy, CuPy and JAX, and tensors of TensorFlow and PyTorch; frameworks
-    that differentiate do so through it.
+    that differentiate do so through it, and those that compile take it whole.
 
     ::
 
@@ -87,6 +87,10 @@ def clip_by_global_norm(
     >>> print(clipped, norm)
     [array([1.5]), array([2.])] 5.0
     """
+    if is_compiled(t_list):
+        from gradclip import _compiled
+
+        return _compiled.clip_by_global_norm(t_list, clip_norm, use_norm, on_nonfinite, group)
     with ieee_arithmetic():
         with _told(group):
             check_on_nonfinite(on_nonfinite)
@@ -107,7 +111,7 @@ def clip_by_global_norm(
                         tree, backend, held, limit, given, on_nonfinite, part
                     )
         else:
-            plain = _plain(tree, backend)
+            plain = plain_of(tree, backend)
             leaves, norm = recorder.clip(tree, plain, clip_norm, use_norm, on_nonfinite, name)
         return tree.rebuild(leaves), norm
 
@@ -144,6 +148,10 @@ def clip_by_global_norm_(
     >>> print(clip_by_global_norm_([gradient], 2.5), gradient)
     5.0 [1.5 2. ]
     """
+    if is_compiled(t_list):
+        from gradclip import _compiled
+
+        return _compiled.clip_by_global_norm_(t_list, clip_norm, use_norm, on_nonfinite, group)
     with ieee_arithmetic():
         with _told(group):
             check_on_nonfinite(on_nonfinite)
@@ -188,12 +196,16 @@ def global_norm(
     >>> print(global_norm({"w": np.float32([[3, 0], [0, 4]]), "b": None}))
     5.0
     """
+    if is_compiled(t_list):
+        from gradclip import _compiled
+
+        return _compiled.global_norm(t_list, group)
     with ieee_arithmetic():
         with _told(group):
             tree, backend = _opened(t_list, group)
             recorder = backend.recorder(tree.leaves, group)
         if recorder is not None:
-            return recorder.norm(tree, _plain(tree, backend), name)
+            return recorder.norm(tree, plain_of(tree, backend), name)
         with taking_part(backend.workers(tree.leaves, group)) as part:
             held = backend.hold(tree.leaves, tree.path, writable=False)
             queue = backend.queue(held) if part is None else None
@@ -450,7 +462,7 @@ def _clipped(
     return leaves, backend.scalar(found.norm, held, wide=found.wide), found.norm
 
 
-def _plain(tree: Tree, backend: Backend) -> Plain:
+def plain_of(tree: Tree, backend: Backend) -> Plain:
     """Clipping as it is done where nothing records it, for a recorder to call."""
 
     def clip(

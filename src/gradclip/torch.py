@@ -18,6 +18,7 @@
 - An empty tensor counts 0 in a norm of any order.
 - ``foreach`` is without effect: there is one way, whatever the dtypes.
 - A gradient is changed below autograd, as under ``torch.no_grad``; its version counter says so.
+  Inference tensors are changed too, where PyTorch refuses after it has changed others.
 
 DTensors are counted by their placements, on any mix of meshes, with tensors beside them: one
 all-reduce, of one size. PyTorch takes one mesh, sums shards in their dtype, and returns the norm as
@@ -26,20 +27,26 @@ a DTensor; here it is a tensor, the same on every rank.
 Gradients on a GPU are clipped by two launches of Triton kernels, to the same bits, and the host
 does not wait for them; ``max_norm`` and ``total_norm`` may be tensors there. docs/gpu.md has what
 does wait. On other devices PyTorch's operations do the work.
+
+``torch.compile`` takes each function whole, and a ``max_norm`` that changes takes no more graphs
+than PyTorch's does. The norm of meta and fake gradients is meta or fake, so that memory can be
+estimated under `patch`. docs/numerics.md has what else traces a clip.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import types
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.nn import utils
 
 from gradclip import _clip
@@ -51,6 +58,7 @@ from gradclip._decide import (
     check_use_norm,
 )
 from gradclip._exact import Scaled
+from gradclip._operations import number, operand
 from gradclip._patch import Patch
 from gradclip._workers import Joint, Workers
 from gradclip.backends import torch as backend
@@ -66,6 +74,7 @@ __all__ = [
 ]
 
 attach = Clipper
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def clip_grad_norm_(
@@ -128,7 +137,9 @@ def clip_grad_norm_(
     # Of the parameters, since a worker may have no gradient and still has to take part.
     workers = backend.workers(parameters, group)
     if workers is None and torch.compiler.is_compiling():
-        limit = torch.as_tensor(max_norm, dtype=torch.float64)
+        if on_nonfinite is not None:
+            check_on_nonfinite(on_nonfinite)
+        limit = operand("max_norm", max_norm)
         policy = (on_nonfinite or "", error_if_nonfinite)
         return torch.ops.gradclip.clip_grads_(grads, limit, order, *policy)
     return _clip_grads_(
@@ -212,7 +223,7 @@ def clip_grads_with_norm_(
     parameters, _ = _listed(parameters)
     grads = _gradients(parameters)
     if torch.compiler.is_compiling():
-        limits = [torch.as_tensor(x, dtype=torch.float64) for x in (max_norm, total_norm)]
+        limits = operand("max_norm", max_norm), operand("total_norm", total_norm)
         torch.ops.gradclip.clip_grads_with_norm_(grads, *limits)
     else:
         _clip_grads_with_norm_(grads, partial(_path, parameters), max_norm, total_norm)
@@ -268,6 +279,19 @@ def _order(norm_type: Any) -> float:
 # ---- the flow ----
 
 
+def _looked_away_from(function: F) -> F:
+    """Have torch.compile not look into a function where it has broken a graph."""
+    hidden = _disable_dynamo(function)
+    looks = torch._C._dynamo.eval_frame.get_eval_frame_callback
+
+    @functools.wraps(function)
+    def run(*args: Any, **options: Any) -> Any:
+        is_looked_into = torch.compiler.is_compiling() or looks() is not None
+        return (hidden if is_looked_into else function)(*args, **options)
+
+    return cast(F, run)
+
+
 def _measured(
     held: Any, order: float, error_if_nonfinite: bool, part: Joint | None
 ) -> _clip.Measured:
@@ -304,11 +328,15 @@ def _taking_part(
     return _clip.taking_part(workers, gathers=0 if order == 2 else 2)
 
 
+@_looked_away_from
 def _total_norm(
     tensors: list[Tensor], order: float, error_if_nonfinite: bool, workers: Workers | None = None
 ) -> Tensor:
     with ieee_arithmetic(), _taking_part(workers, order) as part:
         held = backend.hold(tensors, "tensors[{}]".format, writable=False)
+        if held.unread is not None:
+            norm = _total_norm_op(held.leaves, order, error_if_nonfinite)
+            return _asked(norm, error_if_nonfinite)
         if len(once := backend.distinct(tensors)) < len(tensors):
             held = backend.hold(once, str, writable=False)
         queue = backend.queue(held) if part is None and order == 2 else None
@@ -325,6 +353,7 @@ def _total_norm(
         return backend.scalar(found.norm, held, wide=found.wide)
 
 
+@_looked_away_from
 def _clip_grads_(
     grads: list[Tensor],
     path: Callable[[int], str],
@@ -338,6 +367,12 @@ def _clip_grads_(
         if on_nonfinite is not None:
             check_on_nonfinite(on_nonfinite)
         held = backend.hold(grads, path, writable=True)
+        if held.unread is not None:
+            backend.check_not_functionalized()
+            limit, _ = _clip.limits_there(held.unread, max_norm, None, "max_norm")
+            policy = (on_nonfinite or "", error_if_nonfinite)
+            norm = _clip_grads_op(held.leaves, operand("max_norm", limit), order, *policy)
+            return _asked(norm, error_if_nonfinite)
         queue = backend.queue(held) if part is None and order == 2 else None
         if queue is not None:
             refuse = partial(_refuse, order) if error_if_nonfinite else None
@@ -348,11 +383,18 @@ def _clip_grads_(
         return backend.scalar(found.norm, held, wide=found.wide)
 
 
+@_looked_away_from
 def _clip_grads_with_norm_(
     grads: list[Tensor], path: Callable[[int], str], max_norm: Any, total_norm: Any
 ) -> None:
     with ieee_arithmetic():
         held = backend.hold(grads, path, writable=True)
+        if held.unread is not None:
+            backend.check_not_functionalized()
+            names = "max_norm", "total_norm"
+            limits = _clip.limits_there(held.unread, max_norm, total_norm, *names)
+            _clip_grads_with_norm_op(held.leaves, *map(operand, names, limits))
+            return
         queue = backend.queue(held)
         if queue is not None:
             _queued_(grads, path, queue, max_norm, total_norm, None)
@@ -360,6 +402,13 @@ def _clip_grads_with_norm_(
         limit = check_clip_norm(max_norm, "max_norm")
         norm = check_use_norm(total_norm, "total_norm")
         _act_(grads, path, held, norm, limit, None)
+
+
+def _asked(norm: Tensor, error_if_nonfinite: bool) -> Tensor:
+    """A norm that may be without a value: if it is finite PyTorch refuses to say, as in its own."""
+    if error_if_nonfinite and not backend.is_written_down():
+        bool(norm.isfinite())
+    return norm
 
 
 def _queued_(
@@ -415,12 +464,13 @@ def _clip_grads_op(
 ) -> Tensor:
     policy: Any = on_nonfinite or None
     path = "gradients[{}]".format
-    return _clip_grads_(grads, path, max_norm, norm_type, policy, error_if_nonfinite)
+    return _clip_grads_(grads, path, number(max_norm), norm_type, policy, error_if_nonfinite)
 
 
 @torch.library.custom_op("gradclip::clip_grads_with_norm_", mutates_args=("grads",))
 def _clip_grads_with_norm_op(grads: list[Tensor], max_norm: Tensor, total_norm: Tensor) -> None:
-    _clip_grads_with_norm_(grads, "gradients[{}]".format, max_norm, total_norm)
+    limits = number(max_norm), number(total_norm)
+    _clip_grads_with_norm_(grads, "gradients[{}]".format, *limits)
 
 
 @torch.library.custom_op("gradclip::total_norm", mutates_args=())
