@@ -9,6 +9,7 @@ import collections
 import itertools
 import math
 import re
+import sys
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from typing import Any
@@ -362,6 +363,15 @@ def test_the_compiler_is_not_imported_to_clip() -> None:
         print("torch._dynamo" in sys.modules, "gradclip._compiled" in sys.modules)
     """
     assert run_python(code).stdout == "False False\n"
+
+
+def test_arrays_are_clipped_while_another_thread_imports_pytorch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    half = type(torch)("torch")
+    monkeypatch.setitem(sys.modules, "torch", half)
+    monkeypatch.delitem(sys.modules, "torch._dynamo", raising=False)
+    assert gradclip.global_norm([np.float32([3, 4])]) == 5
 
 
 # ---- what is written down ----
