@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+# An install without the C kernel succeeds too, and pip does not show why: which one there is now.
+TELL := $(BIN)/python -c "from gradclip.kernels import cpu; print('kernel:', cpu.kernel(), cpu.why_numpy() or '')"
 SOURCES := pyproject.toml setup.py $(wildcard src/gradclip/kernels/*.c src/gradclip/kernels/*.h)
 
 .PHONY: help demo test test-quick lint bench clean
@@ -35,10 +37,12 @@ clean: ## remove what make has made
 
 .venv/demo: .venv/bin/python $(SOURCES)
 	$(PIP) --editable '.[cli]'
+	@$(TELL)
 	touch $@
 
 # This version of torch, first and alone, is a CPU build; what follows then keeps it.
 .venv/test: .venv/bin/python $(SOURCES)
 	$(PIP) torch==2.13.0
 	$(PIP) --editable '.[test]'
+	@$(TELL)
 	touch $@ .venv/demo

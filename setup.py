@@ -1,34 +1,75 @@
 """The native kernel. Everything else about the package stands in pyproject.toml."""
 
 import platform
+from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
+# They come after those in CFLAGS, and the last one counts: what would change the arithmetic there
+# is undone here. Each is known to GCC and to Clang; an unknown one would be an error.
 FLAGS = [
     "-std=c11",
     "-O3",
     "-fopenmp-simd",
+    "-fno-fast-math",
+    "-fno-unsafe-math-optimizations",
+    "-fno-associative-math",
+    "-fno-reciprocal-math",
+    "-fno-finite-math-only",
+    "-fsigned-zeros",
+    "-fno-rounding-math",
+    "-fexcess-precision=standard",
     # Contraction would change which roundings happen; fma is asked for by name where meant.
     "-ffp-contract=off",
     "-fno-trapping-math",
     "-fno-math-errno",
 ]
+# CFLAGS are the linker's too, and by any of these it would add code that has the whole process
+# flush subnormal numbers from the import on.
+LINK_FLAGS = ["-O3", "-fno-fast-math", "-fno-unsafe-math-optimizations"]
 if platform.machine() in ("x86_64", "AMD64"):
-    # GCC 12 may keep values in MMX registers and leave the x87 unit, which shares them, unusable:
-    # the caller's next long double is NaN.
-    FLAGS.append("-mno-mmx")
+    FLAGS += [
+        # GCC 12 may keep values in MMX registers and leave the x87 unit, which shares them,
+        # unusable: the caller's next long double is NaN.
+        "-mno-mmx",
+        "-mfpmath=sse",
+        # No instructions but those that every such processor has, whatever machine -march=native
+        # in CFLAGS was said on: the loops are there for newer ones too, to be chosen from at load.
+        "-mno-sse3",
+        "-mno-bmi",
+        "-mno-bmi2",
+        "-mno-lzcnt",
+        "-mno-popcnt",
+    ]
+
+
+class BuildKernel(build_ext):
+    """What an earlier build has left is not to stand in for one that fails."""
+
+    def run(self) -> None:
+        mapping = self.get_output_mapping()
+        for path in (*self.get_outputs(), *mapping, *mapping.values()):
+            Path(path).unlink(missing_ok=True)
+        super().run()
+
 
 setup(
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
+    cmdclass={"build_ext": BuildKernel},
     ext_modules=[
         Extension(
             "gradclip.kernels._cpu",
-            sources=[f"src/gradclip/kernels/{name}.c" for name in ("cpumodule", "cpu", "xla")],
+            sources=[
+                f"src/gradclip/kernels/{name}.c" for name in ("cpumodule", "cpu", "trial", "xla")
+            ],
             depends=[f"src/gradclip/kernels/{name}.h" for name in ("cpu", "cpu_blocks", "xla")],
             define_macros=[("Py_LIMITED_API", "0x030B0000")],
             extra_compile_args=FLAGS,
+            extra_link_args=LINK_FLAGS,
             py_limited_api=True,
-            # Without a C compiler the install still succeeds; the NumPy path gives the same bits.
+            # Without a C compiler the install still succeeds; the NumPy path gives the same bits,
+            # and the first use says so.
             optional=True,
         )
     ],

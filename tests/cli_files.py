@@ -7,9 +7,11 @@ import io
 import json
 import os
 import pty
+import socket
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +103,26 @@ def _load_safetensors(raw: bytes) -> Arrays:
         .copy()
         for name, entry in header.items()
     }
+
+
+NO_REGULAR_FILES = ("a folder", "a FIFO", "a socket", "a device", "a link to itself")
+
+
+@contextlib.contextmanager
+def no_regular_file(path: Path, kind: str) -> Iterator[None]:
+    """Put something that is no regular file at a path."""
+    with contextlib.ExitStack() as stack:
+        if kind == "a folder":
+            path.mkdir()
+        elif kind == "a FIFO":
+            os.mkfifo(path)
+        elif kind == "a socket":
+            # The path of a socket may have no more than some 100 characters.
+            stack.enter_context(contextlib.chdir(path.parent))
+            stack.enter_context(socket.socket(socket.AF_UNIX)).bind(path.name)
+        else:
+            path.symlink_to(os.devnull if kind == "a device" else path)
+        yield
 
 
 def header(path: Path) -> bytes:

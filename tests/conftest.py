@@ -327,6 +327,7 @@ ADAPTERS: dict[str, dict[str, Adapter]] = {
         "torch:autograd": Adapter(
             lambda values: _torch_tensor(values).requires_grad_(),
             _torch_read,
+            writable=False,
             clip=_torch_recorded,
         ),
         "torch:slices": Adapter(_torch_slices, _torch_read),

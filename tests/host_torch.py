@@ -1,4 +1,7 @@
-"""Tensors of the CPU taken for those of a device, where the kernels run in Triton's interpreter."""
+"""Tensors of the CPU taken for those of a device, where the kernels run in Triton's interpreter.
+
+And a limit whose reading gives a tensor other memory.
+"""
 
 from __future__ import annotations
 
@@ -47,3 +50,16 @@ def torch_there() -> Iterator[None]:
         patched.setattr("gradclip.backends.torch._taken", lambda *_, **__: None)
         with np.errstate(all="ignore"):  # the interpreter calculates by NumPy
             yield
+
+
+class Moving(float):
+    """A limit that gives a tensor other memory when it is read."""
+
+    def __new__(cls, value: float, leaf: torch.Tensor) -> Moving:
+        new = super().__new__(cls, value)
+        new.leaf, new.old = leaf, leaf.data
+        return new
+
+    def __float__(self) -> float:
+        self.leaf.set_(torch.full((4,), 2.0))
+        return float(str(self))

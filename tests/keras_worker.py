@@ -5,8 +5,13 @@ A gradient is given by the data: the loss is a dense layer's output, its weights
 
 from __future__ import annotations
 
+import copy
 import csv
 import functools
+import importlib
+import importlib.util
+import pickle
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -303,6 +308,111 @@ def test_a_limit_after_build() -> None:
     assert array(variable).tolist() == [-4.5, -6]
 
 
+def test_gradients_are_clipped_before_the_optimizer_is_built() -> None:
+    gradient = tensor([[100.0, 100.0]])
+    for module in (gradclip.keras, keras.optimizers):
+        (found,) = module.SGD(global_clipnorm=1)._clip_gradients([gradient])
+        assert array(found).ravel().tolist() == pytest.approx([0.5**0.5] * 2, rel=1e-6)
+
+
+def test_none_keeps_its_place_among_gradients() -> None:
+    for optimizer in (SGD(global_clipnorm=2.5), keras.optimizers.SGD(global_clipnorm=2.5)):
+        nothing, some, last = optimizer._clip_gradients([None, tensor([3, 4]), None])
+        assert nothing is last is None
+        assert array(some).tolist() == pytest.approx([1.5, 2], rel=1e-6)
+
+
+LIMITS = [
+    ("clipnorm", 0.25),
+    ("clipnorm", 0.0),
+    ("clipvalue", 0.25),
+    ("clipnorm", None),
+]
+
+
+@pytest.mark.parametrize("installed", [False, True])
+@pytest.mark.parametrize(("name", "value"), LIMITS)
+def test_a_limit_set_beside_it_is_taken_as_keras_takes_it(
+    name: str, value: Any, installed: bool
+) -> None:
+    def stepped(module: Any, gradients: list[Any], limit: float | None) -> list[bytes]:
+        optimizer = module.SGD(1.0, global_clipnorm=limit)
+        setattr(optimizer, name, value)
+        return steps(optimizer, gradients)
+
+    if name == "clipnorm" and value:  # Keras clips each by its own norm, and so do we
+        wanted = stepped(keras.optimizers, gradients_of(None), 1.0)
+        assert wanted == stepped(keras.optimizers, gradients_of(None), None)
+    else:  # Keras clips by the global norm, and we by the exact one
+        wanted = steps(keras.optimizers.SGD(1.0), gradients_of(1.0))
+    if installed:
+        with gradclip.keras._Installed():
+            assert stepped(keras.optimizers, gradients_of(None), 1.0) == wanted
+    assert stepped(gradclip.keras, gradients_of(None), 1.0) == wanted
+
+
+def test_what_a_step_keeps_is_written_by_assign() -> None:
+    written = []
+
+    class Watched(SGD):  # type: ignore[misc,valid-type]
+        def assign(self, variable: Any, value: Any) -> None:
+            written.append(variable)
+            super().assign(variable, value)
+
+    optimizer = Watched(1.0, global_clipnorm=1.0)
+    variable = zeros(2)
+    optimizer.apply([tensor([3, 4])], [variable])
+    assert [each for each in written if each is optimizer._norms] == [optimizer._norms]
+    assert array(optimizer._norms).tolist() == [5, 5, 1, 1]
+
+
+class Silent(SGD):  # type: ignore[misc,valid-type]
+    """It writes nothing."""
+
+    def assign(self, variable: Any, value: Any) -> None:
+        pass
+
+
+def test_whoever_replaces_assign_has_all_that_a_step_keeps() -> None:
+    optimizer = Silent(1.0, global_clipnorm=1.0)
+    optimizer.apply([tensor([3, 4])], [zeros(2)])
+    assert array(optimizer._norms).tolist() == [0, 0, 0, 0]
+
+
+def test_errors_name_the_variable() -> None:
+    left, right = zeros(2), keras.Variable(np.zeros(2, np.float32), name="right")
+    accepted = {
+        "tensorflow": "float16, bfloat16, float8, float32, float64 and complex tensors",
+        "jax": "float16, bfloat16, float8, float32, float64 and complex arrays",
+        "torch": "float16, bfloat16, float8, float32, float64 and complex tensors",
+    }[BACKEND]
+    integers = keras.ops.convert_to_tensor(np.arange(2, dtype=np.int32))
+    optimizer = SGD(1.0, global_clipnorm=1.0)
+    for grads, name in (
+        ([tensor([3, 4]), integers], "grads['right']"),
+        ([integers, tensor([3, 4])], f"grads['{left.path}']"),
+    ):
+        with pytest.raises(TypeError) as caught:
+            optimizer.apply(grads, [left, right])
+        assert str(caught.value).startswith(f"{name} is ")
+        assert str(caught.value).endswith(f"int32; gradclip clips {accepted}")
+        with (
+            gradclip.keras._Installed(),
+            pytest.raises(TypeError, match=re.escape(name)),
+        ):
+            keras.optimizers.SGD(1.0, global_clipnorm=1.0).apply(grads, [left, right])
+    with pytest.raises(TypeError, match=r"^grads\[1\] is "):
+        optimizer._clip_gradients([None, integers])
+
+
+def test_numpy_gradients_are_taken_as_keras_takes_them() -> None:
+    for optimizer in (SGD(1.0, global_clipnorm=2.5), SGD(1.0, global_clipnorm=5.0)):
+        variables = [zeros(2), zeros(1)]
+        optimizer.apply([np.float32([3, 0]), tensor([4])], variables)
+        half = optimizer.global_clipnorm / 5
+        assert [array(each).tolist() for each in variables] == [[-3 * half, 0], [-4 * half]]
+
+
 # ---- what Keras puts around it ----
 
 
@@ -450,6 +560,40 @@ def test_a_limit_between_two_float32_is_compared_exactly() -> None:
         assert history["clipped"] == [limit < 1]
 
 
+@pytest.mark.parametrize(
+    ("limit", "x", "share"),
+    [
+        (2.5, [3, 0, 0, 4], 1),
+        (5.0, [3, 0, 0, 4], 0),
+        (2.5, [np.inf, 0, 0, 4], 1),
+        (2.5, [np.nan, 0, 0, 4], 1),
+        (np.inf, [np.nan, 0, 0, 4], 1),
+        (np.inf, [np.inf, 0, 0, 4], 0),
+        (np.inf, [3, 0, 0, 4], 0),
+    ],
+)
+def test_a_step_counts_as_clipped_if_its_norm_was_not_at_most_the_limit(
+    limit: float, x: list[float], share: int
+) -> None:
+    model = linear(4, SGD(1.0, global_clipnorm=limit))
+    assert fit(model, [x], gradclip.keras.GlobalNorm())["clipped"] == [share]
+    if importlib.util.find_spec("optax"):
+        optax = importlib.import_module("gradclip.optax")
+        _, state = optax.clip_by_global_norm(limit).update(np.float32(x), None)
+        assert int(state.clipped_count) == share
+
+
+def test_there_is_no_norm_to_log_where_keras_clips_by_clipnorm() -> None:
+    optimizer = SGD(1.0, global_clipnorm=1.0)
+    optimizer.clipnorm = 0.5
+    text = (
+        "GlobalNorm finds clipnorm 0.5 beside global_clipnorm 1.0: Keras clips by clipnorm then, "
+        "and measures no global norm; set clipnorm to None"
+    )
+    with pytest.raises(TypeError, match=f"^{re.escape(text)}$"):
+        fit(linear(4, optimizer), [[3, 0, 0, 4]], gradclip.keras.GlobalNorm())
+
+
 @pytest.mark.parametrize("optimizer", [keras.optimizers.SGD(1.0), SGD(1.0)], ids=["Keras", "ours"])
 @pytest.mark.parametrize("scaled", [False, True])
 def test_the_log_of_another_optimizer(optimizer: Any, scaled: bool) -> None:
@@ -491,6 +635,96 @@ def test_a_config_makes_the_same_optimizer() -> None:
         again = getattr(again, "inner_optimizer", again)
         assert type(again) is gradclip.keras.AdamW
         assert again.get_config() == config
+
+
+class Momentum(keras.optimizers.SGD):  # type: ignore[misc]
+    """An optimizer of a user."""
+
+
+ExactMomentum = gradclip.keras.exact(Momentum)  # its name is that of another class
+
+COPIES = {
+    "pickle": lambda it: pickle.loads(pickle.dumps(it)),
+    "deepcopy": copy.deepcopy,
+}
+if importlib.util.find_spec("cloudpickle"):
+    import cloudpickle
+
+    COPIES["cloudpickle"] = lambda it: pickle.loads(cloudpickle.dumps(it))
+
+
+@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize("kind", [SGD, Signs, ExactMomentum], ids=["ours", "decorated", "called"])
+def test_a_copy_of_a_built_optimizer_clips_and_counts_on(kind: Any, how: str) -> None:
+    def copied(optimizer_class: Any) -> Any:
+        optimizer = optimizer_class(1.0, global_clipnorm=2.5)
+        optimizer.apply([tensor([3, 4])], [zeros(2)])
+        optimizer.learning_rate = 0.5
+        return COPIES[how](optimizer)
+
+    ours, theirs = copied(kind), copied(keras.optimizers.SGD)
+    assert type(ours) is kind
+    assert ours.built is theirs.built is False  # as Keras has it: it knows no variables
+    for one, other in zip(ours.variables, theirs.variables, strict=True):
+        assert bits(one) == bits(other)
+    assert ours.get_config()["global_clipnorm"] == theirs.get_config()["global_clipnorm"] == 2.5
+    variable = zeros(2)
+    ours.apply([tensor([3, 4])], [variable])
+    assert array(variable).tolist() == [-0.75, -1]
+    assert array(ours._norms).tolist() == [5, 5, 2, 2]
+
+
+@pytest.mark.parametrize("module", [gradclip.keras, keras.optimizers], ids=["ours", "Keras"])
+def test_a_copy_of_a_built_optimizer_with_a_state_of_each_variable(module: Any) -> None:
+    """Keras leaves the state out, and says so; in a model it is all there."""
+    optimizer = module.SGD(1.0, momentum=0.5, global_clipnorm=2.5)
+    optimizer.apply([tensor([3, 4])], [zeros(2)])
+    with pytest.warns(UserWarning, match="Skipping variable loading for optimizer"):
+        again = copy.deepcopy(optimizer)
+    assert [array(each).tolist() for each in again.variables] == [0, 1]
+    variable = zeros(2)
+    again.apply([tensor([3, 4])], [variable])
+    assert array(variable) == pytest.approx([-1.5, -2], rel=1e-6)
+
+
+@pytest.mark.parametrize("how", ["pickle", "deepcopy"])
+@pytest.mark.parametrize("kind", [SGD, Signs, ExactMomentum], ids=["ours", "decorated", "called"])
+def test_a_copy_of_a_model_has_its_optimizer_and_counts(kind: Any, how: str) -> None:
+    model = linear(4, kind(1.0, global_clipnorm=2.5))
+    model.compile(model.optimizer, "mse")
+    x = np.float32([[3, 0, 0, 4], [0.3, 0, 0, 0.4]])
+    y = np.full((2, 1), -0.5, np.float32)
+    model.fit(x[:1], y[:1], batch_size=1, verbose=0)
+    again = COPIES[how](model)
+    assert type(again.optimizer) is kind
+    assert again.optimizer.global_clipnorm == 2.5
+    assert bits(again.optimizer._norms) == bits(model.optimizer._norms) != bytes(16)
+    for each in (model, again):
+        each.fit(x, y, batch_size=1, shuffle=False, verbose=0)
+    assert weights(again).tobytes() == weights(model).tobytes()
+    assert bits(again.optimizer._norms) == bits(model.optimizer._norms)
+    assert array(again.optimizer._norms)[3] == 3
+
+
+def test_the_state_of_keras_own_optimizer_is_taken_over(tmp_path: Path) -> None:
+    options = {"momentum": 0.5, "global_clipnorm": 2.5}
+    theirs = linear(4, keras.optimizers.SGD(1.0, **options))
+    fit(theirs, [[3, 0, 0, 4]])
+    theirs.save_weights(tmp_path / "their.weights.h5")
+    ours = linear(4, SGD(1.0, **options))
+    ours.optimizer.build(ours.trainable_variables)
+    ours.load_weights(tmp_path / "their.weights.h5")
+    pairs = zip(ours.optimizer.variables, theirs.optimizer.variables, strict=False)
+    assert all(bits(one) == bits(other) for one, other in pairs)
+    assert array(ours.optimizer._norms).tolist() == [0, 0, 0, 0]
+    for model in (ours, theirs):
+        fit(model, [[0.3, 0, 0, 0.4]])
+    assert weights(ours).tobytes() == weights(theirs).tobytes()
+    assert float(ours.optimizer.last_global_norm) == 0.5
+    other = linear(4, SGD(1.0, global_clipnorm=2.5))
+    other.optimizer.build(other.trainable_variables)
+    with pytest.warns(UserWarning, match="Skipping variable loading for optimizer"):
+        other.load_weights(tmp_path / "their.weights.h5")
 
 
 def digits() -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
@@ -728,7 +962,7 @@ def test_the_fast_classes_of_torch_stay_in_use() -> None:
 @on_torch
 def test_gradients_are_not_modified() -> None:
     gradient = torch.tensor([[3.0, 0.0], [0.0, 4.0]]).T
-    (result,), norm = gradclip.keras._clip_torch([gradient], 2.5)
+    (result,), norm = gradclip.keras._clip(SGD(global_clipnorm=2.5), [gradient])
     assert gradient.tolist() == [[3, 0], [0, 4]]
     assert result.tolist() == [[1.5, 0], [0, 2]]
     assert result.stride() == gradient.stride()
@@ -738,8 +972,8 @@ def test_gradients_are_not_modified() -> None:
 
 @on_torch
 def test_a_tensor_without_memory_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^t_list\[0\] has no memory \(device meta\)$"):
-        gradclip.keras._clip_torch([torch.ones(2, device="meta")], 1.0)
+    with pytest.raises(ValueError, match=r"^grads\[0\] has no memory \(device meta\)$"):
+        SGD(global_clipnorm=1.0)._clip_gradients([torch.ones(2, device="meta")])
 
 
 # ---- every optimizer at once ----
@@ -750,12 +984,16 @@ def test_install_and_undo() -> None:
         return [
             vars(base).get(name)
             for base in keras.Optimizer.__mro__
-            for name in ("_clip_gradients", "_all_reduce_sum_gradients")
+            for name in (
+                "_clip_gradients",
+                "_all_reduce_sum_gradients",
+                "_backend_apply_gradients",
+            )
         ]
 
     before = own()
     huge = [[1e30, 0, 0, 1e30]]
-    undo = gradclip.keras._install()
+    undo = gradclip.keras._Installed().undo
     try:
         for optimizer in (
             keras.optimizers.SGD(1.0, global_clipnorm=1.0),
@@ -772,7 +1010,7 @@ def test_install_and_undo() -> None:
             during = steps(keras.optimizers.SGD(0.5, **options), gradients_of(None))
             undo()
             after = steps(keras.optimizers.SGD(0.5, **options), gradients_of(None))
-            undo = gradclip.keras._install()
+            undo = gradclip.keras._Installed().undo
             assert during == after
     finally:
         undo()
@@ -784,7 +1022,7 @@ def test_install_and_undo() -> None:
 
 @on_tensorflow
 def test_installed_on_replicas() -> None:
-    undo = gradclip.keras._install()
+    undo = gradclip.keras._Installed().undo
     try:
         for optimizer_class in (keras.optimizers.SGD, SGD):
             for apart in (False, True):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from mpi4py import MPI
@@ -28,11 +30,33 @@ def run() -> None:
         assert gradclip.global_norm(whole if rank == size - 1 else [], group=world) == norm
         assert gradclip.clip_by_global_norm_(parts, 1.0, group=world) == norm
         assert parts[0].tobytes() == clipped[0].tobytes()
+    told = RuntimeError
     bad = np.ones(3, "f4") if rank else np.array([1, np.nan, np.inf], "f4")
     with pytest.raises(FloatingPointError, match=f"on rank {rank} of {size} "):
         gradclip.clip_by_global_norm([bad], 1.0, group=world, on_nonfinite="raise")
     with pytest.raises(RuntimeError if rank else TypeError):
         gradclip.global_norm([bad if rank else "x"], group=world)
+    wrong: list[dict[str, Any]] = [
+        {"clip_norm": -1.0},
+        {"use_norm": "x"},
+        {"on_nonfinite": "x"},
+        {"t_list": map(int, "xxxx")},
+        {"t_list": ["x"]},
+    ]
+    mine = np.ones(3, "f4")
+    for given in (None, 2.0):
+        good = {"t_list": [mine], "clip_norm": 1e9, "use_norm": given, "group": world}
+        for change in wrong:
+            for call in (gradclip.clip_by_global_norm, gradclip.clip_by_global_norm_):
+                last = rank == size - 1
+                with pytest.raises((ValueError, TypeError) if last else told):
+                    call(**{**good, **(change if last else {})})
+                call(**good)
+        if size > 1:
+            other = {"clip_norm": 1.0 if rank else 2.0}
+            with pytest.raises(told, match=r"^the workers were not asked for the same"):
+                gradclip.clip_by_global_norm_(**{**good, **other})
+    assert mine.tolist() == [1, 1, 1]
 
 
 run()

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from cli_files import NO_REGULAR_FILES, no_regular_file
 from gradclip._exact import merge
 from gradclip.cli import _cases, _ranks, bench, main
 
@@ -128,6 +129,17 @@ def test_usage(arguments: list[str], message: str, capsys: pytest.CaptureFixture
     assert err.startswith(f"gradclip: {message}")
     assert err.count("\n") == 1
     assert not out
+
+
+@pytest.mark.parametrize("kind", NO_REGULAR_FILES)
+def test_figures_are_appended_to_regular_files_only(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    path = tmp_path / "results.csv"
+    with no_regular_file(path, kind):
+        assert main(["bench", "--case", "exact", "--csv", str(path)]) == 2
+    message = f"{path} is {kind}; --csv appends to regular files"
+    assert capsys.readouterr() == ("", f"gradclip: {message}\n")
 
 
 def test_a_dead_process_is_an_error(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +55,11 @@ def check(source: Path, out: Path, limit: float = 1.0, on_nonfinite: Any = "nan"
     expected, norm = gradclip.clip_by_global_norm(floating, limit, on_nonfinite=on_nonfinite)
     found = clip(source, out, limit, "--on-nonfinite", on_nonfinite)
     assert found["norm"] == (float(norm) if math.isfinite(norm) else str(norm))
-    assert (found["clipped"], found["carried_over"]) == (
-        len(expected),
-        len(arrays) - len(expected),
-    )
+    changed = 0 if found["action"] == "keep" else len(expected)
+    assert (found["clipped"], found["carried_over"]) == (changed, len(arrays) - len(expected))
+    assert {t["name"]: t["clipped"] for t in found["tensors"]} == {
+        name: bool(changed) and name in expected for name in arrays
+    }
     written = load(out)
     if source.suffix == ".npy":
         written = {str(source): array for array in written.values()}
@@ -169,15 +171,28 @@ def test_nan_and_inf(tmp_path: Path, name: str, value: float, policy: str) -> No
     check(save(tmp_path / name, arrays), tmp_path / f"o-{name}", 1.0, policy)
 
 
-def test_raise_names_the_tensors_and_writes_nothing(tmp_path: Path) -> None:
+WAY_OUT = "nothing is written. --on-nonfinite nan, zero or keep writes a file all the same"
+
+
+@pytest.mark.parametrize("options", [(), ("--on-nonfinite", "raise"), ("--json", "--force")])
+def test_a_nan_stops_it_by_default(tmp_path: Path, options: tuple[str, ...]) -> None:
     arrays = {"a": np.float32([math.nan, math.inf]), "b": np.ones(3), "c": np.float16([math.inf])}
     source = save(tmp_path / "a.npz", arrays)
     message = (
         f"global norm nan (float64): {source}: a holds 1 NaN and 1 inf; "
-        f"{source}: c holds 0 NaN and 1 inf; nothing is written"
+        f"{source}: c holds 0 NaN and 1 inf; {WAY_OUT}"
     )
-    out = tmp_path / "o.npz"
-    refused(source, out, message, "--on-nonfinite", "raise", status=1)
+    refused(source, tmp_path / "o.npz", message, *options, status=1)
+
+
+@pytest.mark.parametrize("name", ["a.npy", "a.npz", "a.safetensors", INDEX])
+def test_an_inf_in_any_format_stops_it(tmp_path: Path, name: str) -> None:
+    source = save(tmp_path / name, {"w\n": np.float32([3, -math.inf])})
+    out = tmp_path / ("out" if name == INDEX else f"o{source.suffix}")
+    label = {"a.npy": f"{source}", INDEX: f"{tmp_path / 'm-0.safetensors'}: w\\n"}
+    found = f"{label.get(name, f'{source}: w' + chr(92) + 'n')} holds 0 NaN and 1 inf"
+    refused(source, out, f"global norm inf (float32): {found}; {WAY_OUT}", status=1)
+    assert not out.exists()
 
 
 def test_a_norm_too_large_for_its_dtype_still_clips(tmp_path: Path) -> None:
@@ -194,15 +209,23 @@ def test_what_it_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     save(Path("a.npz"), {"a": np.float32([3, 4]), "step": np.array(7)})
     save(Path("n.npy"), {"a": np.float32([math.nan])})
     for arguments, text in {
-        ("a.npz", "2", "o.npz"): "global norm 5.0 (float32), clipped to 2.0 by the factor 0.4\n"
+        (
+            "a.npz",
+            "2",
+            "o.npz",
+            "raise",
+        ): "global norm 5.0 (float32), clipped to 2.0 by the factor 0.4\n"
         "o.npz: 1 tensor, 8 bytes; 1 tensor, 8 bytes, carried over\n",
-        ("a.npz", "5", "p.npz"): "global norm 5.0 (float32), nothing to clip at 5.0\n"
+        ("a.npz", "5", "p.npz", "raise"): "global norm 5.0 (float32), nothing to clip at 5.0\n"
         "p.npz: 1 tensor, 8 bytes; 1 tensor, 8 bytes, carried over\n",
-        ("n.npy", "5", "o.npy"): "global norm nan (float32), every element set to nan\n"
+        ("n.npy", "5", "o.npy", "nan"): "global norm nan (float32), every element set to nan\n"
         "o.npy: 1 tensor, 4 bytes\n",
+        ("n.npy", "5", "p.npy", "keep"): "global norm nan (float32), every element kept as it is\n"
+        "p.npy: 1 tensor, 4 bytes\n",
     }.items():
-        source, limit, out = arguments
-        assert run_main("clip", source, "--clip-norm", limit, "-o", out) == (0, text, "")
+        source, limit, out, policy = arguments
+        options = ("--clip-norm", limit, "-o", out, "--on-nonfinite", policy)
+        assert run_main("clip", source, *options) == (0, text, "")
 
 
 def test_the_report(tmp_path: Path) -> None:
@@ -212,12 +235,56 @@ def test_the_report(tmp_path: Path) -> None:
         "output": str(tmp_path / "o.npz"),
         "norm": 5.0,
         "norm_dtype": "float32",
+        "largest": 4.0,
+        "nan": 0,
+        "inf": 0,
         "clip_norm": 2.0,
         "action": "scale",
         "factor": 0.4,
+        "fill": None,
         "clipped": 1,
         "carried_over": 1,
+        "tensors": [
+            {
+                "file": str(source),
+                "name": "a",
+                "dtype": "float32",
+                "shape": [2],
+                "counted": True,
+                "norm": 5.0,
+                "norm_dtype": "float32",
+                "largest": 4.0,
+                "nan": 0,
+                "inf": 0,
+                "share": 1.0,
+                "clipped": True,
+            },
+            {
+                "file": str(source),
+                "name": "step",
+                "dtype": "int64",
+                "shape": [],
+                "counted": False,
+                "clipped": False,
+            },
+        ],
     }
+
+
+def test_its_tensors_are_those_that_norm_reports(tmp_path: Path) -> None:
+    arrays = {name: random("f4", 50, seed=seed) for seed, name in enumerate("abc")}
+    source = save(tmp_path / INDEX, arrays)
+    measured = json.loads(run_main("norm", source, "--json")[1])["tensors"]
+    for limit, clipped in ((1, True), (100, False)):
+        found = clip(source, tmp_path / f"out-{limit}", limit)
+        assert found["tensors"] == [{**tensor, "clipped": clipped} for tensor in measured]
+
+
+@pytest.mark.parametrize(("policy", "fill"), [("nan", "nan"), ("zero", 0), ("keep", None)])
+def test_the_report_says_what_fills_the_elements(tmp_path: Path, policy: str, fill: Any) -> None:
+    source = save(tmp_path / "a.npy", {"a": np.float32([3, math.inf])})
+    found = clip(source, tmp_path / "o.npy", 1, "--on-nonfinite", policy)
+    assert (found["fill"], found["clipped"]) == (fill, int(policy != "keep"))
 
 
 def test_a_terminal_has_bars(tmp_path: Path) -> None:
@@ -255,27 +322,84 @@ def test_a_link_stays_a_link(tmp_path: Path) -> None:
     assert np.load(tmp_path / "target.npy").tolist() == [1.5, 2]
 
 
-def test_outputs_of_another_kind(tmp_path: Path) -> None:
+def test_outputs_of_another_name(tmp_path: Path) -> None:
     source = save(tmp_path / "a.npy", {"a": np.array([3.0, 4])})
-    (tmp_path / "d.npy").mkdir()
     for name, message in {
         "o.npz": "{} must end in .npy, as {} does",
         "o": "{} must end in .npy, as {} does",
-        "d.npy": "{} is a folder",
         "no/o.npy": "cannot write {}: No such file or directory",
+        "a.npy/o.npy": "cannot write {}: Not a directory",
     }.items():
         refused(source, tmp_path / name, message.format(tmp_path / name, source), "--force")
 
 
-def test_shards_never_go_where_files_are(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", cli_files.NO_REGULAR_FILES)
+@pytest.mark.parametrize("options", [(), ("--force",)])
+def test_only_regular_files_are_replaced(
+    tmp_path: Path, kind: str, options: tuple[str, ...]
+) -> None:
+    source = save(tmp_path / "a.npy", {"a": np.array([3.0, 4])})
+    out = tmp_path / "o.npy"
+    with cli_files.no_regular_file(out, kind):
+        before = out.lstat()
+        refused(source, out, f"{out} is {kind}; only regular files are replaced", *options)
+        assert (out.lstat().st_ino, out.lstat().st_mode) == (before.st_ino, before.st_mode)
+
+
+def test_shards_never_go_where_anything_is(tmp_path: Path) -> None:
     source = save(tmp_path / INDEX, {"a": np.ones(4), "b": np.ones(4)})
-    message = f"{tmp_path} exists; the folder for clipped shards must be a new one"
-    refused(source, tmp_path, message, "--force")
-    out = tmp_path / "out"
-    out.mkdir()
-    refused(source, out, f"{out} exists; the folder for clipped shards must be a new one")
-    clip(source, out, 1, "--force")
-    assert len(load(out)) == 2
+    empty, file = tmp_path / "empty", tmp_path / "file"
+    empty.mkdir()
+    file.touch()
+    for out in (tmp_path, empty, file, Path(os.devnull)):
+        message = f"{out} exists; the folder for clipped shards must be a new one"
+        refused(source, out, message)
+        refused(source, out, message, "--force")
+
+
+@pytest.mark.parametrize("name", [INDEX, "model.safetensors"])
+def test_a_folder_becomes_a_folder(tmp_path: Path, name: str) -> None:
+    folder, out = tmp_path / "model", tmp_path / "out"
+    folder.mkdir()
+    source = save(folder / name, {"a": np.float32([3]), "b": np.float32([4])})
+    (folder / "config.json").touch()
+    files = {path.name for path in folder.iterdir()} - {"config.json"}
+    done = run_main("clip", folder, "--clip-norm", 1, "-o", out)
+    text = "global norm 5.0 (float32), clipped to 1.0 by the factor 0.2"
+    assert done == (0, f"{text}\n{out}: 2 tensors, 8 bytes\n", "")
+    assert {path.name for path in out.iterdir()} == files
+    expected, _ = gradclip.clip_by_global_norm(load(source), 1)
+    assert load(out) == expected
+
+
+def test_a_file_that_changes_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for label in ("measuring", "writing"):
+        source = save(tmp_path / "a.npy", {"a": random("f4", 1000)})
+        during(monkeypatch, label, lambda: save(tmp_path / "a.npy", {"a": random("f4", 1001)}))
+        done = run_main("clip", source, "--clip-norm", 1, "-o", tmp_path / "o.npy")
+        message = f"gradclip: {source}: has changed while gradclip read it\n"
+        assert done == (2, "", message)
+        assert not (tmp_path / "o.npy").exists()
+
+
+def test_an_output_that_appears_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, out = save(tmp_path / "a.npy", {"a": random("f4", 1000)}), tmp_path / "o.npy"
+    during(monkeypatch, "writing", lambda: out.write_text("of another"))
+    done = run_main("clip", source, "--clip-norm", 1, "-o", out)
+    assert done == (2, "", f"gradclip: {out} exists; --force overwrites it\n")
+    assert out.read_text() == "of another"
+
+
+def during(monkeypatch: pytest.MonkeyPatch, label: str, happens: Callable[[], object]) -> None:
+    """Let something happen, as another process would do it, before the first piece is counted."""
+
+    @contextlib.contextmanager
+    def progress(shown: str, total: float) -> Iterator[Callable[[float], None]]:
+        assert total
+        yield lambda _amount: happens() if shown == label else None
+
+    for module in ("norm", "clip"):
+        monkeypatch.setattr(f"gradclip.cli.{module}.progress", progress)
 
 
 def test_a_dtype_that_cannot_be_clipped(tmp_path: Path) -> None:
@@ -304,8 +428,24 @@ def test_the_copy_is_no_more_readable_than_the_input(tmp_path: Path) -> None:
     source = save(tmp_path / "a.npy", {"a": np.array([3.0, 4])})
     for mode in (0o600, 0o444):
         source.chmod(mode)
-        clip(source, tmp_path / "o.npy", 1, "--force")
-        assert stat.S_IMODE((tmp_path / "o.npy").stat().st_mode) == mode
+        out = tmp_path / f"{mode}.npy"
+        clip(source, out)
+        assert stat.S_IMODE(out.stat().st_mode) == mode
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o666, 0o400, 0o200, 0])
+def test_a_file_that_is_replaced_hands_on_its_mode(tmp_path: Path, mode: int) -> None:
+    source = save(tmp_path / "a.npy", {"a": np.array([3.0, 4])})
+    source.chmod(0o644)
+    out = save(tmp_path / "o.npy", {"a": np.ones(3)})
+    out.chmod(mode)
+    before = os.umask(0o077)
+    try:
+        assert run_main("clip", source, "--clip-norm", 1, "-o", out, "--force")[0] == 0
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(out.stat().st_mode) == mode
+    assert stat.S_IMODE(source.stat().st_mode) == 0o644
 
 
 # ---- crashes ----
@@ -355,17 +495,20 @@ def test_killed_at_any_moment_it_leaves_a_whole_file_or_none(tmp_path: Path, lar
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
 def test_interrupted_it_leaves_nothing(
     tmp_path: Path, large: Path, number: int, status: int
 ) -> None:
     out = tmp_path / "o.npy"
-    # Tests that run in the background of a shell inherit that SIGINT is ignored, and so would it.
-    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Tests that run in the background of a shell, or under nohup, inherit that one is ignored.
+    inherited = [signal.signal(n, signal.SIG_DFL) for n in (signal.SIGINT, signal.SIGHUP)]
     try:
         stopped = _stopped(large, out, number, None)
     finally:
-        signal.signal(signal.SIGINT, inherited)
+        for ignored, handler in zip((signal.SIGINT, signal.SIGHUP), inherited, strict=True):
+            signal.signal(ignored, handler)
     assert stopped == status
     assert not list(tmp_path.iterdir())
 

@@ -47,9 +47,12 @@ def test_the_kernel_and_its_threads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_without_the_c_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert report()["why_numpy"] is None
     monkeypatch.setattr(cpu, "_cpu", None)
+    monkeypatch.setattr(cpu, "_why_numpy", "was not built")
     found = report()
     assert (found["kernel"], found["kernels"]) == ("numpy", ["numpy"])
+    assert found["why_numpy"] == "was not built"
     assert found["xla_calls_kernel"] is False
     table = run_main("env")[1]
     assert "the C kernel was not built: NumPy does its work" in table
@@ -89,12 +92,3 @@ def test_a_wrong_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRADCLIP_NUM_THREADS", "0")
     message = "gradclip: GRADCLIP_NUM_THREADS is '0'; it must be a number above 0\n"
     assert run_main("env") == (2, "", message)
-
-
-def test_the_version_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
-    from gradclip.cli import main
-
-    with pytest.raises(SystemExit) as stopped:
-        main(["--version"])
-    assert stopped.value.code == 0
-    assert capsys.readouterr().out == f"gradclip {gradclip.__version__}\n"

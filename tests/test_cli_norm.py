@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ import pytest
 import cli_files
 import gradclip
 from cli_files import random, run_main, run_on_terminal, run_process, save
+from gradclip.cli._regular import open_regular
 
 INDEX = "model.safetensors.index.json"
 
@@ -230,6 +234,14 @@ def test_names_are_shown_as_they_are_but_for_control_characters(tmp_path: Path) 
     assert report(path)["tensors"][0]["name"] == name
 
 
+def test_columns_stay_in_line_under_wide_and_combining_signs(tmp_path: Path) -> None:
+    # Of four columns each.
+    names = ["abcd", "\u5b57\u5b57", "a\u0308bcd", "\U0001f600cd", "\uff21\uff22"]
+    path = save(tmp_path / "a.safetensors", {name: np.float32([1]) for name in names})
+    _, out, _ = run_main("norm", path)
+    assert all(f" {name}    float32      1   1.0  " in out for name in names)
+
+
 def test_names_in_an_encoding_that_cannot_write_them(tmp_path: Path) -> None:
     path = save(tmp_path / "a.safetensors", {"ä": np.float32([1])})
     done = run_process("norm", path, PYTHONIOENCODING="ascii", PYTHONUTF8="0")
@@ -296,17 +308,6 @@ def test_output_to_a_full_disk(tmp_path: Path) -> None:
 # ---- without extras ----
 
 
-def test_without_rich_there_is_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name.partition(".")[0] == "rich"]:
-        monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.setitem(sys.modules, "rich", None)
-    monkeypatch.setitem(sys.modules, "rich.console", None)
-    path = save(tmp_path / "a.npy", {"a": np.array([3.0, 4])})
-    assert report(path)["norm"] == 5
-    message = "gradclip: rich is not installed; pip install 'gradclip[cli]' brings it\n"
-    assert run_main("norm", path) == (2, "", message)
-
-
 @pytest.mark.parametrize("module", ["safetensors", "ml_dtypes"])
 def test_without_a_format_s_library(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str
@@ -332,11 +333,118 @@ def test_missing_folder_and_unknown(tmp_path: Path) -> None:
     formats = ".npy, .npz, .safetensors and .safetensors.index.json files"
     for name, message in {
         "no.npy": "No such file or directory",
-        "d.npy": "is no regular file",
+        "d.npy": "is a folder with no .safetensors.index.json and no .safetensors file in it",
         "a.txt": f"is of another format; gradclip reads {formats}",
     }.items():
         path = tmp_path / name
         assert run_main("norm", path) == (2, "", f"gradclip: {path}: {message}\n")
+    message = "argument FILE: the path is empty; see gradclip norm --help"
+    assert run_main("norm", "") == (2, "", f"gradclip: {message}\n")
+
+
+@pytest.mark.parametrize("kind", cli_files.NO_REGULAR_FILES)
+@pytest.mark.parametrize("name", ["a.npy", "a.npz", "a.safetensors", INDEX])
+def test_what_is_no_regular_file(tmp_path: Path, kind: str, name: str) -> None:
+    path = tmp_path / name
+    message = {
+        "a folder": "is a folder with no .safetensors.index.json and no .safetensors file in it",
+        "a link to itself": "Too many levels of symbolic links",
+    }.get(kind, f"is {kind}, no regular file")
+    with cli_files.no_regular_file(path, kind):
+        assert run_main("norm", path) == (2, "", f"gradclip: {path}: {message}\n")
+
+
+@pytest.mark.parametrize("kind", cli_files.NO_REGULAR_FILES)
+def test_a_shard_that_is_no_regular_file(tmp_path: Path, kind: str) -> None:
+    shard = tmp_path / "shard.safetensors"
+    (tmp_path / INDEX).write_text('{"weight_map": {"a": "linked.safetensors"}}')
+    (tmp_path / "linked.safetensors").symlink_to(shard)
+    message = f"is {kind}, no regular file"
+    if kind == "a link to itself":
+        message = "Too many levels of symbolic links"
+    expected = f"gradclip: {tmp_path / INDEX}: its shard linked.safetensors: {message}\n"
+    with cli_files.no_regular_file(shard, kind):
+        assert run_main("norm", tmp_path / INDEX) == (2, "", expected)
+        arguments = ("--clip-norm", 1, "-o", tmp_path / "out")
+        assert run_main("clip", tmp_path / INDEX, *arguments) == (2, "", expected)
+
+
+def test_a_fifo_that_comes_after_the_look_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save(tmp_path / "a.npy", {"a": np.ones(1)})
+    regular = path.stat()
+    path.unlink()
+    os.mkfifo(path)
+    monkeypatch.setattr(Path, "stat", lambda *_args, **_more: regular)
+
+    def too_late(_number: int, _frame: object) -> None:
+        raise TimeoutError("it waits for a writer")
+
+    before = signal.signal(signal.SIGALRM, too_late)
+    signal.alarm(10)
+    try:
+        with pytest.raises(ValueError, match=r"^is a FIFO, no regular file$"), open_regular(path):
+            pass
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_folders(tmp_path: Path) -> None:
+    arrays = {"a": np.float32([3]), "b": np.float32([4])}
+    index = save(tmp_path / INDEX, arrays)
+    (tmp_path / "other.npy").touch()
+    assert run_main("norm", tmp_path) == run_main("norm", index)
+    assert report(tmp_path)["norm"] == 5
+    index.unlink()
+    files = "m-0.safetensors, m-1.safetensors"
+    message = f"is a folder with 2 .safetensors files and no index; name the file: {files}"
+    assert run_main("norm", tmp_path) == (2, "", f"gradclip: {tmp_path}: {message}\n")
+    (tmp_path / "m-0.safetensors").unlink()
+    assert run_main("norm", tmp_path) == run_main("norm", tmp_path / "m-1.safetensors")
+    for n in range(4):
+        (tmp_path / f"{n}.safetensors.index.fp16.json").touch()
+    names = ", ".join(f"{n}.safetensors.index.fp16.json" for n in range(3))
+    message = f"is a folder with 4 indexes; name the file: {names}, ..."
+    assert run_main("norm", tmp_path) == (2, "", f"gradclip: {tmp_path}: {message}\n")
+
+
+def test_a_file_that_changes_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save(tmp_path / "a.npy", {"a": np.ones(3)})
+
+    @contextlib.contextmanager
+    def progress(_label: str, _total: float) -> Iterator[Callable[[float], None]]:
+        yield lambda _amount: save(path, {"a": np.ones(4)})
+
+    monkeypatch.setattr("gradclip.cli.norm.progress", progress)
+    message = f"gradclip: {path}: has changed while gradclip read it\n"
+    assert run_main("norm", path) == (2, "", message)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["a.npy", "a.npz", "a.safetensors"])
+def test_a_file_that_is_cut_off_meanwhile(tmp_path: Path, name: str) -> None:
+    path = save(tmp_path / name, {"w": random("f4", 10**6)})
+    # In a process of its own: where a file is mapped, this ends it without a word.
+    done = cli_files.run([sys.executable, "-c", CUTS_OFF, path])
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"gradclip: {path}: ")
+    assert done.stderr.count("\n") == 1
+
+
+CUTS_OFF = """
+import contextlib, os, sys
+from gradclip.cli import _files, main, norm
+_files.PIECE = 1 << 16
+
+@contextlib.contextmanager
+def progress(label, total):
+    yield lambda amount: os.truncate(sys.argv[1], 5000)
+
+norm.progress = progress
+sys.exit(main(["norm", sys.argv[1]]))
+"""
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
@@ -392,8 +500,8 @@ def test_damaged_index(tmp_path: Path) -> None:
         path.write_text(f'{{"weight_map": {weights}}}')
         assert run_main("norm", path) == (2, "", f"gradclip: {path}: {message}\n")
     path.write_text('{"weight_map": {"a": "n.safetensors"}}')
-    missing = tmp_path / "n.safetensors"
-    assert run_main("norm", path) == (2, "", f"gradclip: {missing}: No such file or directory\n")
+    message = "its shard n.safetensors: No such file or directory"
+    assert run_main("norm", path) == (2, "", f"gradclip: {path}: {message}\n")
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".npz", ".safetensors", ".safetensors.index.json"])
@@ -407,11 +515,36 @@ def test_garbage(tmp_path: Path, suffix: str, raw: bytes) -> None:
     assert err.count("\n") == 1
 
 
-def test_a_file_given_twice(tmp_path: Path) -> None:
-    path = save(tmp_path / INDEX, {"a": np.ones(1), "b": np.ones(1)})
-    shard = tmp_path / "m-1.safetensors"
-    message = f"{shard} is given twice, by itself or by an index, and counts once"
-    assert run_main("norm", path, shard) == (2, "", f"gradclip: {message}\n")
+def test_two_names_of_one_file_are_measured_once(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.npy", {"a": np.float32([3, 4])})
+    soft, hard, other = tmp_path / "soft.npy", tmp_path / "hard.npy", tmp_path / "other.npy"
+    soft.symlink_to(path)
+    hard.hardlink_to(path)
+    other.write_bytes(path.read_bytes())  # as large and as old, but another file
+    status, out, err = run_main("norm", path, soft, path, hard, other, "--json")
+    assert (status, json.loads(out)["norm"]) == (0, float(np.sqrt(np.float32(50))))
+    assert [t["file"] for t in json.loads(out)["tensors"]] == [str(path), str(other)]
+    assert json.loads(out)["given_again"] == [
+        {"file": str(each), "same_as": str(path)} for each in (soft, path, hard)
+    ]
+    assert err.splitlines() == [
+        f"gradclip: {soft} is the same file as {path}; it is measured once",
+        f"gradclip: {path} is given again; it is measured once",
+        f"gradclip: {hard} is the same file as {path}; it is measured once",
+    ]
+
+
+def test_an_index_and_its_shards_are_measured_once(tmp_path: Path) -> None:
+    index = save(tmp_path / INDEX, {"a": np.float32([3]), "b": np.float32([4])})
+    shard, again = tmp_path / "m-1.safetensors", "it is measured once"
+    expected = run_main("norm", index)
+    for arguments, note in {
+        (tmp_path, index): f"{index} is given again; {again}",
+        (index, shard): f"{shard} is given again; {again}",
+    }.items():
+        assert run_main("norm", *arguments) == (0, expected[1], f"gradclip: {note}\n")
+    _, out, err = run_main("norm", shard, index, "--json")
+    assert (json.loads(out)["norm"], err) == (5, f"gradclip: {shard} is given again; {again}\n")
 
 
 def test_a_wrong_number_of_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -421,7 +554,7 @@ def test_a_wrong_number_of_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert run_main("norm", path) == (2, "", f"gradclip: {message}\n")
 
 
-@pytest.mark.parametrize("arguments", [[], ["norm"], ["nrom"], ["norm", "--jsno", "a.npy"]])
+@pytest.mark.parametrize("arguments", [["--json"], ["norm"], ["nrom"], ["norm", "--jsno", "a.npy"]])
 def test_wrong_usage_takes_one_line(arguments: list[str]) -> None:
     status, out, err = run_main(*arguments)
     assert (status, out) == (2, "")

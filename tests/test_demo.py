@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 
+from cli_files import NO_REGULAR_FILES, no_regular_file
 from gradclip.cli import demo, main
 
 
@@ -60,6 +61,26 @@ def test_a_picture_that_cannot_be_written_ends_it_before_training(tmp_path, caps
     assert captured.out == ""
     assert captured.err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", NO_REGULAR_FILES)
+def test_a_picture_replaces_regular_files_only(tmp_path, capsys, kind):
+    path = tmp_path / "demo.png"
+    with no_regular_file(path, kind):
+        assert main(["demo", "--steps", "1", "--out", str(path)]) == 2
+        message = f"--out {path} is {kind}; only regular files are replaced"
+        assert capsys.readouterr() == ("", f"gradclip: {message}\n")
+        assert [*tmp_path.iterdir()] == [path]
+
+
+@pytest.mark.slow
+def test_a_picture_that_is_a_link_stays_one(tmp_path):
+    link, picture = tmp_path / "demo.png", tmp_path / "picture.png"
+    picture.touch()
+    link.symlink_to(picture)
+    assert main(["demo", "--json", "--steps", "1", "--out", str(link)]) == 0
+    assert link.is_symlink()
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_entropy_of_two_letters_is_one_bit():

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 import shutil
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -25,9 +32,9 @@ needs_torch = pytest.mark.skipif(version("torch") is None, reason="torch is not 
     ("count", "functions", "printed"),
     [
         (1, ["splits"], ""),
-        (2, ["splits", "engines"] + ["there"] * (version("triton") is not None), ""),
-        (3, ["splits", "failures"], "told\n"),
-        (4, ["splits", "engines", "stages"], ""),
+        (2, ["splits", "engines", "flat"] + ["there"] * (version("triton") is not None), ""),
+        (3, ["splits", "flat", "errors", "attached_errors", "failures"], "told\n"),
+        (4, ["splits", "engines", "flat", "stages"], ""),
         (8, ["splits"], ""),
     ],
 )
@@ -116,6 +123,115 @@ def test_2_to_31_workers_do_not_overflow() -> None:
     (vector,) = worker.handed_in
     assert int(vector[:-2].max()) * (2**31 - 1) < 2**63
     assert int(vector[-2:].max()) * (2**30) < 2**63
+
+
+class Circle:
+    """Workers that are threads."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._here = threading.Barrier(size, timeout=20)
+        self._vectors: list[Any] = [None] * size
+
+    def run(self, call: Callable[[Joint], Any]) -> list[Any]:
+        """What each gets from a call, or the text of its error."""
+        with ThreadPoolExecutor(self.size) as threads:
+            return list(threads.map(partial(self._one, call), range(self.size)))
+
+    def _one(self, call: Callable[[Joint], Any], rank: int) -> Any:
+        with (
+            contextlib.suppress(ZeroDivisionError),
+            Joint(Thread(self._sum, rank, self.size)) as joint,
+        ):
+            try:
+                return call(joint)
+            except RuntimeError as error:
+                return str(error)
+
+    def _sum(self, rank: int, vector: np.ndarray) -> np.ndarray:
+        self._vectors[rank] = vector
+        self._here.wait()
+        together = np.sum(self._vectors, axis=0)
+        self._here.wait()
+        return together
+
+
+class Thread(NamedTuple):
+    """One of them."""
+
+    add: Callable[[int, np.ndarray], np.ndarray]
+    rank: int
+    size: int
+
+    def sum(self, vector: np.ndarray) -> np.ndarray:
+        return self.add(self.rank, vector)
+
+
+@pytest.mark.parametrize("size", [1, 2, 66, 67, 200])
+def test_what_is_gathered_of_more_workers_than_fit_beside_the_flags(size: int) -> None:
+    def call(joint: Joint) -> Any:
+        joint.asked(norm_type=3.0)
+        rank = joint.workers.rank
+        return joint.gathered([-float(rank), 1 / (rank + 1)], wide=rank == size - 1)
+
+    for every, wide in Circle(size).run(call):
+        assert wide
+        assert every.tolist() == [[-float(rank), 1 / (rank + 1)] for rank in range(size)]
+
+
+def test_the_digest_of_what_was_asked_for_leaves_the_norm_as_it_is() -> None:
+    """Of the least numbers there are, whose squares begin right above it."""
+    values = [np.full(3, 5e-324), np.full(1, 2**-1022 * 1.5), np.zeros(0)]
+    assert all(int(total_of(each)[0]) & _workers._FREE == 0 for each in values)
+
+    def call(joint: Joint) -> Any:
+        joint.asked(clip_norm=1.0)
+        return joint.norm(total_of(values[joint.workers.rank]), wide=True)
+
+    whole = total_of(np.concatenate(values))
+    assert Circle(3).run(call) == [(_exact.norm(whole, _exact.FLOAT64), True)] * 3
+
+
+def test_workers_that_are_asked_for_different_things_are_told() -> None:
+    """Each says what it was asked for; also those that are asked for what most are."""
+    limits = [1.0, 1.0, math.nextafter(1.0, 2)]
+
+    def call(joint: Joint) -> Any:
+        joint.asked(clip_norm=limits[joint.workers.rank], on_nonfinite="nan")
+        return joint.norm(total_of(np.ones(3)), wide=False)
+
+    assert Circle(3).run(call) == [
+        "the workers were not asked for the same, and all have to clip alike; rank "
+        f"{rank} of 3 has clip_norm={limit!r}, on_nonfinite='nan'. Nothing has been written"
+        for rank, limit in enumerate(limits)
+    ]
+
+
+def test_one_that_is_to_add_up_terms_is_no_good_to_one_that_has_none() -> None:
+    def call(joint: Joint) -> Any:
+        joint.asked(clip_norm=1.0)
+        if joint.workers.rank == 0:
+            joint.agree()
+        return joint.norm(total_of(np.ones(3)), wide=False)
+
+    assert all("not asked for the same" in each for each in Circle(2).run(call))
+
+
+@pytest.mark.parametrize("way", ["norm", "gathered", "meet", "agree"])
+def test_one_that_fails_need_not_know_for_what_the_others_wait(way: str) -> None:
+    def call(joint: Joint) -> Any:
+        if joint.workers.rank == 2:
+            raise ZeroDivisionError
+        joint.asked(norm_type=3.0)
+        arguments = {"norm": [total_of(np.ones(3))], "gathered": [[1.0, 1.0]]}.get(way, [])
+        options = {} if way in ("meet", "agree") else {"wide": False}
+        return getattr(joint, way)(*arguments, **options)
+
+    text = (
+        "1 of 70 workers failed before their norms were added up; the reason is in the error of "
+        "each. Nothing has been written"
+    )
+    assert Circle(70).run(call) == [None if rank == 2 else text for rank in range(70)]
 
 
 def test_one_that_fails_hands_in_that_it_has() -> None:

@@ -924,10 +924,14 @@ def test_what_jax_has_for_the_gradient_of_integers_keeps_its_place() -> None:
     assert clipped["w"].tolist() == [1.5, 2]
 
 
-def test_without_the_c_kernel() -> None:
-    """XLA is then not told of handlers there are not."""
+def test_without_the_c_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """XLA is then not told of handlers there are not, and its own operations are warned of."""
     with machine("numpy"):
         assert cpu.xla_handlers() == {}
+        monkeypatch.setattr(cpu, "_warned", False)
+        clip = jax.jit(lambda x: gradclip.clip_by_global_norm([x], 2.5))
+        with pytest.warns(RuntimeWarning, match="^gradclip's C kernel .* so NumPy or XLA does its"):
+            assert clip(jnp.array([3.0, 4.0]))[1] == 5
 
 
 def test_importing_gradclip_imports_no_jax() -> None:

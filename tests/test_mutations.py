@@ -315,10 +315,20 @@ C_MUTATIONS = {
     "float16 ties away": ("cpu.c", "+ 0xfff + (magnitude >> 13 & 1)", "+ 0x1000"),
     "bytes not swapped": ("cpu.c", "leaf->swap ? size - 1 - b : b", "b"),
     "a stream without its end": ("cpu.c", "memcpy(to + head, from + head, bytes - head);", ""),
-    "scaled twice": ("cpumodule.c", "leaves[i].size = 0;", ";"),
+    "scaled twice": ("cpumodule.c", "leaves[place->leaf].size = 0;", ";"),
     "inf counted as NaN": ("cpu.c", "+= magnitude > infinite;", "+= magnitude >= infinite;"),
     "a number on the edge left out": ("cpu_blocks.h", "magnitude >= from", "magnitude > from"),
     "a power of two left out": ("cpu.c", "blocks->scale_f64(out, n, factor->shift, out);", ""),
+}
+
+# What the kernel's own trial, when it is loaded, is not there to see: how memory is walked, and one
+# number in a billion.
+UNTRIED = {
+    "blocks across chunks",
+    "bytes not swapped",
+    "a stream without its end",
+    "scaled twice",
+    "a number on the edge left out",
 }
 
 
@@ -330,6 +340,7 @@ def outcome(library: Path) -> Any:
 def test_the_kernel_itself_passes(tmp_path: Path) -> None:
     done = outcome(build(tmp_path))
     assert done.returncode == 0, done.stderr
+    assert done.stdout == "trial: None\n"
 
 
 @pytest.mark.slow
@@ -337,3 +348,4 @@ def test_the_kernel_itself_passes(tmp_path: Path) -> None:
 def test_a_mutation_of_the_kernel_is_seen(name: str, tmp_path: Path) -> None:
     done = outcome(build(tmp_path, change=C_MUTATIONS[name]))
     assert done.returncode == mutant.SEEN, done.stderr
+    assert done.stdout.startswith("trial: None\n") is (name in UNTRIED)

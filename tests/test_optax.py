@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import pickle
 import re
 from collections.abc import Callable
 from functools import partial
@@ -175,6 +176,171 @@ def test_tree_get_finds_the_state_in_a_chain() -> None:
     assert int(count) == 1
 
 
+def test_of_two_clips_in_a_chain_each_is_read() -> None:
+    two = optax.chain(
+        door.clip_by_global_norm(2.5), optax.scale(3.0), door.clip_by_global_norm(1.0)
+    )
+    _, state = two.update(TRIANGLE, two.init(TRIANGLE))
+    with pytest.raises(KeyError, match="Found multiple"):
+        optax.tree.get(state, "global_norm")
+    found = optax.tree.get_all_with_path(state, "ClipByGlobalNormState")
+    assert [jax.tree_util.keystr(path) for path, _ in found] == ["[0]", "[2]"]
+    wanted = [state_of(5, 0.5, 1, 1), state_of(7.5, 1 / 7.5, 1, 1)]
+    assert_same([each for _, each in found], wanted)
+    named = optax.named_chain(("first", door.clip_by_global_norm(2.5)), ("then", optax.sgd(1.0)))
+    _, state = named.update(TRIANGLE, named.init(TRIANGLE))
+    assert_same(state["first"], state_of(5, 0.5, 1, 1))
+
+
+# ---- states of optax's own ----
+
+OWN = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(1.0, momentum=0.5))
+OURS = optax.chain(door.clip_by_global_norm(1.0), optax.sgd(1.0, momentum=0.5))
+
+
+def trained(optimizer: Any) -> Any:
+    return optimizer.update(TRIANGLE, optimizer.init(TRIANGLE))[1]
+
+
+def with_our_states(state: Any) -> Any:
+    """As the docstring of the module says."""
+    return jax.tree.map(
+        lambda new, old: new if isinstance(new, door.ClipByGlobalNormState) else old,
+        OURS.init(TRIANGLE),
+        state,
+        is_leaf=lambda node: isinstance(node, door.ClipByGlobalNormState),
+    )
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit])
+@pytest.mark.parametrize("first", [None, optax.EmptyState()])
+def test_it_begins_from_a_state_of_optaxs_own(first: Any, wrap: Callable[[Any], Any]) -> None:
+    clip = door.clip_by_global_norm(optax.piecewise_constant_schedule(1.0, {1: 0.5}))
+    update = wrap(clip.update)
+    clipped, state = update(TRIANGLE, first)
+    assert_same((clipped, state), clip.update(TRIANGLE, clip.init(TRIANGLE)))
+    assert_same(update(TRIANGLE, state), clip.update(TRIANGLE, state))
+    assert_same(update(TRIANGLE, state)[1], state_of(5, 0.1, 2, 2))
+
+
+def test_a_state_that_begins_takes_its_dtype_from_the_parameters() -> None:
+    with jax.enable_x64(True):
+        wide = {"w": jnp.array([3.0, 4.0])}
+    narrow = {"w": jnp.ones(2, "float32")}
+    clip = door.clip_by_global_norm(1.0)
+    assert clip.update(narrow, None, wide)[1].global_norm.dtype == "float64"
+    assert clip.update(narrow, None)[1].global_norm.dtype == "float32"
+    assert clip.update(wide, None)[1].global_norm.dtype == "float64"
+
+
+def test_a_chain_goes_on_from_the_state_of_optaxs_own() -> None:
+    theirs = pickle.loads(pickle.dumps(trained(OWN)))
+    updates, state = OURS.update(TRIANGLE, theirs)
+    momentum = theirs[1][0].trace
+    clipped, _ = once(door.clip_by_global_norm(1.0), TRIANGLE)
+    assert_same(updates, jax.tree.map(lambda x, m: -1.0 * (x + 0.5 * m), clipped, momentum))
+    assert_same(state[0], state_of(5, 0.2, 1, 1))
+    assert_same(with_our_states(theirs)[1], theirs[1])
+    assert_same(OURS.update(TRIANGLE, with_our_states(theirs)), (updates, state))
+
+
+def test_where_the_structure_has_to_stay_the_states_are_put_in_first() -> None:
+    def step(state: Any, _: Any) -> Any:
+        updates, state = OURS.update(TRIANGLE, state)
+        return state, updates
+
+    theirs = trained(OWN)
+    with pytest.raises(TypeError, match="carry"):
+        jax.lax.scan(step, theirs, length=2)
+    state, _ = jax.lax.scan(step, with_our_states(theirs), length=2)
+    assert_same(state[0], state_of(5, 0.2, 2, 2))
+    for wrapped in (optax.MultiSteps(OURS, 2), optax.apply_if_finite(OURS, 2)):
+        first = wrapped.init(TRIANGLE)
+        name = "inner_opt_state" if isinstance(wrapped, optax.MultiSteps) else "inner_state"
+        with pytest.raises((TypeError, ValueError)):
+            wrapped.update(TRIANGLE, first._replace(**{name: theirs}))
+        wrapped.update(TRIANGLE, first._replace(**{name: with_our_states(theirs)}))
+
+
+@pytest.mark.parametrize(
+    ("state", "kind"),
+    [
+        ({"global_norm": 1.0}, "dict"),
+        ([], "list"),
+        ((optax.EmptyState(),), "tuple"),
+        (optax.TraceState({}), "TraceState"),
+        (jnp.zeros(()), "ArrayImpl"),
+    ],
+    ids=str,
+)
+def test_a_state_of_another(state: Any, kind: str) -> None:
+    clip = door.clip_by_global_norm(1.0)
+    text = (
+        f"the state is {kind}; gradclip.optax.clip_by_global_norm goes on from a "
+        "ClipByGlobalNormState and begins from None or optax.EmptyState(): restore a checkpoint "
+        "into the state that init returns"
+    )
+    with raises(TypeError, text):
+        clip.update(TRIANGLE, state)
+
+
+def test_flax_restores_into_what_was_saved() -> None:
+    serialization = pytest.importorskip("flax.serialization")
+    theirs, ours = trained(OWN), trained(OURS)
+    saved = serialization.to_bytes(theirs)
+    again = serialization.from_bytes(OWN.init(TRIANGLE), saved)
+    assert_same(OURS.update(TRIANGLE, again), OURS.update(TRIANGLE, theirs))
+    with pytest.raises(ValueError, match="field names of the state dict"):
+        serialization.from_bytes(OURS.init(TRIANGLE), saved)
+    assert_same(serialization.from_bytes(OURS.init(TRIANGLE), serialization.to_bytes(ours)), ours)
+
+
+@pytest.mark.slow
+def test_orbax_restores_into_what_was_saved(tmp_path: Path) -> None:
+    checkpoint = pytest.importorskip("orbax.checkpoint")
+    theirs = trained(OWN)
+    with checkpoint.StandardCheckpointer() as saver:
+        saver.save(tmp_path / "state", theirs)
+        saver.wait_until_finished()
+        again = saver.restore(tmp_path / "state", OWN.init(TRIANGLE))
+        assert_same(OURS.update(TRIANGLE, again), OURS.update(TRIANGLE, theirs))
+        with pytest.raises(ValueError, match="tree structures do not match"):
+            saver.restore(tmp_path / "state", OURS.init(TRIANGLE))
+
+
+# ---- what errors call it ----
+
+
+def test_errors_say_updates_or_grads() -> None:
+    accepted = "gradclip clips float16, bfloat16, float8, float32, float64 and complex arrays"
+    bad = {"a": jnp.ones((2, 3)), "b": [jnp.arange(2)]}
+    clip = door.clip_by_global_norm(1.0)
+    with raises(TypeError, f"updates['b'][0] is int32; {accepted}"):
+        once(clip, bad)
+    with pytest.raises(TypeError) as caught:  # JAX adds a note to it
+        door.per_example_global_norm_clip(bad, 1.0)
+    assert str(caught.value) == f"grads['b'][0] is int32; {accepted}"
+    with raises(TypeError, f"updates is int32; {accepted}"):
+        once(clip, jnp.arange(2))
+    with raises(TypeError, f"updates[1] is int32; {accepted}"):
+        once(clip, [jnp.ones(2), jnp.arange(2)])
+    raising = door.clip_by_global_norm(1.0, on_nonfinite="raise")
+    text = "the global norm is nan: updates['a'] holds 1 NaN and 0 inf"
+    with raises(FloatingPointError, text):
+        once(raising, {"a": jnp.array([math.nan])})
+    rows = gradclip.IndexedSlices(jnp.ones((1, 2)), jnp.array([7]), (5, 2))
+    with raises(ValueError, "updates['w'].indices holds 7; dense_shape has 5 rows"):
+        once(clip, {"w": rows})
+
+
+@pytest.mark.parametrize("leaf", ["abc", object(), np.array(["a"])], ids=["str", "object", "text"])
+def test_a_leaf_that_is_no_array_is_named(leaf: Any) -> None:
+    for tree, place in (({"a": jnp.ones(2), "b": leaf}, "['b']"), ([leaf], "[0]")):
+        with pytest.raises(TypeError) as caught:
+            door.clip_by_global_norm(1.0).update(tree, None)
+        assert str(caught.value).startswith(f"updates{place} is {type(leaf).__name__}: ")
+
+
 # ---- beside optax ----
 
 
@@ -270,7 +436,8 @@ def test_raise_names_the_leaf_and_is_an_error_under_jit() -> None:
     clip = door.clip_by_global_norm(1.0, on_nonfinite="raise")
     assert_same(once(clip, TRIANGLE)[1], state_of(5, 0.2, 1, 1))
     updates = {**TRIANGLE, "c": jnp.array([math.nan, math.inf])}
-    with pytest.raises(FloatingPointError, match=re.escape("['c'] holds 1 NaN and 1 inf")):
+    text = "the global norm is nan: updates['c'] holds 1 NaN and 1 inf"
+    with raises(FloatingPointError, text):
         once(clip, updates)
     with pytest.raises(ValueError, match=r'^on_nonfinite is "raise"; what is traced'):
         jax.jit(partial(once, clip))(updates)
@@ -380,9 +547,9 @@ def test_a_bad_limit_is_refused(max_norm: Any, error: type[Exception], text: str
 
 
 def test_a_bad_policy_is_refused_at_once() -> None:
-    text = "on_nonfinite is 'skip'; it must be one of 'nan', 'raise', 'zero', 'keep'"
+    text = "on_nonfinite is 'never'; it must be one of 'nan', 'raise', 'zero', 'keep'"
     with raises(ValueError, text):
-        door.clip_by_global_norm(1.0, on_nonfinite="skip")  # type: ignore[arg-type]
+        door.clip_by_global_norm(1.0, on_nonfinite="never")  # type: ignore[arg-type]
 
 
 def test_inf_only_measures() -> None:

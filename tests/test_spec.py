@@ -884,10 +884,12 @@ def test_a_sparse_leaf_listed_twice_counts_once_in_place(make: Any) -> None:
 
 def test_the_first_use_of_the_fallback_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "_cpu", None)
+    monkeypatch.setattr(cpu, "_why_numpy", "was not built")
     monkeypatch.setattr(cpu, "_warned", False)
     text = (
-        "gradclip's C kernel was not built, so NumPy does its work: the same bits, slower. "
-        "Reinstall gradclip where a C compiler is found."
+        "gradclip's C kernel was not built, so NumPy or XLA does its work: the same bits, slower. "
+        "Install gradclip again where a C compiler is found, without CFLAGS: "
+        "`pip install --force-reinstall --no-cache-dir -v gradclip` shows what it says."
     )
     with pytest.warns(RuntimeWarning, match=f"^{re.escape(text)}$") as warned:
         assert global_norm(three_four()) == 5

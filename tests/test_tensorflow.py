@@ -6,6 +6,7 @@ import functools
 import gc
 import inspect
 import re
+import sys
 import textwrap
 import weakref
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ from host import run_python
 if version("tensorflow") is None:
     pytest.skip("tensorflow is not installed", allow_module_level=True)
 import tensorflow as tf
+from tensorflow.python.saved_model.save_context import save_context
 
 import gradclip.tensorflow as gtf
 from gradclip.backends import tensorflow as backend
@@ -177,6 +179,80 @@ def norm_names(function: Callable[..., Any], **options: Any) -> list[str]:
 @pytest.mark.parametrize("options", [{}, {"name": "foo"}])
 def test_names_of_the_norm_in_a_graph_are_those_of_tensorflow(options: Any) -> None:
     assert norm_names(gtf.global_norm, **options) == norm_names(tf.linalg.global_norm, **options)
+
+
+WEIGHTS = [1.0, 2.0]
+CALLS: dict[str, tuple[Any, ...]] = {
+    # The arguments of a call; "x" is a tensor, "c" a scalar one.
+    "a number": (["x"], 1.0),
+    "an array": (["x"], np.float32(1)),
+    "an integer": (["x"], np.array(1)),
+    "a tensor": (["x", None], "c"),
+    "a norm": (["x"], 1.0, "c"),
+    "a limit and a norm": (["x"], "c", "c"),
+    "a name": (["x", WEIGHTS], 1.0, None, "foo"),
+    "a norm and a name": (["x", WEIGHTS], 1.0, "c", "foo"),
+    "no tensors": (["x", np.float32(WEIGHTS), WEIGHTS], 1.0),
+    "no tensors, a norm": (["x", WEIGHTS], 1.0, "c"),
+    "a variable": (["x", tf.Variable(WEIGHTS)], 1.0),
+    "a variable, a norm": (["x", tf.Variable(WEIGHTS)], "c", "c"),
+}
+
+
+def scopes_and_names(function: Any, arguments: Any, jit: bool = False) -> tuple[list[str], Any]:
+    """Where the operations are that two calls add to a graph, and what the results are called."""
+    scopes, names = set(), []
+
+    def given(argument: Any, tensors: dict[str, Any]) -> Any:
+        if isinstance(argument, list) and argument is not WEIGHTS:
+            return [given(each, tensors) for each in argument]
+        return tensors.get(argument, argument) if isinstance(argument, str) else argument
+
+    def traced(x: Any, c: Any) -> None:
+        graph = tf.compat.v1.get_default_graph()
+        before = set(graph.get_operations())
+        for _ in range(2):
+            results = function(*(given(each, {"x": x, "c": c}) for each in arguments))
+            tensors = [each for each in tf.nest.flatten(results) if each is not None]
+            names.extend(tensor.name for tensor in tensors)
+        for operation in graph.get_operations():
+            if operation not in before:
+                scope, slash, _ = operation.name.partition("/")
+                scopes.add(scope + slash)
+
+    tf.function(traced, jit_compile=jit, autograph=False).get_concrete_function(
+        tf.TensorSpec([2]), tf.TensorSpec([])
+    )
+    return sorted(scopes), names
+
+
+@pytest.mark.parametrize(
+    ("name", "jit"),
+    [*((name, False) for name in CALLS), ("a number", True), ("a norm and a name", True)],
+)
+def test_operations_are_in_the_scopes_of_tensorflows_own(name: str, jit: bool) -> None:
+    ours = scopes_and_names(gtf.clip_by_global_norm, CALLS[name], jit)
+    assert ours == scopes_and_names(tf.clip_by_global_norm, CALLS[name], jit)
+    assert all(scope.endswith("/") for scope in ours[0])
+
+
+@pytest.mark.parametrize("name", [None, "foo"])
+def test_operations_of_the_norm_are_in_the_scope_of_tensorflows_own(name: str | None) -> None:
+    arguments = (["x", WEIGHTS, np.float32(WEIGHTS), "c", tf.Variable(WEIGHTS)], name)
+    ours = scopes_and_names(gtf.global_norm, arguments)
+    assert ours == scopes_and_names(tf.linalg.global_norm, arguments)
+    assert all(scope.endswith("/") for scope in ours[0])
+
+
+@pytest.mark.parametrize("name", [None, "foo"])
+@pytest.mark.parametrize("t_list", [[], [None]])
+def test_of_no_tensors_the_norm_is_in_the_scope_too(t_list: Any, name: str | None) -> None:
+    first = name or "global_norm"
+    wanted = [f"{first}/", f"{first}_1/"]
+    for function, limit in ((gtf.clip_by_global_norm, [1.0, None]), (gtf.global_norm, [])):
+        scopes, names = scopes_and_names(function, (t_list, *limit, name))
+        assert scopes == wanted
+        assert names == [f"{scope}global_norm:0" for scope in wanted]
 
 
 def test_a_given_norm_comes_back_itself() -> None:
@@ -889,26 +965,110 @@ def test_a_compiled_function_is_differentiated_from_outside(outer_compiles: bool
     assert np.allclose(run(mode, gradient, tf.constant([3.0, 4.0])), [-0.4, 0.3])
 
 
+class Saved(tf.Module):  # type: ignore[misc]
+    """Functions that clip, in many ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = tf.Variable([3.0, 4.0])
+        self.compiled = tf.function(
+            lambda x: gtf.clip_by_global_norm([x], 2.5)[0][0], jit_compile=True, autograph=False
+        )
+
+    @tf.function(input_signature=[])  # type: ignore[untyped-decorator]
+    def train(self) -> Any:
+        self.weights.assign(gtf.clip_by_global_norm([self.weights], 1.0)[0][0])
+        return self.weights.read_value()
+
+    @tf.function(input_signature=[tf.TensorSpec([None])])  # type: ignore[untyped-decorator]
+    def clip(self, x: Any) -> Any:
+        (x,), norm = gtf.clip_by_global_norm([x], 2.5)
+        return tf.concat([x, [norm]], 0)
+
+    @tf.function  # type: ignore[untyped-decorator]
+    def by_compiled(self, x: Any) -> Any:
+        return self.compiled(x)
+
+    @tf.function(autograph=False)  # type: ignore[untyped-decorator]
+    def in_a_loop(self, x: Any) -> Any:
+        inner = tf.function(lambda y: gtf.clip_by_global_norm([y], 2.5)[0][0], autograph=False)
+        body = lambda i, y: (i + 1, tf.cond(i > 0, lambda: inner(y), lambda: 2 * y))  # noqa: E731
+        return tf.while_loop(lambda i, _: i < 3, body, (0, x))[1]
+
+
+LOADED = """
+import sys, numpy as np, tensorflow as tf
+module = tf.saved_model.load(sys.argv[1])
+x = tf.constant([3.0, 4.0])
+with tf.GradientTape() as tape:
+    tape.watch(x)
+    loss = tf.reduce_sum(module.by_compiled(x) * [1.0, 3.0])
+    loss += tf.reduce_sum(module.in_a_loop(x) * [1.0, 3.0])
+results = [
+    module.train(), module.clip(x), module.clip([3e30, 4e30]), module.clip([1e-40, 0.0]),
+    module.by_compiled(x), module.in_a_loop(x), np.round(np.float64(tape.gradient(loss, x)), 5),
+]
+print([np.asarray(each, float).tolist() for each in results], "gradclip" in sys.modules)
+"""
+
+
 @pytest.mark.slow
-def test_a_module_that_clips_is_saved(tmp_path: Any) -> None:
-    class Module(tf.Module):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
-            self.weights = tf.Variable([3.0, 4.0])
-
-        @tf.function
-        def train(self) -> Any:
-            self.weights.assign(gtf.clip_by_global_norm([self.weights], 1.0)[0][0])
-
-        @tf.function(input_signature=[tf.TensorSpec([2])])
-        def serve(self, x: Any) -> Any:
-            return x * self.weights
-
-    module = Module()
-    module.train()
+def test_what_is_saved_runs_in_a_process_without_gradclip(tmp_path: Any) -> None:
+    module, x = Saved(), tf.constant([3.0, 4.0])
+    module.weights.assign([30.0, 40.0])
+    called = [module.train(), module.clip(x), module.by_compiled(x), module.in_a_loop(x)]
     tf.saved_model.save(module, str(tmp_path))
-    loaded = tf.saved_model.load(str(tmp_path))
-    assert np.allclose(loaded.serve(tf.constant([1.0, 2.0])), [0.6, 1.6])
+    assert [each.numpy().tolist() for each in called[1:]] == [[1.5, 2, 5], [1.5, 2], [1.5, 2]]
+    assert module.clip(x).numpy().tolist() == [1.5, 2, 5]
+    huge, small = (np.float32(each) for each in ([3e30, 4e30], [1e-40, 0]))
+    wanted = [
+        gradclip.clip_by_global_norm([called[0]], 1.0)[0][0].numpy().tolist(),
+        [1.5, 2.0, 5.0],
+        [1.5, 2.0, float(gradclip.global_norm([huge]))],
+        [*small.tolist(), float(small[0])],
+        [1.5, 2.0],
+        [1.5, 2.0],
+        [-0.8, 0.6],
+    ]
+    done = run_python(LOADED, str(tmp_path))
+    assert done.stdout == f"{wanted} False\n", done.stderr
+
+
+WHY_NOT = (
+    "it calls gradclip and was traced before it is saved: on the CPU it calls back into this "
+    "process, which no other can. Save the tf.function itself and no concrete function of it, or "
+    "give it jit_compile=True; then it is made of TensorFlow's own operations"
+)
+
+
+@pytest.mark.parametrize("custom_gradients", [False, True])
+@pytest.mark.parametrize("name", ["clip", "in_a_loop"])
+def test_what_cannot_be_saved_says_why(name: str, custom_gradients: bool, tmp_path: Any) -> None:
+    traced = getattr(Saved(), name).get_concrete_function(tf.TensorSpec([2]))
+    options = tf.saved_model.SaveOptions(experimental_custom_gradients=custom_gradients)
+    with pytest.raises(ValueError, match=r"^Unable to save function") as caught:
+        tf.saved_model.save(tf.Module(), str(tmp_path), traced, options)
+    assert str(caught.value).partition("\n")[2] == WHY_NOT
+
+
+@pytest.mark.parametrize("dtypes", [[tf.float32], [tf.float64, tf.bfloat16]], ids=str)
+def test_bits_of_what_is_traced_while_it_is_saved(dtypes: list[Any]) -> None:
+    clip = tf.function(gradclip.clip_by_global_norm, autograph=False)
+    for values, clip_norm in bit_lists(dtypes):
+        with save_context(tf.saved_model.SaveOptions()):
+            clipped, norm = clip([tf.constant(x) for x in values], tf.constant(clip_norm, "double"))
+        assert_as_numpy(clipped, norm, values, clip_norm)
+    (traced,) = clip._list_all_concrete_functions()
+    assert "EagerPyFunc" not in str(traced.graph.as_graph_def())
+
+
+def test_a_data_set_clips() -> None:
+    batch = tf.data.Dataset.from_tensor_slices([[3.0, 4.0], [0.3, 0.4]])
+    each = batch.map(lambda x: gtf.clip_by_global_norm([x], 2.5)[0][0], num_parallel_calls=2)
+    assert [x.tolist() for x in each.as_numpy_iterator()] == [
+        [1.5, 2],
+        np.float32([0.3, 0.4]).tolist(),
+    ]
 
 
 @pytest.mark.slow
@@ -978,6 +1138,74 @@ def test_patch_puts_ours_in_place_and_takes_it_back() -> None:
     assert tf.clip_by_global_norm is gtf.clip_by_global_norm
     second.undo()
     assert tf.clip_by_global_norm is theirs
+
+
+def places_of(function: Any) -> list[tuple[str, str]]:
+    """Where TensorFlow's modules have a function."""
+    modules = [each for each in sys.modules.items() if each[0].partition(".")[0] == "tensorflow"]
+    return sorted(
+        (name, key)
+        for name, module in modules
+        for key, value in list(vars(module).items())
+        if value is function
+    )
+
+
+def test_patch_reaches_every_module_of_tensorflow() -> None:
+    import tensorflow.compat.v2 as tf2
+
+    gtf.patch().undo()  # which imports what it replaces
+    ours, theirs = gtf.clip_by_global_norm, tf.clip_by_global_norm
+    before = places_of(theirs)
+    assert len(before) > 5
+    assert tf2.clip_by_global_norm is tf.compat.v2.compat.v2.clip_by_global_norm is theirs
+    with gtf.patch():
+        assert tf2.clip_by_global_norm is tf.compat.v2.compat.v2.clip_by_global_norm is ours
+        assert places_of(theirs) == []
+        assert places_of(tf.linalg.global_norm) == places_of(gtf.global_norm) != []
+    assert places_of(theirs) == before
+    assert places_of(ours) == []
+
+
+def no_door_of_keras(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gradclip.keras", None)
+    monkeypatch.delattr(gradclip, "keras")
+
+
+def no_second_method_of_keras(monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = sys.modules["gradclip.keras"]._Installed
+    put = kind._put
+
+    def fails(owner: Any, name: str, function: Any) -> None:
+        if name != "_clip_gradients":
+            raise OSError(name)
+        put(owner, name, function)
+
+    monkeypatch.setattr(kind, "_put", staticmethod(fails))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("breaks", [no_door_of_keras, no_second_method_of_keras])
+def test_a_patch_that_fails_half_way_leaves_nothing_behind(
+    breaks: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keras = pytest.importorskip("keras")
+    gtf.patch().undo()  # which imports what it replaces
+
+    def found() -> list[Any]:
+        functions = tf.clip_by_global_norm, tf.linalg.global_norm
+        return [*functions, *map(places_of, functions), keras.Optimizer._clip_gradients]
+
+    before = found()
+    with monkeypatch.context() as broken:
+        breaks(broken)
+        with pytest.raises((ImportError, OSError)):
+            gtf.patch()
+    assert found() == before
+    with gtf.patch():
+        assert tf.clip_by_global_norm is gtf.clip_by_global_norm
+        assert keras.Optimizer._clip_gradients is not before[-1]
+    assert found() == before
 
 
 # ---- breaking it is seen ----

@@ -25,6 +25,7 @@ import torch
 
 import gradclip.torch as gtorch
 from gradclip.backends import torch as backend
+from host_torch import Moving
 
 DTYPES = {name: dtype for name, dtype in (NARROW | WIDE).items() if hasattr(torch, name)}
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -799,6 +800,26 @@ def test_other_arguments_out_of_range() -> None:
     )
     with raises(TypeError, text):
         gtorch.clip_grad_norm_(parameters, 1.0, group="x")
+
+
+@pytest.mark.parametrize("name", ["clip_norm", "use_norm", "max_norm", "total_norm", "clip_grad"])
+def test_limits_are_read_before_memory_is_held(name: str) -> None:
+    leaf = torch.full((4,), 16.0)
+    (weight,) = parameters_of([leaf])
+    limit = Moving(4.0 if name in ("use_norm", "total_norm") else 1.0, leaf)
+    if name in ("clip_norm", "use_norm"):
+        arguments = {"clip_norm": 1.0, "use_norm": 4.0, name: limit}
+        (new,), _ = gradclip.clip_by_global_norm([leaf], **arguments)
+        assert new.tolist() == [0.5] * 4
+        leaf.set_(limit.old)
+        gradclip.clip_by_global_norm_([leaf], **arguments)
+    elif name == "clip_grad":
+        gtorch.clip_grad_norm_([weight], limit)
+    else:
+        arguments = {"max_norm": 1.0, "total_norm": 4.0, name: limit}
+        gtorch.clip_grads_with_norm_([weight], **arguments)
+    assert leaf.tolist() == [0.5] * 4
+    assert limit.old.tolist() == [16.0] * 4
 
 
 def test_max_norm_may_be_a_tensor() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import re
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import pytest
 
 os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
@@ -15,7 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import (
     DTensor,
     Partial,
@@ -271,6 +274,153 @@ def engines() -> None:
     assert communication.get_total_counts() == 0
 
 
+# ---- FSDP1 ----
+
+
+class Scaled(nn.Module):
+    """A network, and a number beside it that each rank has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = nn.Sequential(nn.Linear(12, 7), nn.ReLU(), nn.Linear(7, 3), nn.Linear(3, 1))
+        self.scale = nn.Parameter(torch.tensor([1.5, -0.5]))
+        self.inner[2].requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.inner(x) * self.scale
+
+
+def flat_model(
+    strategy: ShardingStrategy, *, orig: bool, nested: bool, **more: Any
+) -> FullyShardedDataParallel:
+    network = Scaled()
+    ignored = [network.scale]
+    policy = ModuleWrapPolicy({nn.Linear}) if nested else None
+    if not orig and not nested:  # all in one flat parameter are trained, or none
+        network.inner[2].requires_grad_(True)
+    return FullyShardedDataParallel(
+        network,
+        sharding_strategy=strategy,
+        use_orig_params=orig,
+        ignored_states=ignored,
+        auto_wrap_policy=policy,
+        device_id=torch.device("cpu"),
+        **more,
+    )
+
+
+def flat_gradients(model: FullyShardedDataParallel, count: int) -> list[torch.Tensor]:
+    """All there is of the gradients, from the ``count`` ranks that have parts."""
+    held = [
+        (name.endswith("scale"), parameter.grad)
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    ]
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, held)
+    first = dist.get_rank() // count * count
+    parts = every[first : first + count]
+    alike = count == 1
+    return [
+        grad
+        for rank, part in enumerate(parts)
+        for replicated, grad in part
+        if rank == 0 or not (replicated or alike)
+    ]
+
+
+def flat_step(model: nn.Module) -> None:
+    torch.manual_seed(1)
+    (model(torch.randn(16, 12)).square().sum() * 10).backward()
+
+
+def check_flat(model: FullyShardedDataParallel, count: int, *, all_trained: bool = False) -> None:
+    """Its gradients, parts of which ``count`` ranks have, are clipped as the whole is."""
+    flat_step(model)
+    wanted, wanted_norm = gradclip.clip_by_global_norm(flat_gradients(model, count), 0.5)
+    if dist.get_world_size() in (2, 4):  # the mean of so many equal gradients is one of them
+        network = Scaled()
+        network.inner[2].requires_grad_(all_trained)
+        flat_step(network)
+        assert torch.equal(wanted_norm, gradclip.global_norm(gradients_of(network)))
+    order = gtorch.clip_grad_norm_(model.parameters(), math.inf, 3.0)
+    alone = gtorch.get_total_norm(flat_gradients(model, count), 3.0)
+    torch.testing.assert_close(order, alone)
+    # The same inside of a step, and by the function.
+    for attached in (True, False):
+        model.zero_grad()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        clipper = gtorch.attach(optimizer, 0.5) if attached else None
+        flat_step(model)
+        if clipper is None:
+            norm = gtorch.clip_grad_norm_(model.parameters(), 0.5)
+        else:
+            optimizer.step()
+            norm = clipper.norm
+            clipper.remove()
+        assert torch.equal(norm, wanted_norm), (norm, wanted_norm)
+        for new, expected in zip(flat_gradients(model, count), wanted, strict=True):
+            assert torch.equal(new, expected)
+
+
+def flat() -> None:
+    """FullyShardedDataParallel, whose parameters do not say who has the other parts."""
+    rank, size = start()
+    if size == 4:
+        for orig in (False, True):
+            way = ShardingStrategy.HYBRID_SHARD
+            model = flat_model(way, orig=orig, nested=True, device_mesh=mesh_of(2, 2))
+            check_flat(model, 2)
+        return
+    ways = [ShardingStrategy.FULL_SHARD, ShardingStrategy.SHARD_GRAD_OP, ShardingStrategy.NO_SHARD]
+    for way, orig, nested in itertools.product(ways, (False, True), (False, True)):
+        model = flat_model(way, orig=orig, nested=nested)
+        count = 1 if way is ShardingStrategy.NO_SHARD else size
+        check_flat(model, count, all_trained=not orig and not nested)
+        with CommDebugMode() as communication:
+            gtorch.clip_grad_norm_(model.parameters(), 0.5)
+        assert communication.get_total_counts() == (count > 1)
+    model = flat_model(ways[0], orig=True, nested=True)
+    flat_step(model)
+    limit = -1.0 if rank == 1 else 1.0
+    with pytest.raises(ValueError if rank == 1 else RuntimeError):
+        gtorch.clip_grad_norm_(model.parameters(), limit)
+    parameters: Any = list(model.parameters())[::-1]  # beginning with one that is sharded
+    with pytest.raises(ZeroDivisionError if rank == 1 else RuntimeError):
+        gtorch.clip_grad_norm_(first_of(parameters) if rank == 1 else parameters, 1.0)
+    text = (
+        "within FullyShardedDataParallel.summon_full_params gradients may be parts or whole; clip "
+        "before or after it"
+    )
+    with FullyShardedDataParallel.summon_full_params(model), raises(RuntimeError, text):
+        gtorch.clip_grad_norm_(model.parameters(), 1.0)
+    beside = nn.Parameter(spread(torch.ones(3), mesh_of(size), Shard(0)))
+    text = (
+        "parameters are sharded by FullyShardedDataParallel, and others beside them are DTensors; "
+        "say by `group` who takes part"
+    )
+    with raises(ValueError, text):
+        gtorch.clip_grad_norm_([*model.parameters(), beside], 1.0)
+    pair = dist.new_group([0, 1])
+    if size > 2 and rank < 2:
+        other = flat_model(ways[0], orig=True, nested=True, process_group=pair)
+        text = (
+            "parameters are sharded by FullyShardedDataParallel over the ranks [(0, 1), "
+            f"{tuple(range(size))}]; say by `group` who takes part"
+        )
+        with raises(ValueError, text):
+            gtorch.clip_grad_norm_([*model.parameters(), *other.parameters()], 1.0)
+    lost = nn.Parameter(torch.ones(3))
+    lost._fsdp_flattened = True  # type: ignore[attr-defined]
+    text = (
+        "a parameter is sharded by FullyShardedDataParallel, and the model that knows with whom is "
+        "not found (gc.freeze() hides it); say by `group` who takes part: model.process_group"
+    )
+    with raises(ValueError, text):
+        gtorch.clip_grad_norm_([lost], 1.0)
+
+
 # ---- what goes wrong on one ----
 
 
@@ -344,6 +494,221 @@ def failures() -> None:
     os._exit(0)
 
 
+class NoFloat(float):
+    """A number whose user finds out too late what it was."""
+
+    def __float__(self) -> float:
+        raise ZeroDivisionError
+
+    __bool__ = __float__  # type: ignore[assignment]
+
+
+class NoGradient(nn.Parameter):
+    @property
+    def grad(self) -> Any:
+        raise ZeroDivisionError
+
+
+def first_of(values: list[Any]) -> Any:
+    """An iterator that raises half way."""
+    yield values[0]
+    raise ZeroDivisionError
+
+
+WRONG_LIMITS = ["x", -1, math.nan, torch.ones(2), NoFloat(1.0), True]
+FAILED = (
+    "1 of {} workers failed before their norms were added up; the reason is in the error of each. "
+    "Nothing has been written"
+)
+
+
+def wrong_arguments(call: Any, good: dict[str, Any], wrong: dict[str, list[Any]]) -> None:
+    """Each on the last rank alone is an error on all, and the next call finds nothing left over."""
+    rank, size = start()
+    last = rank == size - 1
+    expected = call(**good)
+    for name, values in wrong.items():
+        for make in values:
+            # Iterators serve once.
+            value = make() if callable(make) else make
+            if last:
+                with pytest.raises((TypeError, ValueError, ZeroDivisionError, AttributeError)):
+                    call(**{**good, name: value})
+            else:
+                with raises(RuntimeError, FAILED.format(size)):
+                    call(**good)
+            assert torch.equal(call(**good), expected), (name, value)
+
+
+def different_arguments(call: Any, good: dict[str, Any], other: dict[str, list[Any]]) -> None:
+    """What is right by itself, and not the same on all, is an error on all."""
+    rank, size = start()
+    expected = call(**good)
+    text = "the workers were not asked for the same, and all have to clip alike; rank "
+    for name, values in other.items():
+        for value in values:
+            given = {**good, name: value} if rank == size - 1 else good
+            with pytest.raises(RuntimeError, match=f"^{text}{rank} of {size} has .*Nothing has"):
+                call(**given)
+            assert torch.equal(call(**good), expected), (name, value)
+
+
+def errors() -> None:
+    """Every argument of every function with a group, wrong on one rank."""
+    rank, size = start()
+    world = dist.group.WORLD
+    leaf = torch.full((4,), 3.0)
+    weight = nn.Parameter(torch.zeros(4))
+    weight.grad = leaf.clone()
+
+    leaves = [
+        3,
+        [leaf, 3],
+        [leaf, np.ones(3)],
+        [leaf.int()],
+        [leaf.to("meta")],
+        lambda: first_of([leaf]),
+    ]
+    numbers = {"clip_norm": WRONG_LIMITS, "use_norm": ["x", -1, torch.ones(2), NoFloat(1.0)]}
+    policies = {"on_nonfinite": ["x", None, 3]}
+    t_list = {"t_list": leaves}
+
+    def new(**arguments: Any) -> Any:
+        return gradclip.clip_by_global_norm(**arguments)[1]
+
+    measured = {"t_list": [leaf], "group": world}
+    clipped = {**measured, "clip_norm": math.inf, "on_nonfinite": "nan"}
+    wrong_arguments(gradclip.global_norm, measured, t_list)
+    for call in (new, gradclip.clip_by_global_norm_):
+        more = {"t_list": [leaf.expand(3, 4)]} if call is not new else {}
+        wrong_arguments(call, clipped, {**numbers, **policies, **t_list})
+        wrong_arguments(call, clipped, more)
+        wrong_arguments(call, {**clipped, "use_norm": 1.0}, {**numbers, **policies, **t_list})
+        other = {
+            "clip_norm": [1e9],
+            "use_norm": [1.0, math.nan],
+            "on_nonfinite": ["zero", "keep", "raise"],
+        }
+        different_arguments(call, clipped, other)
+        different_arguments(call, {**clipped, "use_norm": 1.0}, {"use_norm": [2.0, None]})
+
+    total = {"tensors": [leaf], "norm_type": 2.0, "group": world}
+    orders = {"norm_type": [0.0, -1, math.nan, "x", None, NoFloat(1.0)]}
+    tensors = {"tensors": [None, *leaves]}
+    every = [None, 3, [weight, 3], lambda: first_of([weight]), [NoGradient(torch.zeros(2))]]
+    whole = nn.Parameter(torch.zeros(4, dtype=torch.int32), requires_grad=False)
+    whole.grad = torch.zeros(4, dtype=torch.int32)
+    parameters = {"parameters": [*every, [whole]]}
+    limits = {"max_norm": [None, *WRONG_LIMITS], "on_nonfinite": ["x", 3]}
+    flags = {"error_if_nonfinite": [NoFloat(1.0)]}
+    good = {"parameters": [weight], "max_norm": math.inf, "group": world}
+    for order in (2.0, 3.0, math.inf):
+        total["norm_type"] = good["norm_type"] = order
+        wrong_arguments(gtorch.get_total_norm, total, {**orders, **tensors, **flags})
+        wrong_arguments(gtorch.clip_grad_norm_, good, {**orders, **parameters, **limits, **flags})
+        others = {"norm_type": [1.0], "error_if_nonfinite": [True]}
+        different_arguments(gtorch.get_total_norm, total, others)
+        others |= {"max_norm": [1e9], "on_nonfinite": ["zero", "raise"]}
+        different_arguments(gtorch.clip_grad_norm_, good, others)
+
+    # DTensors say with whom a rank is that has failed, as far as it has come.
+    flat = mesh_of(size)
+    spread_one = spread(leaf, flat, Shard(0))
+    some: dict[str, Any] = {"t_list": [spread_one], "clip_norm": math.inf, "on_nonfinite": "nan"}
+    mixed = {"t_list": [[spread_one, 3], [spread_one.int()], lambda: first_of([spread_one])]}
+    for call in (new, gradclip.clip_by_global_norm_):
+        wrong_arguments(call, some, {**numbers, **policies, **mixed})
+    weight = nn.Parameter(spread(leaf, flat, Shard(0)))
+    weight.grad = spread_one
+    good = {"parameters": [weight], "max_norm": math.inf, "norm_type": 3.0}
+    mixed = {"parameters": [[weight, 3], lambda: first_of([weight])]}
+    wrong_arguments(gtorch.clip_grad_norm_, good, {**orders, **mixed, **limits})
+    # Terms are added up by collectives, which are not begun.
+    term = DTensor.from_local(leaf.clone(), flat, [Partial()])
+    some["t_list"] = [term]
+    wrong_arguments(new, some, numbers)
+    different_arguments(new, some, {"t_list": [[spread_one]]})
+    # A mesh that is not in the group.
+    grid = dist.new_group([0, 1])
+    whole_world = spread(leaf, flat, Replicate())
+    if size > 2 and rank < 2:
+        with (
+            raises(RuntimeError, FAILED.format(2))
+            if rank == 0
+            else pytest.raises(ValueError, match="name a group that has all of them")
+        ):
+            gradclip.global_norm([whole_world if rank else leaf], group=grid)
+        assert gradclip.global_norm([leaf], group=grid) == torch.tensor(6 * 2**0.5)
+    # One rank's NaN.
+    weight = nn.Parameter(torch.zeros(4))
+    weight.grad = leaf.clone()
+    weight.grad[0] = math.nan if rank == 0 else 3.0
+    with pytest.raises(RuntimeError, match=r"^The total norm of order 2\.0 for gradients"):
+        gtorch.clip_grad_norm_([weight], 1.0, error_if_nonfinite=True, group=world)
+    assert weight.grad[1:].tolist() == leaf[1:].tolist() == [3.0] * 3
+
+
+def attached_errors() -> None:
+    """What goes wrong in one rank's step is an error in every one's; the next step is right."""
+    rank, size = start()
+    last = rank == size - 1
+    weight = nn.Parameter(torch.zeros(4))
+    weight.grad = torch.full((4,), 3.0)
+    optimizer = torch.optim.SGD([weight], lr=0.0)
+    limit: list[Any] = [1e9]
+    clipper = gtorch.attach(optimizer, lambda _: limit[0], group=dist.group.WORLD)
+    expected = gradclip.global_norm([torch.full((4 * size,), 3.0)])
+
+    def next_step(steps: int) -> None:
+        limit[0] = 1e9
+        optimizer.step()
+        assert torch.equal(clipper.norm.squeeze(), expected)
+        assert weight.grad is not None
+        assert weight.grad.tolist() == [3.0] * 4
+        assert clipper.steps == steps
+
+    next_step(1)
+    for steps, wrong in enumerate([*WRONG_LIMITS, None, lambda: 1.0], start=2):
+        limit[0] = wrong if last and not callable(wrong) else 1e9
+        errors = (TypeError, ValueError, ZeroDivisionError, RuntimeError)
+        with pytest.raises(errors) if last else raises(RuntimeError, FAILED.format(size)):
+            optimizer.step(wrong if last and callable(wrong) else None)
+        next_step(steps)
+    limit[0] = 1e9 if last else 2e9
+    with pytest.raises(RuntimeError, match=r"^the workers were not asked for the same"):
+        optimizer.step()
+    next_step(steps + 1)
+    clipper.remove()
+    clipper = gtorch.attach(optimizer, [1e9], group=dist.group.WORLD)
+    if last:
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
+    with pytest.raises(ValueError) if last else raises(RuntimeError, FAILED.format(size)):  # noqa: PT011
+        optimizer.step()
+    if last:
+        del optimizer.param_groups[1]
+    next_step(1)
+    # As many limits as groups, and not as many as on the others, who would not wait as often.
+    clipper.remove()
+    if last:
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
+    with pytest.raises(RuntimeError, match=r"^the workers were not asked for the same"):
+        gtorch.attach(optimizer, [1e9] * (1 + last), group=dist.group.WORLD)
+    if last:
+        del optimizer.param_groups[1]
+    clipper = gtorch.attach(optimizer, 1e9, group=dist.group.WORLD)
+    next_step(1)
+    # A parameter on a mesh that is not in the group.
+    clipper.remove()
+    pair = dist.new_group([0, 1])
+    beyond = nn.Parameter(spread(torch.zeros(2), mesh_of(size), Replicate()))
+    if size > 2 and rank < 2:
+        if rank == 1:
+            optimizer.add_param_group({"params": [beyond]})
+        gtorch.attach(optimizer, 1e9, group=pair)
+        with pytest.raises(ValueError) if rank else raises(RuntimeError, FAILED.format(2)):  # noqa: PT011
+            optimizer.step()
+
+
 # ---- pipelines and experts ----
 
 
@@ -373,6 +738,15 @@ def stages() -> None:
     assert torch.equal(norm, expected)
     assert parameters[-1].grad is not None
     torch.testing.assert_close(parameters[-1].grad.full_tensor(), tied / expected)
+
+    # An error of one rank of a stage is one of the other, and not of the other stage.
+    order = -1.0 if rank == 1 else 2.0
+    if stage:
+        gtorch.clip_grad_norm_(parameters, math.inf, order)
+    else:
+        wrong = pytest.raises(ValueError, match=r"^norm_type is -1\.0")
+        with wrong if rank == 1 else raises(RuntimeError, FAILED.format(2)):
+            gtorch.clip_grad_norm_(parameters, math.inf, order)
 
     # No gradient on one rank, and its parameters still say with whom it is.
     for parameter in parameters if rank == 0 else []:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from types import TracebackType
 from typing import Any, NamedTuple
 
 from gradclip._decide import (
@@ -19,7 +20,13 @@ from gradclip._decide import (
     check_use_norm,
     decide,
 )
-from gradclip._dispatch import backend_of, backend_of_group, is_compiled
+from gradclip._dispatch import (
+    backend_of,
+    backend_of_group,
+    backends_of,
+    is_compiled,
+    is_defined_by_framework,
+)
 from gradclip._exact import FLOAT32, FLOAT64, Scaled, Total, counts, merge, norm, square
 from gradclip._protocol import Backend, Plain, Queue
 from gradclip._tree import Tree, flatten
@@ -63,7 +70,8 @@ def clip_by_global_norm(
             unchanged, ``"raise"`` FloatingPointError; in a graph or under jit, which cannot raise,
             ValueError.
         group: who else holds parts of the same gradient; the norm is that of all parts, on all
-            workers the same. Every one has to call, with whatever leaves it has, also with none.
+            workers the same. Every one has to call, with whatever leaves it has, also with none,
+            and with the same limits and policy.
             For JAX the name of an axis of ``jax.shard_map``, ``pmap`` or ``vmap``, or a tuple of
             names. For PyTorch a ``ProcessGroup`` or ``DeviceMesh``; a DTensor needs none. For
             PyTorch, NumPy and CuPy a communicator of mpi4py.
@@ -76,9 +84,10 @@ def clip_by_global_norm(
     Raises:
         TypeError: a leaf is not of a dtype or framework that is served, leaves are of two
             frameworks, or a limit is no real number.
-        ValueError: a limit is out of range, or a sparse leaf is malformed.
+        ValueError: a limit is out of range, a sparse leaf is malformed, or there are more elements
+            than an int64 counts.
         FloatingPointError: with ``on_nonfinite="raise"``; on all workers of a group.
-        RuntimeError: another worker has failed.
+        RuntimeError: another worker has failed, or was given other arguments.
 
     Follows ``tf.clip_by_global_norm`` and Pascanu et al., 2012 (arXiv:1211.5063).
 
@@ -91,14 +100,31 @@ def clip_by_global_norm(
         from gradclip import _compiled
 
         return _compiled.clip_by_global_norm(t_list, clip_norm, use_norm, on_nonfinite, group)
+    return clipped(t_list, clip_norm, use_norm, name, on_nonfinite=on_nonfinite, group=group)
+
+
+def clipped(
+    t_list: Any,
+    clip_norm: Any,
+    use_norm: Any = None,
+    name: Any = None,
+    *,
+    on_nonfinite: OnNonfinite = "nan",
+    group: Any = None,
+    called: str | Callable[[int], str] = "t_list",
+) -> tuple[Any, Any]:
+    """`clip_by_global_norm`, for doors that have a word of their own for what is clipped.
+
+    ``called`` is as in `flatten`, and ``name`` whatever the recorder of the door's framework knows.
+    """
     with ieee_arithmetic():
-        with _told(group):
+        with Opening(group) as opening:
+            tree, backend = _opened(t_list, group, opening, called)
             check_on_nonfinite(on_nonfinite)
-            tree, backend = _opened(t_list, group)
             recorder = backend.recorder([*tree.leaves, clip_norm, use_norm], group)
         if recorder is None:
-            workers = backend.workers(tree.leaves, group)
-            with taking_part(workers, given=use_norm is not None) as part:
+            with taking_part(opening.workers) as part:
+                clip_norm, use_norm = limits_read(clip_norm, use_norm)
                 held = backend.hold(tree.leaves, tree.path, writable=False)
                 if part is None and backend.queue(held) is not None:
                     leaves = backend.copied(held)
@@ -126,8 +152,9 @@ def clip_by_global_norm_(
 ) -> Any:
     """Scale arrays down together where they lie; see `clip_by_global_norm`.
 
-    With nothing to clip no byte is written. An array that is listed twice counts once and is
-    scaled once. Arrays that overlap in part are scaled each, as by NumPy's own operators.
+    With nothing to clip no byte is written. An array that is listed twice, also in another shape
+    or order of dimensions, counts once and is scaled once. Two that share only a part of their
+    memory are refused; views of one array that lie apart, also alternately, are not.
 
     Args:
         t_list: as in `clip_by_global_norm`; every leaf must be writable.
@@ -141,7 +168,8 @@ def clip_by_global_norm_(
 
     Raises:
         TypeError, ValueError, FloatingPointError: as `clip_by_global_norm`, and ValueError for a
-            leaf that is read-only or whose elements share memory. Nothing has been written then.
+            leaf that is read-only or whose elements share memory, and for two that share a part
+            of it. Nothing has been written then.
 
     >>> import numpy as np
     >>> gradient = np.array([3.0, 4.0])
@@ -153,11 +181,11 @@ def clip_by_global_norm_(
 
         return _compiled.clip_by_global_norm_(t_list, clip_norm, use_norm, on_nonfinite, group)
     with ieee_arithmetic():
-        with _told(group):
+        with Opening(group) as opening:
+            tree, backend = _opened(t_list, group, opening)
+        with taking_part(opening.workers) as part:
             check_on_nonfinite(on_nonfinite)
-            tree, backend = _opened(t_list, group)
-        workers = backend.workers(tree.leaves, group)
-        with taking_part(workers, given=use_norm is not None) as part:
+            clip_norm, use_norm = limits_read(clip_norm, use_norm)
             held = backend.hold(tree.leaves, tree.path, writable=True)
             if part is None and backend.queue(held) is not None:
                 return _queued_(tree, backend, held, clip_norm, use_norm, on_nonfinite)
@@ -188,7 +216,7 @@ def global_norm(
 
     Raises:
         TypeError: a leaf is not of a dtype or framework that is served.
-        ValueError: a sparse leaf is malformed.
+        ValueError: a sparse leaf is malformed, or there are more elements than an int64 counts.
 
     Follows ``tf.linalg.global_norm``.
 
@@ -201,12 +229,12 @@ def global_norm(
 
         return _compiled.global_norm(t_list, group)
     with ieee_arithmetic():
-        with _told(group):
-            tree, backend = _opened(t_list, group)
+        with Opening(group) as opening:
+            tree, backend = _opened(t_list, group, opening)
             recorder = backend.recorder(tree.leaves, group)
         if recorder is not None:
             return recorder.norm(tree, plain_of(tree, backend), name)
-        with taking_part(backend.workers(tree.leaves, group)) as part:
+        with taking_part(opening.workers) as part:
             held = backend.hold(tree.leaves, tree.path, writable=False)
             queue = backend.queue(held) if part is None else None
             if queue is not None:
@@ -215,7 +243,7 @@ def global_norm(
             return backend.scalar(found.norm, held, wide=found.wide)
 
 
-for _function in (clip_by_global_norm, clip_by_global_norm_, global_norm):
+for _function in (clip_by_global_norm, clipped, clip_by_global_norm_, global_norm):
     # Where a tf.function calls them, AutoGraph is not to rewrite them: they tell graphs themselves.
     vars(_function)["autograph_info__"] = {}
 
@@ -227,24 +255,42 @@ class Measured(NamedTuple):
     wide: bool = False  # if it is float64 because of a leaf that another worker has
 
 
-def taking_part(
-    workers: Workers | None, *, given: bool = False, gathers: int = 0
-) -> contextlib.AbstractContextManager[Joint | None]:
-    """This worker's part in a measurement; none where it is alone, or the norm is ``given``."""
-    return contextlib.nullcontext() if workers is None or given else Joint(workers, gathers)
+def taking_part(workers: Workers | None) -> contextlib.AbstractContextManager[Joint | None]:
+    """This worker's part in a measurement; none where it is alone."""
+    return contextlib.nullcontext() if workers is None else Joint(workers)
 
 
-@contextlib.contextmanager
-def _told(group: Any) -> Iterator[None]:
-    """Where a worker fails before its leaves are known, tell those of the group."""
-    try:
-        yield
-    except Exception:
-        served = backend_of_group(group)
-        if served is None:
-            raise
-        with taking_part(served.workers([], group)):
-            raise
+class Opening:
+    """The first look at what was passed, until it is known who the other workers are.
+
+    Within ``with`` an error is told to them as soon as there is a way: to those of a group from the
+    start; where none is named, to the `workers` once they are known, and before to those whom the
+    leaves that have been `seen` leave no doubt about.
+    """
+
+    def __init__(self, group: Any) -> None:
+        self._group = group
+        self.seen: list[Any] = []
+        self.workers: Workers | None = None
+
+    def __enter__(self) -> Opening:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        workers = self._reached() if isinstance(error, Exception) else None
+        if workers is not None:
+            Joint(workers).fail()
+
+    def _reached(self) -> Workers | None:
+        if self.workers is not None:
+            return self.workers
+        if self._group is not None:
+            served = backend_of_group(self._group)
+            return None if served is None else served.workers([], self._group)
+        sure = (served.everyone(self.seen) for served in backends_of(self.seen))
+        return next((workers for workers in sure if workers is not None), None)
 
 
 def measured(backend: Backend, held: Any, part: Joint | None) -> Measured:
@@ -257,6 +303,24 @@ def measured(backend: Backend, held: Any, part: Joint | None) -> Measured:
         return Measured(backend.measure(held))
     total, wide = backend.share(held, part)
     return Measured(*part.norm(total, wide=wide))
+
+
+def limits_read(clip_norm: Any, use_norm: Any, *names: str) -> tuple[Any, Any]:
+    """The limits, those read whose reading may run anyone's code, as it may change the leaves.
+
+    So it comes before their memory is held. Arrays of a framework have no such code, and the host
+    need not wait for one that is on the leaves' device.
+    """
+    if not _is_inert(clip_norm):
+        clip_norm = check_clip_norm(clip_norm, *names[:1])
+    if not _is_inert(use_norm):
+        use_norm = float(check_use_norm(use_norm, *names[1:]))
+    return clip_norm, use_norm
+
+
+def _is_inert(limit: Any) -> bool:
+    kind = type(limit)
+    return limit is None or kind is float or kind is int or is_defined_by_framework(kind)
 
 
 def limits_there(queue: Queue, clip_norm: Any, use_norm: Any, *names: str) -> tuple[Any, Any]:
@@ -404,13 +468,21 @@ def decided(
     return action
 
 
-def _opened(t_list: Any, group: Any = None) -> tuple[Tree, Backend]:
+def _opened(
+    t_list: Any,
+    group: Any = None,
+    opening: Opening | None = None,
+    called: str | Callable[[int], str] = "t_list",
+) -> tuple[Tree, Backend]:
     """Take a nest apart, and find who serves its leaves; of no leaves, who serves the group."""
-    tree = flatten(t_list)
+    tree = flatten(t_list, called, None if opening is None else opening.seen)
+    if opening is not None:
+        opening.seen = tree.leaves
     served = None if tree.leaves else backend_of_group(group)
-    if served is not None:
-        return tree, served
-    return tree, backend_of(tree.leaves, tree.kinds, tree.path)
+    backend = served or backend_of(tree.leaves, tree.kinds, tree.path)
+    if opening is not None:
+        opening.workers = backend.workers(tree.leaves, group)
+    return tree, backend
 
 
 def _checked(clip_norm: Any, use_norm: Any) -> tuple[float, Scaled | None]:
@@ -428,7 +500,15 @@ def _decided(
     part: Joint | None,
 ) -> tuple[Measured, Keep | Fill | Scale]:
     """The norm, and what is to be done: everything up to the first write."""
-    found = measured(backend, held, part) if given is None else Measured(given)
+    if part is not None:
+        known = None if given is None else float(given)
+        part.asked(clip_norm=limit, use_norm=known, on_nonfinite=on_nonfinite)
+    if given is None:
+        found = measured(backend, held, part)
+    else:
+        found = Measured(given)
+        if part is not None:
+            part.meet()  # for an error of another, and for one that has not been given it
     return found, decided(
         backend,
         tree.leaves,

@@ -7,26 +7,57 @@ by a number that they are given, so clipping takes no pass of its own.
 
 from __future__ import annotations
 
+import copy
+import inspect
 import math
-import sys
+import pickle
 import weakref
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from operator import is_
 from types import FrameType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from gradclip import _clip
-from gradclip._decide import Fill, Keep, OnNonfinite, Scale, check_clip_norm, check_on_nonfinite
-from gradclip._exact import Part, Scaled, certified_norm
+from gradclip._books import CLIPPED, SKIPPED, STEPS, There
+from gradclip._decide import (
+    Fill,
+    Keep,
+    OnNonfiniteStep,
+    Scale,
+    at_most,
+    check_clip_norm,
+    check_on_nonfinite,
+)
+from gradclip._exact import Scaled
+from gradclip._gradients import Gradients, Place, leave, names_in, unscaled
+from gradclip._step import (
+    Outcome,
+    caller,
+    calls,
+    carried_out,
+    check_arguments,
+    cpu_tensor,
+    factor_of,
+    is_fused,
+    stand_in_for,
+    without_a_step,
+)
 from gradclip._workers import Joint
 from gradclip.backends import torch as backend
 from gradclip.kernels.cpu import ieee_arithmetic
 
-_attached: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+# What a limit may be: a number, or a schedule: from how many steps were begun before to a number.
+Limit = float | Callable[[int], Any]
+
+_KEY = "gradclip"  # of our hooks, among those that PyTorch numbers
+_HOOKS = {
+    "_optimizer_step_pre_hooks": "_before_step",
+    "_optimizer_step_post_hooks": "_after_step",
+}
 
 
 class Clipper:
@@ -48,26 +79,38 @@ class Clipper:
     ``.data``, ``.numpy()`` or DLPack, is seen only if it changes one of eight numbers that are
     looked at. With ``torch.distributed`` in use every gradient is measured in the step.
 
+    A copy of the optimizer, by ``copy``, ``pickle`` or ``torch.save``, has a clipper of its own,
+    with the same limit and counts. Its ``state_dict`` stays as it is, and the clipper has one too.
+
     Args:
         optimizer: any optimizer, or one that accelerate has prepared, whose step is given no
-            closure. Its ``state_dict`` stays as it is.
-        max_norm: a number above 0 (``inf`` only measures), or one for each parameter group: then
-            each group is clipped by a norm of its own.
+            closure.
+        max_norm: a number above 0 (``inf`` only measures); a schedule, which is called with how
+            many steps were begun before, 0 in the first; or a list of these, one for each parameter
+            group: then each group is clipped by a norm of its own.
         on_nonfinite: what becomes of the gradients where an element is NaN or inf, as in
-            `gradclip.clip_by_global_norm`.
-        group: as in `gradclip.torch.clip_grad_norm_`; every worker steps. With it, what GradScaler
-            finds to be inf has to be made known to all before, or they do not step alike.
+            `gradclip.clip_by_global_norm`; or ``"skip"``: the step is not taken, and neither
+            weights nor what the optimizer keeps of them change. ``"zero"`` takes it: momentum, the
+            averages of Adam and weight decay still move the weights.
+        group: as in `gradclip.torch.clip_grad_norm_`; every worker attaches, and steps. With it,
+            what GradScaler finds to be inf has to be made known to all before, or they do not step
+            alike.
 
     On a GPU gradients are clipped before the step, by two launches for which the host does not
-    wait; a fused optimizer divides by the factor only where it divides by GradScaler's scale.
+    wait; a fused optimizer divides by the factor only where it divides by GradScaler's scale. It
+    also skips by itself; for others that are to skip, the host waits for the norm.
 
-    ``norm``, ``factor``, ``steps`` and ``clipped_steps`` tell of it, in tensors; the first two of
-    one element for each group if ``max_norm`` has.
+    ``norm``, ``factor``, ``steps``, ``clipped_steps`` and ``skipped_steps`` tell of it, in tensors;
+    the first two of one element for each group if ``max_norm`` has. A step is counted when it has
+    been taken, and as clipped if its norm was not at most the limit: above it, as inf is above
+    every finite limit, or NaN.
 
     Raises:
-        TypeError, ValueError: a limit is no number or out of range, there are not as many as
-            groups, or the optimizer has a clipper already.
-        RuntimeError: from a step that is given a closure.
+        TypeError: what is given is no optimizer, or one whose step needs a closure; a limit is no
+            number.
+        ValueError: a limit is out of range, there are not as many as groups, or the optimizer has
+            a clipper already.
+        RuntimeError: from a step that is given a closure or gradients; another worker has failed.
         FloatingPointError: from a step, with ``on_nonfinite="raise"``; nothing has been written.
 
     >>> weight = torch.nn.Parameter(torch.zeros(2))
@@ -79,188 +122,337 @@ class Clipper:
     tensor(5.) tensor([-1.5000, -2.0000])
     """
 
+    __slots__ = (
+        "__weakref__",
+        "_args",
+        "_begun",
+        "_clipped_steps",
+        "_factors",
+        "_finalizer",
+        "_group",
+        "_limits",
+        "_norms",
+        "_on_nonfinite",
+        "_optimizer",
+        "_outcome",
+        "_per_group",
+        "_places",
+        "_skipped_steps",
+        "_step",
+        "_steps",
+        "_there",
+        "_wide",
+    )
+
+    # Of the step that is under way: who has called its hook, what it was given in place of its
+    # arguments, and what is to become of it.
+    _step: FrameType | None
+    _args: tuple[Any, ...] | None
+    _outcome: Outcome
+    _places: list[Place]
+    _there: There | None  # the books, if it is a device's memory in which they are kept
+
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
-        max_norm: float | Sequence[float],
+        max_norm: Limit | Sequence[Limit],
         *,
-        on_nonfinite: OnNonfinite = "nan",
+        on_nonfinite: OnNonfiniteStep = "nan",
         group: Any = None,
     ) -> None:
-        check_on_nonfinite(on_nonfinite)
-        while not hasattr(optimizer, "_optimizer_step_pre_hooks") and hasattr(
-            optimizer, "optimizer"
-        ):
-            optimizer = optimizer.optimizer  # it wraps the one that steps
-        self._per_group = isinstance(max_norm, Sequence) and not isinstance(max_norm, str)
-        limits: Any = max_norm if self._per_group else [max_norm]
-        self._limits = [check_clip_norm(limit, "max_norm") for limit in limits]
-        if self._per_group and len(self._limits) != len(optimizer.param_groups):
-            raise ValueError(_number_of_limits(self._limits, optimizer))
-        if optimizer in _attached:
-            raise ValueError("the optimizer has a clipper already; remove() that one first")
-        self._on_nonfinite: OnNonfinite = on_nonfinite
+        workers = None if group is None else backend.workers([], group)
+        with _clip.taking_part(workers) as part:
+            check_on_nonfinite(on_nonfinite, steps=True)
+            self._optimizer = _that_steps(optimizer)
+            self._per_group = _is_list(max_norm)
+            self._limits = _limits(max_norm)
+            self._check_number_of_limits(self._optimizer)
+            if _KEY in self._optimizer._optimizer_step_pre_hooks:
+                raise ValueError("the optimizer has a clipper already; remove() that one first")
+            if part is not None:
+                part.asked(limits=len(self._limits), on_nonfinite=on_nonfinite)
+                part.meet()
+        self._on_nonfinite: OnNonfiniteStep = on_nonfinite
         self._group = group
-        self._optimizer = optimizer
-        self._places: list[_Place] = []
-        self._folded: Tensor | None = None
-        self._instead_of: Any = None
-        self._norms = [Scaled(0.0, 0)] * len(self._limits)
-        self._actions: list[Keep | Fill | Scale] = [Keep()] * len(self._limits)
+        self._norms = [0.0] * len(self._limits)
+        self._factors = [1.0] * len(self._limits)
         self._wide = False
-        self._step: FrameType | None = None  # the one that is under way
-        self._steps = self._clipped_steps = 0
-        self._there: _There | None = None  # where the latest step was clipped in a device's memory
-        self._handles = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-        ]
-        _attached.add(optimizer)
-        # The watches go with the optimizer, though parameters may outlive it.
-        self._finalizer = weakref.finalize(optimizer, _leave, self._places)
+        self._begun = self._steps = self._clipped_steps = self._skipped_steps = 0
+        self._hook_on()
         try:
-            self._find_places()
+            self._find_places(self._optimizer)
         except BaseException:
             self.remove()
             raise
+
+    def _hook_on(self) -> None:
+        """Have the optimizer's steps clipped, and its copies too."""
+        self._places = []
+        self._there = None
+        self._end_step()
+        # The watches go with the optimizer, though parameters may outlive it.
+        self._finalizer = weakref.finalize(self._optimizer, leave, self._places)
+        ours: Any = vars(self._optimizer)
+        for name, hook in _HOOKS.items():
+            ours.setdefault(name, OrderedDict())[_KEY] = getattr(self, hook)
+        ours["__getstate__"] = self._with_state_of_optimizer
+
+    def remove(self) -> None:
+        """Clip no more; what was counted stays."""
+        ours: Any = vars(self._optimizer)
+        for name in _HOOKS:
+            ours[name].pop(_KEY, None)
+        ours.pop("__getstate__", None)
+        self._finalizer()
+
+    # ---- what it tells, and is told ----
+
+    def __repr__(self) -> str:
+        told = [f"{name}={getattr(self, name).tolist()}" for name in ("norm", "factor", *_COUNTS)]
+        return f"Clipper(max_norm={self.max_norm}, {', '.join(told)})"
+
+    @property
+    def max_norm(self) -> Any:
+        """The limit, or the schedule; a list if each parameter group has one. May be set.
+
+        Raises:
+            TypeError, ValueError: it is set to what is none, or to another number of them.
+        """
+        return list(self._limits) if self._per_group else self._limits[0]
+
+    @max_norm.setter
+    def max_norm(self, max_norm: Any) -> None:
+        limits = _limits(max_norm)
+        if _is_list(max_norm) != self._per_group or len(limits) != len(self._limits):
+            ours = f"{len(self._limits)} limits" if self._per_group else "one limit for all groups"
+            raise ValueError(f"max_norm is {max_norm!r}; this clipper has {ours}: attach another")
+        self._limits = limits
 
     @property
     def norm(self) -> Tensor:
         """The global norm of the latest step, as it was before clipping."""
         if self._there is not None:
             return self._there.told(self._there.norms, per_group=self._per_group)
-        dtype = torch.float64 if self._wide else torch.float32
-        return self._tensor(list(map(float, self._norms)), dtype)
+        return self._tensor(self._norms, torch.float64 if self._wide else torch.float32)
 
     @property
     def factor(self) -> Tensor:
         """What gradients were multiplied by in the latest step, float64."""
         if self._there is not None:
             return self._there.told(self._there.factors, per_group=self._per_group)
-        return self._tensor(list(map(_factor, self._actions)), torch.float64)
+        return self._tensor(self._factors, torch.float64)
 
     @property
     def steps(self) -> Tensor:
-        """How many steps there were, int64."""
-        return self._count(self._steps, 0)
+        """How many steps were taken, int64."""
+        return self._count(self._steps, STEPS)
 
     @property
     def clipped_steps(self) -> Tensor:
-        """In how many of them a norm was above its limit, int64."""
-        return self._count(self._clipped_steps, 1)
+        """In how many of them a norm was not at most its limit: above it, or NaN; int64."""
+        return self._count(self._clipped_steps, CLIPPED)
+
+    @property
+    def skipped_steps(self) -> Tensor:
+        """How many were not taken, with ``on_nonfinite="skip"``, int64."""
+        return self._count(self._skipped_steps, SKIPPED)
 
     def _count(self, here: int, word: int) -> Tensor:
+        self._settle()
         if self._there is None:
-            return _cpu_tensor(here, torch.int64)
+            return cpu_tensor(here, torch.int64)
         return self._there.words[word] + here
 
     def _tensor(self, values: list[float], dtype: torch.dtype) -> Tensor:
         with ieee_arithmetic():
-            return _cpu_tensor(values if self._per_group else values[0], dtype)
+            return cpu_tensor(values if self._per_group else values[0], dtype)
 
-    def remove(self) -> None:
-        """Clip no more; what was counted stays."""
-        self._unfold()
-        for handle in self._handles:
-            handle.remove()
-        self._finalizer()
-        _attached.discard(self._optimizer)
+    def state_dict(self) -> dict[str, int]:
+        """The counts, to be saved beside the optimizer's; the limit is for `attach` to say."""
+        return {
+            "begun": self._begun,
+            **{name: int(getattr(self, name)) for name in _COUNTS},
+        }
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on counting from a `state_dict`; a schedule goes on, too.
+
+        Raises:
+            ValueError: it is none.
+        """
+        if set(state) != {"begun", *_COUNTS}:
+            raise ValueError(f"the state has {sorted(state)}; it must be of Clipper.state_dict()")
+        self._come_here()
+        for name, value in state.items():
+            setattr(self, f"_{name}", int(value))
+
+    # ---- copies ----
+
+    def _with_state_of_optimizer(self) -> dict[str, Any]:
+        """What is copied of the optimizer: PyTorch leaves all hooks out, also ours."""
+        optimizer: Any = self._optimizer
+        of_class: Any = type(optimizer).__getstate__
+        state = of_class(optimizer)
+        if not isinstance(state, dict):
+            raise TypeError(
+                f"a copy of {type(optimizer).__name__} would not be clipped: remove() the clipper "
+                "before, and attach again"
+            )
+        hooks = {name: OrderedDict({_KEY: getattr(self, hook)}) for name, hook in _HOOKS.items()}
+        return {**state, **hooks, "__getstate__": self._with_state_of_optimizer}
+
+    def _state(self) -> dict[str, Any]:
+        """What a copy of the clipper begins with."""
+        self._come_here()
+        return {name: getattr(self, name) for name in _KEPT}
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self._state()
+        again = "remove() the clipper before, and attach again"
+        if self._group is not None:
+            raise TypeError(f"a clipper over a group cannot be pickled: {again}")
+        try:
+            pickle.dumps(self._limits)
+        except Exception as error:
+            raise TypeError(f"the schedule of a clipper cannot be pickled: {again}") from error
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
+        self._hook_on()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Clipper:
+        new: Clipper = object.__new__(type(self))
+        memo[id(self)] = new
+        memo[id(self._group)] = self._group  # the workers are the same
+        new.__setstate__(copy.deepcopy(self._state(), memo))
+        return new
 
     # ---- the step ----
 
-    def _before_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if _calls(self._step):
-            return  # a step that calls its base class's: it has been clipped
-        self._step = sys._getframe(1)
-        # The optimizer itself is the first of args.
-        if any(each is not None for each in (*args[1:], kwargs.get("closure"))):
-            raise RuntimeError(
-                "optimizer.step(closure) under gradclip.torch.attach: the closure would make the "
-                "gradients inside of the step. Call it before step(), or clip at its end by "
-                "gradclip.torch.clip_grad_norm_"
-            )
-        if self._per_group and len(self._limits) != len(optimizer.param_groups):
-            raise ValueError(_number_of_limits(self._limits, optimizer))
-        self._unfold()  # after a step that has failed
-        self._find_places()
-        if self._clips_there(optimizer):
+    # What torch.compile would make of these depended on every number that they see.
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def _before_step(
+        self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if not self._finalizer.alive or calls(self._step):
+            return None  # removed; or a step that calls its base class's: it has been clipped
+        self._settle()
+        self._step = caller()
+        with torch.no_grad(), ieee_arithmetic():
+            self._outcome = self._clipped(optimizer, args, kwargs)
+        self._args = (self._outcome.stand_in or optimizer, *args[1:])
+        return self._args, kwargs
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def _after_step(self, optimizer: Any, args: tuple[Any, ...], *_: Any) -> None:
+        if args is not self._args:
+            return  # of the base class: the step goes on
+        outcome = self._outcome
+        self._end_step()
+        self._begun += 1
+        self._steps += outcome.taken
+        self._clipped_steps += outcome.clipped
+        self._skipped_steps += outcome.skipped
+        outcome.leave(optimizer)
+        for place in self._places:
+            if place.watching is not None:
+                place.watching.forget()
+
+    def _settle(self) -> None:
+        """See to a step that has failed: it does not count."""
+        if self._step is None or calls(self._step):
             return
-        if getattr(optimizer, "found_inf", None):
-            return  # a gradient overflowed under GradScaler's scale, so nothing is stepped
-        self._come_here()
-        scale = float(getattr(optimizer, "grad_scale", None) or 1.0)
-        lists = self._gradients()
-        with ieee_arithmetic():
-            # The same for all lists, so that an error in one is told to whoever waits.
-            everyone = [place.parameter for place in self._places]
-            workers = backend.workers(everyone, self._group)
-            norms, actions = [], []
-            for each, limit in zip(lists, self._limits, strict=True):
-                with _clip.taking_part(workers) as part:
-                    norm, wide = _norm(each, part)
-                    each.wide = each.wide or wide
-                    norms.append(_unscaled(norm, scale, each.wide))
-                    actions.append(self._decided(each, norms[-1], limit, part))
-            self._carry_out(lists, actions, scale)
-        self._norms, self._actions = norms, actions
-        self._wide = any(each.wide for each in lists)
-        self._steps += 1
-        self._clipped_steps += any(isinstance(action, Scale) for action in actions)
+        if self._outcome.there and self._there is not None:
+            self._there.take_back()
+        self._end_step()
 
-    def _clips_there(self, optimizer: Any) -> bool:
-        """Clip in a device's memory, without waiting for it, if that is where all gradients are."""
-        everyone = [place.parameter for place in self._places]
-        if not everyone or not backend.has_triton(everyone[0].device):
-            return False
-        if self._on_nonfinite == "raise":
-            return False  # the host waits in any case: for all lists, before one is written
-        if backend.workers(everyone, self._group) is not None:
-            return False
-        lists = self._gradients()
-        queues: list[Any] = [backend.queue(each.held()) for each in lists]
-        amp = [getattr(optimizer, name, None) for name in ("grad_scale", "found_inf")]
-        if None in queues:
-            return False
-        devices = [queue.memory.device for queue in queues]
-        devices += [each.device for each in amp if each is not None]
-        if len(set(devices)) > 1:
-            return False
-        if self._there is not None and self._there.words.device != devices[0]:
+    def _end_step(self) -> None:
+        """Note that no step is under way."""
+        self._step, self._args, self._outcome = None, None, Outcome()
+
+    def _clipped(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Outcome:
+        """Clip, and say what is to become of the step."""
+        with _clip.Opening(self._group) as opening:
+            self._find_places(optimizer)
+            everyone = opening.seen = [place.parameter for place in self._places]
+            workers = opening.workers = backend.workers(everyone, self._group)
+        # The same for all lists, so that an error in one is told to whoever waits.
+        with _clip.taking_part(workers) as part:
+            check_arguments(args, kwargs)
+            self._check_number_of_limits(optimizer)
+            lists = self._gradients()
+            if workers is None and self._is_there(optimizer, everyone):
+                outcome = self._clipped_there(optimizer, lists)
+                if outcome is not None:
+                    return outcome
             self._come_here()
-        if self._there is None:
-            self._there = _There(queues[0].memory, len(lists))
-        # A fused optimizer that divides by the scale divides by the factor at no cost. Without a
-        # scale it would write each gradient back for it, clipped or not.
-        folds = amp[0] is not None and len(lists) == 1 and not lists[0].repeated
-        with ieee_arithmetic():
-            for place, (each, queue, limit) in enumerate(
-                zip(lists, queues, self._limits, strict=True)
-            ):
-                into = self._there.into(place, queue.wide, amp, folds=folds)
-                policy = self._on_nonfinite
-                _clip.queued_(backend, queue, each.tensors, each.path, limit, None, policy, **into)
-        if folds:
-            self._divide_by(self._there.divisor)
-        return True
+            # Alone, nothing is stepped where a gradient overflowed under GradScaler's scale.
+            if part is None and getattr(optimizer, "found_inf", None):
+                return Outcome()
+            limits = [self._limit(place) for place in range(len(lists))]
+            scale = float(getattr(optimizer, "grad_scale", None) or 1.0)
+            if part is not None:
+                part.asked(max_norm=limits, on_nonfinite=self._on_nonfinite, grad_scale=scale)
+            found = [self._found(lists[0], limits[0], scale, part)]
+        for each, limit in zip(lists[1:], limits[1:], strict=True):
+            with _clip.taking_part(workers) as part:
+                found.append(self._found(each, limit, scale, part))
+        norms, actions = zip(*found, strict=True)
+        self._norms = list(map(float, norms))
+        self._wide = any(each.wide for each in lists)
+        finite = all(math.isfinite(norm.significand) for norm in norms)
+        if self._on_nonfinite == "skip" and not finite:
+            self._factors = [1.0] * len(norms)
+            return Outcome(skipped=True, **without_a_step(optimizer, lists))
+        self._factors = list(map(factor_of, actions))
+        return Outcome(
+            taken=True,
+            clipped=not all(map(at_most, norms, limits)),
+            stand_in=carried_out(optimizer, lists, actions, scale),
+        )
 
-    def _come_here(self) -> None:
-        """Have the books on the host, if the latest step was clipped elsewhere."""
-        if self._there is not None:
-            self._steps += int(self._there.words[0])
-            self._clipped_steps += int(self._there.words[1])
-            self._there = None
+    def _found(
+        self, gradients: Gradients, limit: float, scale: float, part: Joint | None
+    ) -> tuple[Scaled, Keep | Fill | Scale]:
+        """The norm of gradients, and what is to be done to them."""
+        norm, wide = gradients.norm(part)
+        gradients.wide = gradients.wide or wide
+        norm = unscaled(norm, scale, gradients.wide)
+        policy = "keep" if self._on_nonfinite == "skip" else self._on_nonfinite
+        action = _clip.decided(
+            backend, gradients.tensors, gradients.path, norm, limit, policy, part=part
+        )
+        return norm, action
 
-    def _find_places(self) -> None:
+    def _limit(self, place: int) -> float:
+        """The limit of this step."""
+        limit = self._limits[place]
+        if not callable(limit):
+            return limit
+        return check_clip_norm(limit(self._begun), f"max_norm({self._begun})")
+
+    def _check_number_of_limits(self, optimizer: Any) -> None:
+        groups = len(optimizer.param_groups)
+        if self._per_group and len(self._limits) != groups:
+            raise ValueError(
+                f"max_norm has {len(self._limits)} limits, and the optimizer {groups} parameter "
+                "groups"
+            )
+
+    def _find_places(self, optimizer: Any) -> None:
         """See which parameters the optimizer has, and have each watched once it is trained."""
-        groups = [group["params"] for group in self._optimizer.param_groups]
+        groups = [group["params"] for group in optimizer.param_groups]
         parameters = [parameter for group in groups for parameter in group]
         known = [place.parameter for place in self._places]
         if len(parameters) != len(known) or not all(map(is_, parameters, known)):
             old = {id(place.parameter): place for place in self._places}
             self._places[:] = [
-                (old.pop(id(parameter), None) or _Place(parameter)).moved_to(group, number)
-                for group, members in enumerate(groups)
-                for number, parameter in enumerate(members)
+                (old.pop(id(parameter), None) or Place(parameter)).moved_to(group, name)
+                for group, names in enumerate(names_in(optimizer.param_groups))
+                for name, parameter in zip(names, groups[group], strict=True)
             ]
             for place in old.values():
                 place.leave()
@@ -269,239 +461,122 @@ class Clipper:
             if trained and not torch.nn.parameter.is_lazy(place.parameter):
                 place.watch()
 
-    def _gradients(self) -> list[_Gradients]:
+    def _gradients(self) -> list[Gradients]:
         """The gradients there are, in lists of those that are clipped together."""
-        lists = [_Gradients() for _ in self._limits]
+        lists = [Gradients() for _ in self._limits]
         for place in self._places:
             gradient = place.parameter.grad
             if gradient is not None:
                 lists[place.group if self._per_group else 0].add(place, gradient)
         return lists
 
-    def _decided(
-        self, gradients: _Gradients, norm: Scaled, limit: float, part: Joint | None
-    ) -> Keep | Fill | Scale:
-        return _clip.decided(
-            backend,
-            gradients.tensors,
-            gradients.path,
-            norm,
-            limit,
-            self._on_nonfinite,
-            part=part,
-        )
+    # ---- the step, in a device's memory ----
 
-    def _carry_out(
-        self, lists: list[_Gradients], actions: list[Keep | Fill | Scale], scale: float
-    ) -> None:
-        match actions:
-            case [Scale(factor)] if not lists[0].repeated and self._fold(scale, factor):
-                return
-        todo = [
-            (each.held(), action)
-            for each, action in zip(lists, actions, strict=True)
-            if not isinstance(action, Keep)
+    def _is_there(self, optimizer: Any, parameters: Sequence[Tensor]) -> bool:
+        """If the step is to be clipped in a device's memory, without waiting for it."""
+        if not parameters or not backend.has_triton(parameters[0].device):
+            return False
+        # The host waits in any case to raise: for all lists, before one is written.
+        waits = self._on_nonfinite == "raise"
+        return not waits and (self._on_nonfinite != "skip" or is_fused(optimizer))
+
+    def _clipped_there(self, optimizer: Any, lists: list[Gradients]) -> Outcome | None:
+        """Clip where the gradients lie; None where that is not in the memory of one device."""
+        queues: list[Any] = [backend.queue(each.held()) for each in lists]
+        amp = [getattr(optimizer, name, None) for name in ("grad_scale", "found_inf")]
+        if None in queues:
+            return None
+        devices = [queue.memory.device for queue in queues]
+        devices += [each.device for each in amp if each is not None]
+        if len(set(devices)) > 1:
+            return None
+        limits = [
+            _clip.limits_there(queue, limit(self._begun), None, f"max_norm({self._begun})")[0]
+            if callable(limit)
+            else limit
+            for queue, limit in zip(queues, self._limits, strict=True)
         ]
-        for held, action in todo:
-            _clip.carry_out_(backend, held, action)
+        if self._there is not None and self._there.words.device != devices[0]:
+            self._come_here()
+        if self._there is None:
+            self._there = There(queues[0].memory, len(lists))
+        # A fused optimizer that divides by the scale divides by the factor at no cost. Without a
+        # scale it would write each gradient back for it, clipped or not.
+        one = len(lists) == 1 and not lists[0].repeated
+        folds = one and amp[0] is not None and is_fused(optimizer)
+        for place, (each, queue, limit) in enumerate(zip(lists, queues, limits, strict=True)):
+            into = self._there.into(place, queue.wide, amp, folds=folds)
+            policy = self._on_nonfinite
+            _clip.queued_(backend, queue, each.tensors, each.path, limit, None, policy, **into)
+        told: dict[str, Tensor] = {}
+        if folds:
+            told["grad_scale"] = self._there.divisor
+        if self._on_nonfinite == "skip":
+            told["found_inf"] = self._there.skips
+        return Outcome(there=True, stand_in=stand_in_for(optimizer, told) if told else None)
 
-    def _fold(self, scale: float, factor: Scaled) -> bool:
-        """Have the optimizer divide by ``scale / factor``; False if it is not one that does."""
-        optimizer: Any = self._optimizer
-        fused = all(group.get("fused") for group in optimizer.param_groups)
-        if not fused or not getattr(optimizer, "_step_supports_amp_scaling", False):
-            return False
-        divisor = scale / (float(factor) or math.ulp(0.0))
-        if not divisor < torch.finfo(torch.float32).max:
-            return False
-        self._divide_by(_cpu_tensor(divisor, torch.float32))
-        return True
-
-    def _divide_by(self, divisor: Tensor) -> None:
-        """Have a fused optimizer divide gradients by this in place of GradScaler's scale."""
-        optimizer: Any = self._optimizer
-        self._instead_of = vars(optimizer).get("grad_scale", _ABSENT)
-        self._folded = optimizer.grad_scale = divisor
-
-    def _after_step(self, *_: Any) -> None:
-        if sys._getframe(1) is not self._step and _calls(self._step):
-            return  # of the base class: the step goes on
-        self._step = None
-        self._unfold()
-        for place in self._places:
-            if place.watching is not None:
-                place.watching.forget()
-
-    def _unfold(self) -> None:
-        optimizer: Any = self._optimizer
-        if self._folded is not None and getattr(optimizer, "grad_scale", None) is self._folded:
-            if self._instead_of is _ABSENT:
-                del optimizer.grad_scale
-            else:
-                optimizer.grad_scale = self._instead_of
-        self._folded = None
-
-
-_ABSENT = object()
-
-
-def _cpu_tensor(values: Any, dtype: torch.dtype) -> Tensor:
-    return torch.tensor(values, dtype=dtype, device="cpu")
-
-
-def _calls(step: FrameType | None) -> bool:
-    """If a step is under way that has led to where we are: it is not one that has failed."""
-    frame = sys._getframe(1) if step is not None else None
-    while frame is not None and frame is not step:
-        frame = frame.f_back
-    return frame is not None
-
-
-def _leave(places: list[_Place]) -> None:
-    for place in places:
-        place.leave()
-    places.clear()
-
-
-class _Place:
-    """A parameter, its place in the optimizer, and the watch on its gradient."""
-
-    __slots__ = ("_handle", "group", "number", "parameter", "waits", "watching")
-
-    def __init__(self, parameter: Tensor) -> None:
-        self.parameter = parameter
-        self.waits = True  # to be watched: it may be frozen, or have no shape yet
-        self.watching: Any = None
-        self._handle: Any = None
-
-    def moved_to(self, group: int, number: int) -> _Place:
-        """The place, at its place among the parameter groups."""
-        self.group, self.number = group, number
-        return self
-
-    def watch(self) -> None:
-        """Have the gradient measured when it is written, if that is worth it."""
-        self.waits = False
-        self.watching, self._handle = backend.watch(self.parameter) or (None, None)
-
-    def leave(self) -> None:
-        """Watch no more."""
-        if self._handle is not None:
-            self._handle.remove()
-
-
-class _There:
-    """What a clipper knows of its steps, where it is a device that knows it."""
-
-    def __init__(self, memory: Any, lists: int) -> None:
-        self._memory = memory
-        self.words: Tensor = memory.zeros(4)
-        self.factors: list[Tensor] = list(memory.zeros(lists).view(torch.float64).fill_(1.0))
-        self.norms: list[Tensor] = [memory.scalar(wide=False).zero_() for _ in range(lists)]
-
-    @property
-    def divisor(self) -> Tensor:
-        """What a fused optimizer divides by."""
-        return self.words.view(torch.float32)[6]
-
-    def into(
-        self, place: int, wide: bool, amp: Sequence[Tensor | None], *, folds: bool
-    ) -> dict[str, Any]:
-        """Where the norm of one list, and all that comes with it, are to be written."""
-        if wide != (self.norms[place].dtype is torch.float64):
-            self.norms[place] = self._memory.scalar(wide=wide).zero_()
-        from gradclip._device import Ledger  # of which nobody has need without a device
-
-        scale, found_inf = (0 if each is None else each.data_ptr() for each in amp)
-        ledger = Ledger(
-            words=self.words.data_ptr(),
-            factor=self.factors[place].data_ptr(),
-            begins=int(place == 0),
-            folds=int(folds),
-            scale=scale,
-            found_inf=found_inf,
-        )
-        return {"norm": self.norms[place], "ledger": ledger}
-
-    def told(self, scalars: Sequence[Tensor], *, per_group: bool) -> Tensor:
-        """A copy that later steps leave alone."""
-        wide = any(each.dtype is torch.float64 for each in scalars)
-        every = [each.double() if wide else each for each in scalars]
-        return torch.stack(every) if per_group else every[0].clone()
-
-
-class _Gradients:
-    """Gradients that are clipped together, and what is known of their sum of squares."""
-
-    def __init__(self) -> None:
-        self._places: list[_Place] = []
-        self.tensors: list[Tensor] = []
-        self.parts: list[Part] = []
-        self.cold: list[Tensor] = []
-        self.wide = self.repeated = False
-        self._keys: set[int] = set()
-
-    def add(self, place: _Place, gradient: Tensor) -> None:
-        """One more."""
-        self._places.append(place)
-        self.tensors.append(gradient)
-        dense = type(gradient) is Tensor and gradient.layout is torch.strided
-        key = (dense and gradient.data_ptr()) or id(gradient)
-        self.repeated = self.repeated or key in self._keys
-        self._keys.add(key)
-        warm = None if place.watching is None else place.watching.sums(gradient)
-        if warm is not None:
-            self.parts += warm
+    def _come_here(self) -> None:
+        """Have the books on the host, if the latest step was clipped elsewhere."""
+        if self._there is None:
             return
-        self.cold.append(gradient)
-        self.wide = self.wide or gradient.dtype in backend.WIDE
-
-    def held(self) -> Any:
-        """Their memory."""
-        return backend.hold(self.tensors, self.path, writable=True)
-
-    def path(self, number: int) -> str:
-        """What an error calls one of them."""
-        place = self._places[number]
-        return f"param_groups[{place.group}]['params'][{place.number}].grad"
+        norms, factors = self._there.norms, self._there.factors
+        self._norms, self._factors = (list(map(float, each)) for each in (norms, factors))
+        self._wide = any(norm.dtype is torch.float64 for norm in norms)
+        self._begun, self._steps, self._clipped_steps, self._skipped_steps = (
+            self.state_dict().values()
+        )
+        self._there = None
 
 
-def _norm(gradients: _Gradients, part: Joint | None) -> _clip.Measured:
-    """The global norm: by what was measured while it was warm, if that is all there is to it."""
-    alone = part is None and not _is_distributed()
-    if alone and not gradients.wide and not gradients.repeated:
-        more = backend.sums(gradients.cold)
-        norm = None if more is None else certified_norm([*gradients.parts, *more])
-        if norm is not None:
-            return _clip.Measured(norm)
-    return _clip.measured(backend, gradients.held(), part)
+_COUNTS = ("steps", "clipped_steps", "skipped_steps")
+_KEPT = (
+    "_optimizer",
+    "_limits",
+    "_per_group",
+    "_on_nonfinite",
+    "_group",
+    "_norms",
+    "_factors",
+    "_wide",
+    "_begun",
+    *(f"_{name}" for name in _COUNTS),
+)
 
 
-def _unscaled(norm: Scaled, scale: float, wide: bool) -> Scaled:
-    """The norm of gradients that GradScaler has multiplied by ``scale``."""
-    if scale == 1 or not math.isfinite(norm.significand):
-        return norm
-    by = Scaled.of(scale)
-    quotient = norm.significand / by.significand
-    significand, exponent = math.frexp(quotient if wide else float(np.float32(quotient)))
-    return Scaled(significand, exponent + norm.exponent - by.exponent)
+# ---- what is attached to, and the limits ----
 
 
-def _factor(action: Keep | Fill | Scale) -> float:
-    match action:
-        case Scale(factor):
-            return float(factor)
-        case Fill(value):
-            return value
-    return 1.0
+def _that_steps(optimizer: Any) -> Any:
+    """The optimizer, or the one that it wraps.
+
+    Raises:
+        TypeError: it is none, or its step needs a closure.
+    """
+    name = "_optimizer_step_pre_hooks"
+    found = optimizer
+    # accelerate's has no hooks of its own, Lightning's has those of the one within.
+    while hasattr(inner := getattr(found, "optimizer", None), name) and (
+        getattr(found, name, None) in (None, getattr(inner, name))
+    ):
+        found = inner
+    if not isinstance(found, torch.optim.Optimizer) or not hasattr(found, name):
+        raise TypeError(
+            f"attach takes an optimizer, as torch.optim.AdamW(model.parameters()) is; this is "
+            f"{type(optimizer).__name__}"
+        )
+    closure = inspect.signature(type(found).step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise TypeError(
+            f"the step of {type(found).__name__} needs a closure, which would make the gradients "
+            "inside of the step: clip at the closure's end by gradclip.torch.clip_grad_norm_"
+        )
+    return found
 
 
-def _is_distributed() -> bool:
-    """If other processes' gradients may be reduced into these, which no version counter shows."""
-    distributed = torch.distributed
-    return distributed.is_available() and distributed.is_initialized()
+def _is_list(max_norm: Any) -> bool:
+    return isinstance(max_norm, Sequence) and not isinstance(max_norm, str)
 
 
-def _number_of_limits(limits: Sequence[float], optimizer: torch.optim.Optimizer) -> str:
-    groups = len(optimizer.param_groups)
-    return f"max_norm has {len(limits)} limits, and the optimizer {groups} parameter groups"
+def _limits(max_norm: Any) -> list[Limit]:
+    limits = max_norm if _is_list(max_norm) else [max_norm]
+    return [limit if callable(limit) else check_clip_norm(limit, "max_norm") for limit in limits]

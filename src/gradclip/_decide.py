@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from gradclip._exact import Scaled
 
 OnNonfinite = Literal["nan", "raise", "zero", "keep"]
+OnNonfiniteStep = Literal["nan", "raise", "zero", "keep", "skip"]  # where there is a step to skip
 
 
 class Keep(NamedTuple):
@@ -66,15 +67,18 @@ def check_use_norm(use_norm: Any, name: str = "use_norm") -> Scaled:
     return Scaled.of(abs(value))
 
 
-def check_on_nonfinite(on_nonfinite: Any) -> None:
-    """Hold ``on_nonfinite`` against the four policies.
+def check_on_nonfinite(on_nonfinite: Any, *, steps: bool = False) -> None:
+    """Hold ``on_nonfinite`` against the policies; with ``steps``, of an optimizer's step too.
 
     Raises:
         ValueError: it is none of them.
     """
-    if not isinstance(on_nonfinite, str) or on_nonfinite not in get_args(OnNonfinite):
-        choices = ", ".join(map(repr, get_args(OnNonfinite)))
-        raise ValueError(f"on_nonfinite is {on_nonfinite!r}; it must be one of {choices}")
+    known = get_args(OnNonfiniteStep if steps else OnNonfinite)
+    if not isinstance(on_nonfinite, str) or on_nonfinite not in known:
+        choices = ", ".join(map(repr, known))
+        skips = isinstance(on_nonfinite, str) and on_nonfinite == "skip"
+        hint = ". There is no step to skip: gradclip.torch.attach has one" if skips else ""
+        raise ValueError(f"on_nonfinite is {on_nonfinite!r}; it must be one of {choices}{hint}")
 
 
 def check_no_group(group: Any) -> None:
@@ -120,14 +124,15 @@ def decide(norm: Scaled, clip_norm: float, on_nonfinite: OnNonfinite) -> Action:
             "raise": Raise(),
         }
         return actions[on_nonfinite]
-    if _at_most(norm, clip_norm):
+    if at_most(norm, clip_norm):
         return Keep()
     return Scale(factor(norm, clip_norm))
 
 
-def _at_most(norm: Scaled, clip_norm: float) -> bool:
-    if not norm.significand or math.isinf(clip_norm):
-        return True
+def at_most(norm: Scaled, clip_norm: float) -> bool:
+    """If a norm is at most the limit; it is not where it is above it, inf or NaN."""
+    if not norm.significand or not math.isfinite(norm.significand) or math.isinf(clip_norm):
+        return norm.significand <= clip_norm
     limit = Scaled.of(clip_norm)
     return (norm.exponent, norm.significand) <= (limit.exponent, limit.significand)
 

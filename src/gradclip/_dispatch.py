@@ -71,6 +71,17 @@ def is_compiled(t_list: Any) -> bool:
     return torch.compiler.is_compiling() or looks() is not None
 
 
+def backends_of(leaves: Sequence[Any]) -> list[Backend]:
+    """The backends of those leaves that are served at all."""
+    names = {_name(type(leaf)) for leaf in leaves}
+    return [load(name) for name in sorted(name for name in names if name is not None)]
+
+
+def is_defined_by_framework(kind: type) -> bool:
+    """If a type is one of a framework's own, and none that is derived from it elsewhere."""
+    return _name(kind) == kind.__module__.partition(".")[0]
+
+
 def load(name: str) -> Backend:
     """Import the backend of a framework."""
     return cast(Backend, importlib.import_module(f"gradclip.backends.{name}"))

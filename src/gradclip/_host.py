@@ -5,7 +5,7 @@ A backend turns its leaves into NumPy arrays of the same memory; the rest is her
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +22,8 @@ from gradclip._exact import (
     total_of,
 )
 from gradclip._workers import Joint
-from gradclip.kernels import cpu
+from gradclip.kernels import cpu, layout
+from gradclip.kernels.layout import Layout
 
 Array = npt.NDArray[Any]
 
@@ -64,7 +65,8 @@ def hold(
     """Hold arrays of accepted dtypes.
 
     Raises:
-        ValueError: with ``writable``, one is read-only or its elements share memory.
+        ValueError: there are more elements than an int64 counts; with ``writable``, one is
+            read-only, its elements share memory, or it shares a part of its memory with another.
     """
     codes = [_float8(array.dtype) for array in values]
     return hold_codes(
@@ -84,12 +86,46 @@ def hold_codes(
     """Hold arrays of native dtypes, of which uint16 is bfloat16 and uint8 is of ``codes``.
 
     Raises:
-        ValueError: with ``writable``, one is read-only or its elements share memory.
+        ValueError: as `hold`.
     """
+    check_countable((array.size * (1 + (array.dtype.kind == "c")) for array in values), path)
     memory = cpu.take(values, _decode(codes), writable=writable)
     if memory is None:
         raise ValueError(_in_the_way(values, codes, path))
+    check_apart(memory, path)
     return Held(leaves, values, codes, memory, writable, merged)
+
+
+_MOST = 2**63 - 1
+
+
+def check_countable(sizes: Iterable[int], path: Callable[[int], str]) -> None:
+    """Refuse leaves of more real numbers than the kernels count.
+
+    Raises:
+        ValueError: there are; the text names the leaf that is too much.
+    """
+    total = 0
+    for place, size in enumerate(sizes):
+        total += size
+        if total > _MOST:
+            raise ValueError(
+                f"{path(place)} has {size} elements, and the leaves up to it {total} (a complex "
+                "one counts as two); gradclip counts up to 2**63 - 1"
+            )
+
+
+def check_apart(memory: cpu.Leaves, path: Callable[[int], str]) -> None:
+    """Refuse to write to leaves that share a part of their memory.
+
+    Raises:
+        ValueError: two do; the text names both.
+    """
+    crowd = memory.crowded()
+    if crowd is not None:
+        layout.check_apart(
+            {place: Layout(address, item, steps) for place, address, item, steps in crowd}, path
+        )
 
 
 def measure(held: Held) -> Scaled:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gradclip import _flat
 from gradclip._exact import Total
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class Ring(NamedTuple):
     group: Any
     ranks: Ranks  # of all processes, those that are in it
     parts: bool  # if what is not spread by a mesh is a part of its own on each, and no replica
+    whole: Sequence[Tensor] = ()  # parameters of which each has the whole gradient all the same
 
     @property
     def rank(self) -> int:
@@ -95,17 +97,21 @@ def check_meshes(leaves: Sequence[Any], ring: Ring) -> None:
 
 
 def ring_of_leaves(leaves: Sequence[Any]) -> Ring | None:
-    """The workers over which DTensors are spread; None where no leaf is one.
+    """The workers over which DTensors, or parameters of FSDP1, are spread; None if none is.
 
     Those of the mesh that has the ranks of all others, or else of what these were cut from.
     """
-    kind = spread_by()
-    if kind is None or not (dist.is_available() and dist.is_initialized()):
+    meshes, shards = _spread(leaves)
+    if shards is not None and meshes:
+        raise ValueError(
+            "parameters are sharded by FullyShardedDataParallel, and others beside them are "
+            "DTensors; say by `group` who takes part"
+        )
+    if shards is not None:
+        ranks = tuple(dist.get_process_group_ranks(shards.group))
+        return Ring(shards.group, ranks, True, shards.whole)
+    if not meshes:
         return None
-    found = [leaf._spec.mesh for leaf in leaves if isinstance(leaf, kind)]
-    if not found:
-        return None
-    meshes = {id(mesh): mesh for mesh in found}.values()
     every = set(map(_ranks, meshes))
     if not _has_all(max(every, key=len), every):
         every = {_ranks(root) for root in map(_root, meshes)}
@@ -116,6 +122,27 @@ def ring_of_leaves(leaves: Sequence[Any]) -> Ring | None:
             "`group` who takes part"
         )
     return _ring(widest, parts=False)
+
+
+def ring_of_all(leaves: Sequence[Any]) -> Ring | None:
+    """All processes, if one of the leaves is spread over all: then no other leaf brings more."""
+    meshes, shards = _spread(leaves)
+    every = set(map(_ranks, meshes))
+    if shards is not None:
+        every.add(tuple(dist.get_process_group_ranks(shards.group)))
+    whole = max(every, key=len, default=())
+    is_all = every and len(whole) == dist.get_world_size()
+    return _ring(whole, parts=False) if is_all else None
+
+
+def _spread(leaves: Sequence[Any]) -> tuple[list[DeviceMesh], _flat.Shards | None]:
+    """The meshes of DTensors, and what there is of FSDP1: of both only where somebody has any."""
+    kind, is_flat = spread_by(), _flat.module() is not None
+    if (kind is None and not is_flat) or not (dist.is_available() and dist.is_initialized()):
+        return [], None
+    meshes = [] if kind is None else [leaf._spec.mesh for leaf in leaves if isinstance(leaf, kind)]
+    distinct = {id(mesh): mesh for mesh in meshes}
+    return list(distinct.values()), _flat.shards(leaves) if is_flat else None
 
 
 def any_spread(leaves: Sequence[Any]) -> bool:
@@ -186,6 +213,7 @@ def counted(leaves: Sequence[Any], ring: Ring) -> list[Any]:
         if kind is not None and isinstance(leaf, kind)
     }
     every = {_ranks(mesh) for mesh in meshes.values()}
+    whole = {id(parameter.grad) for parameter in ring.whole}
     found = []
     known: dict[Any, tuple[bool, bool]] = {}  # one question per mesh and kinds of placement
     for leaf in leaves:
@@ -200,7 +228,7 @@ def counted(leaves: Sequence[Any], ring: Ring) -> list[Any]:
             local = (_added_up(leaf) if is_sum else leaf)._local_tensor
             if is_first:
                 found.append(local if type(local) is Tensor else _arrived(local))
-        elif ring.parts or ring.rank == 0:
+        elif (ring.parts and id(leaf) not in whole) or ring.rank == 0:
             found.append(leaf)
     return found
 

@@ -10,7 +10,10 @@ Self = TypeVar("Self", bound="Patch")
 
 
 class Patch:
-    """Replaces from the call on, or within a ``with`` statement; of several, the last puts back."""
+    """Replaces from the call on, or within a ``with`` statement; of several, the last puts back.
+
+    One that fails half way puts back what it has replaced.
+    """
 
     _active: ClassVar[int]
     _undo: ClassVar[list[Callable[[], None]]]
@@ -22,7 +25,11 @@ class Patch:
         kind = type(self)
         self._undone = False
         if not kind._active:
-            self._install()
+            try:
+                self._install()
+            except BaseException:
+                kind._put_back()
+                raise
         kind._active += 1
 
     def _install(self) -> None:
@@ -42,8 +49,13 @@ class Patch:
         self._undone = True
         kind = type(self)
         kind._active -= 1
-        while not kind._active and kind._undo:
-            kind._undo.pop()()
+        if not kind._active:
+            kind._put_back()
+
+    @classmethod
+    def _put_back(cls) -> None:
+        while cls._undo:
+            cls._undo.pop()()
 
     def __enter__(self: Self) -> Self:
         return self

@@ -80,6 +80,9 @@ class Backend(Protocol):
             TypeError: the group is none that the framework knows.
         """
 
+    def everyone(self, leaves: Sequence[Any]) -> Workers | None:
+        """The workers, where some of the leaves, among anything else, leave no doubt about them."""
+
     def hold(self, leaves: Sequence[Any], path: Callable[[int], str], *, writable: bool) -> Any:
         """Check the leaves and take hold of their memory.
 

@@ -21,23 +21,38 @@ class Tree(NamedTuple):
     places: Sequence[int]  # of each leaf among all, with what is none
 
 
-def flatten(t_list: Any) -> Tree:
+def flatten(
+    t_list: Any,
+    called: str | Callable[[int], str] = "t_list",
+    read: list[Any] | None = None,
+) -> Tree:
     """Take a nest apart; an iterator is read once, into a list. One that has been stays so.
 
     None, and what JAX puts where there is no gradient, keeps its place and is no leaf.
+
+    Args:
+        t_list: the nest.
+        called: what paths call it; or for a flat list, a function that names each place.
+        read: where to put what an iterator gives, also where it raises half way.
     """
     if isinstance(t_list, Tree):
         return t_list
     if isinstance(t_list, Iterator | ValuesView):
-        t_list = list(t_list)
+        read = [] if read is None else read
+        read.extend(t_list)
+        t_list = list(read)
     if type(t_list) is list:
         kinds = set(map(type, t_list))
         if _are_leaves(kinds, t_list):
-            return Tree(t_list, kinds, list, "t_list[{}]".format, range(len(t_list)))
-    every, unflatten, path_of = _flatten_by_optree(t_list)
+            names = f"{called}[{{}}]".format if isinstance(called, str) else called
+            return Tree(t_list, kinds, list, names, range(len(t_list)))
+    name = called if isinstance(called, str) else ""
+    every, unflatten, path_of = _flatten_by_optree(t_list, name)
     one_of_each = {type(node): node for node in every}
     if any(map(_is_nest_of_jax, one_of_each.values())):
-        every, unflatten, path_of = _flatten_by_jax(t_list)
+        every, unflatten, path_of = _flatten_by_jax(t_list, name)
+    if not isinstance(called, str):
+        path_of = called
     places = [place for place, leaf in enumerate(every) if not _is_nothing(leaf)]
 
     def rebuild(new: list[Any]) -> Any:
@@ -56,22 +71,22 @@ def flatten(t_list: Any) -> Tree:
 Flat = tuple[list[Any], Callable[[list[Any]], Any], Callable[[int], str]]
 
 
-def _flatten_by_optree(t_list: Any) -> Flat:
+def _flatten_by_optree(t_list: Any, called: str) -> Flat:
     every, spec = optree.tree_flatten(t_list, is_leaf=_is_leaf, none_is_leaf=True)
 
     def path(place: int) -> str:
-        return str(optree.treespec_accessors(spec)[place].codify("t_list"))
+        return str(optree.treespec_accessors(spec)[place].codify(called))
 
     return every, lambda full: optree.tree_unflatten(spec, full), path
 
 
-def _flatten_by_jax(t_list: Any) -> Flat:
+def _flatten_by_jax(t_list: Any, called: str) -> Flat:
     """The same for containers that are registered with JAX."""
     trees = sys.modules["jax.tree_util"]
     found, spec = trees.tree_flatten_with_path(t_list, is_leaf=_is_leaf)
 
     def path(place: int) -> str:
-        return f"t_list{trees.keystr(found[place][0])}"
+        return f"{called}{trees.keystr(found[place][0])}"
 
     every = [leaf for _, leaf in found]
     return every, lambda full: trees.tree_unflatten(spec, full), path

@@ -15,22 +15,28 @@ What differs from ``keras.optimizers``, with ``global_clipnorm`` alone:
 - 0, negative numbers and NaN are errors, ``inf`` only measures;
 - the norm is kept: `GlobalNorm` logs it, and ``optimizer.last_global_norm`` is the latest.
 
-With ``global_clipnorm=None`` they are Keras's to the bit.
+With ``global_clipnorm=None`` they are Keras's to the bit, and so they are with a ``clipnorm`` that
+has been set beside it, by which Keras clips instead. What they save and copy is what Keras's do,
+and the norms; the state that Keras's own optimizer has saved is taken over.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import sys
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
 
 import keras
 import numpy as np
 
-import gradclip
+from gradclip._clip import clipped
 from gradclip._decide import check_clip_norm
+from gradclip._patch import Patch
 
 __all__ = ["GlobalNorm", "exact"]
 
@@ -40,44 +46,65 @@ if TYPE_CHECKING:
         """Adam, SGD, ...: every optimizer that the installed Keras has."""
 
 
-# ---- clipping, per Keras backend ----
-
-
-def _clip_tensorflow(grads: list[Any], limit: float) -> tuple[list[Any], Any]:
-    from gradclip.tensorflow import clip_by_global_norm
-
-    return clip_by_global_norm(grads, limit)
-
-
-def _clip_torch(grads: list[Any], limit: float) -> tuple[list[Any], Any]:
-    import torch
-
-    # Dynamo would retrace what is in Python as torch operations, which round otherwise.
-    disabled: Any = torch.compiler.disable
-    return disabled(gradclip.clip_by_global_norm)(grads, limit)  # type: ignore[no-any-return]
-
-
-_CLIP: dict[str, Callable[[list[Any], float], tuple[list[Any], Any]]] = {
-    "jax": gradclip.clip_by_global_norm,
-    "tensorflow": _clip_tensorflow,
-    "torch": _clip_torch,
-}
-
-
 # ---- clipping within an optimizer ----
 
+_BACKENDS = "jax", "tensorflow", "torch"
 _keras_all_reduce = getattr(keras.Optimizer, "_all_reduce_sum_gradients", None)  # TensorFlow's
 
 
-def _clip(optimizer: Any, grads: list[Any]) -> tuple[list[Any], Any]:
+def _by_global_norm(optimizer: Any) -> bool:
+    """If Keras clips by the global norm: ``clipnorm`` comes before it, ``clipvalue`` after."""
+    if optimizer.clipnorm and optimizer.clipnorm > 0:
+        return False
+    return bool(optimizer.global_clipnorm and optimizer.global_clipnorm > 0)
+
+
+def _clip(optimizer: Any, grads: Sequence[Any]) -> tuple[list[Any], Any]:
     """Sum gradients over the replicas, if there are any, and clip the sums."""
     backend = keras.backend.backend()
-    if backend not in _CLIP:
-        raise NotImplementedError(f"Keras's backend is {backend}; gradclip has {sorted(_CLIP)}")
+    if backend not in _BACKENDS:
+        raise NotImplementedError(f"Keras's backend is {backend}; gradclip has {list(_BACKENDS)}")
     if _keras_all_reduce is not None:
-        pairs = _keras_all_reduce(optimizer, [(grad, None) for grad in grads])
-        grads = [grad for grad, _ in pairs]
-    return _CLIP[backend](grads, optimizer.global_clipnorm)
+        # Keras would warn of None by its variable.
+        some = [(grad, None) for grad in grads if grad is not None]
+        reduced = iter(_keras_all_reduce(optimizer, some))
+        grads = [None if grad is None else next(reduced)[0] for grad in grads]
+    clip = clipped
+    if backend == "torch":
+        import torch
+
+        # Dynamo would retrace what is in Python as torch operations, which round otherwise.
+        disabled: Any = torch.compiler.disable
+        clip = disabled(clipped)
+    grads = [grad if _is_gradient(grad) else keras.ops.convert_to_tensor(grad) for grad in grads]
+    return clip(grads, optimizer.global_clipnorm, called=partial(_called, _variables.get()))
+
+
+def _is_gradient(grad: Any) -> bool:
+    """If it is clipped as it is; a NumPy array, which Keras takes too, becomes a tensor."""
+    return grad is None or keras.ops.is_tensor(grad) or type(grad).__name__ == "IndexedSlices"
+
+
+# Those whose gradients are being applied: `_clip_gradients` is not told.
+_variables: ContextVar[Sequence[Any]] = ContextVar("_variables", default=())
+
+
+@contextlib.contextmanager
+def _applying(variables: Sequence[Any]) -> Iterator[None]:
+    """Have errors name the gradients by their variables."""
+    token = _variables.set(variables)
+    try:
+        yield
+    finally:
+        _variables.reset(token)
+
+
+def _called(variables: Sequence[Any], place: int) -> str:
+    """What errors call the gradient at this place."""
+    if place >= len(variables):
+        return f"grads[{place}]"
+    variable = variables[place]
+    return f"grads[{getattr(variable, 'path', variable.name)!r}]"
 
 
 def _at_most(limit: float, dtype: str) -> float:
@@ -88,13 +115,20 @@ def _at_most(limit: float, dtype: str) -> float:
     return float(rounded if float(rounded) <= limit else np.nextafter(rounded, kind(0)))
 
 
+_NORMS = 4  # the latest norm, their mean, how many were clipped, how many there were
+
+
 class _ExactGlobalNorm:
     """Goes before a Keras optimizer class; see `exact`."""
 
     built: bool
+    clipnorm: float | None
     _global_clipnorm: float | None
     _norms: Any
+    _waiting: list[float] | None = None
+    variables: list[Any]
     add_variable: Callable[..., Any]
+    assign: Callable[[Any, Any], None]
 
     @property
     def global_clipnorm(self) -> float | None:
@@ -127,32 +161,73 @@ class _ExactGlobalNorm:
         first = not self.built
         super().build(variables)  # type: ignore[misc]
         if first and self.global_clipnorm is not None:
-            # The latest norm, their mean, how many were clipped, how many there were. One
-            # variable: each assignment takes its time, and under JAX all state is variables.
+            # One variable: each assignment takes its time, and under JAX all state is variables.
             self._norms = self.add_variable(
-                (4,), dtype="float32", aggregation="only_first_replica", name="global_norm"
+                (_NORMS,), dtype="float32", aggregation="only_first_replica", name="global_norm"
             )
+            if self._waiting is not None:
+                self.assign(self._norms, np.array(self._waiting, np.float32))
+
+    def load_own_variables(self, store: Any) -> None:
+        """Take over what was saved, also from Keras's own optimizer, which keeps no norms.
+
+        Before it is built an optimizer has nowhere to put the norms; they wait until it is.
+        """
+        norms = getattr(self, "_norms", None)
+        others = [each for each in self.variables if each is not norms]
+        more = len(store.keys()) - len(others)
+        waits = norms is None and more == 1 and np.shape(store[str(len(others))]) == (_NORMS,)
+        if more and not waits:
+            super().load_own_variables(store)  # type: ignore[misc]
+            return
+        for place, variable in enumerate(others):
+            variable.assign(store[str(place)])
+        if waits:
+            self._waiting = np.asarray(store[str(len(others))]).tolist()
+
+    def __reduce__(self) -> Any:
+        """As Keras does; of a class that only `exact` has, by the class that it was made of."""
+        named: Any = sys.modules.get(type(self).__module__)
+        for part in type(self).__qualname__.split("."):
+            named = getattr(named, part, None)
+        restore, state = cast(tuple[Any, tuple[Any, ...]], super().__reduce__())
+        if named is None or named is type(self) or exact(named) is not type(self):
+            return restore, state
+        return _restored, (named, *state)
+
+    def _backend_apply_gradients(self, grads: list[Any], trainable_variables: Any) -> None:
+        with _applying(trainable_variables):
+            super()._backend_apply_gradients(grads, trainable_variables)  # type: ignore[misc]
 
     def _clip_gradients(self, grads: list[Any]) -> Any:
-        if self.global_clipnorm is None:
+        if not _by_global_norm(self):
             return super()._clip_gradients(grads)  # type: ignore[misc]
-        clipped, norm = _clip(self, grads)
-        self._record(norm, self.global_clipnorm)
-        return clipped
+        new, norm = _clip(self, grads)
+        if hasattr(self, "_norms"):
+            self._record(norm)
+        return new
 
     def _all_reduce_sum_gradients(self, grads_and_vars: Any) -> Any:
-        if self.global_clipnorm is None:
+        if not _by_global_norm(self):
             return super()._all_reduce_sum_gradients(grads_and_vars)  # type: ignore[misc]
         return grads_and_vars  # `_clip` has summed them
 
-    def _record(self, norm: Any, limit: float) -> None:
+    def _record(self, norm: Any) -> None:
+        limit = self._global_clipnorm
+        assert limit is not None, "it was clipped"
         largest = _at_most(limit, keras.backend.standardize_dtype(norm.dtype))
         within = keras.ops.cast(norm <= largest, "float32")
         norm = keras.ops.cast(norm, "float32")
-        _, mean, clipped, count = keras.ops.unstack(keras.ops.convert_to_tensor(self._norms), 4)
+        _, mean, clipped, count = keras.ops.unstack(
+            keras.ops.convert_to_tensor(self._norms), _NORMS
+        )
         # A running mean: a sum of a million float32 would stop growing.
         mean = mean + (norm - mean) / (count + 1)
-        self._norms.assign(keras.ops.stack([norm, mean, clipped + 1 - within, count + 1]))
+        self.assign(self._norms, keras.ops.stack([norm, mean, clipped + 1 - within, count + 1]))
+
+
+def _restored(optimizer_class: Any, *state: Any) -> Any:
+    return exact(optimizer_class)._unpickle_model(*state)
 
 
 def _checked(limit: Any) -> float:
@@ -250,23 +325,25 @@ class GlobalNorm(keras.callbacks.Callback):  # type: ignore[misc]
     """Adds the global norm to the logs of each epoch of ``fit``.
 
     - ``global_norm``: the mean over the epoch's updates of the norm before clipping;
-    - ``clipped``: the share of the epoch's updates that were clipped, from 0 to 1.
+    - ``clipped``: the share of the epoch's updates that were clipped, from 0 to 1. An update counts
+      as clipped if its norm was not at most the limit: above it, as inf is above every finite
+      limit, or NaN. Where the backend flushes subnormal numbers, such a norm counts as 0.
 
     An update that a loss scale or gradient accumulation leaves out does not count; both are NaN
     in an epoch without any. The place in ``callbacks=`` does not matter: it moves to the front,
     so that CSVLogger, TensorBoard and all others find its numbers.
 
     Raises:
-        TypeError: at the start of ``fit``, if the model's optimizer is none of `exact`, or has no
-            ``global_clipnorm``.
+        TypeError: at the start of ``fit``, if the model's optimizer is none of `exact`, has no
+            ``global_clipnorm``, or a ``clipnorm`` beside it, by which Keras clips instead.
 
     >>> import keras, numpy as np
-    >>> model = keras.Sequential([keras.layers.Dense(1, "linear", False, "zeros")])
-    >>> model.compile(exact(keras.optimizers.SGD)(1.0, global_clipnorm=1.0), "mse")
-    >>> x, y = np.array([[3.0, 4.0]]), np.array([[0.5]])
-    >>> history = model.fit(x, y, callbacks=[GlobalNorm()], verbose=0).history
-    >>> print(history["global_norm"], history["clipped"])
-    [5.0] [1.0]
+        >>> model = keras.Sequential([keras.layers.Dense(1, "linear", False, "zeros")])
+        >>> model.compile(exact(keras.optimizers.SGD)(1.0, global_clipnorm=1.0), "mse")
+        >>> x, y = np.array([[3.0, 4.0]]), np.array([[0.5]])
+        >>> history = model.fit(x, y, callbacks=[GlobalNorm()], verbose=0).history
+        >>> print(history["global_norm"], history["clipped"])
+        [5.0] [1.0]
     """
 
     def set_model(self, model: Any) -> None:
@@ -286,13 +363,19 @@ class GlobalNorm(keras.callbacks.Callback):  # type: ignore[misc]
                 f"GlobalNorm needs an optimizer of gradclip.keras with a global_clipnorm (inf: "
                 f"only measure), but the model has {found!r}"
             )
+        if not _by_global_norm(found):
+            raise TypeError(
+                f"GlobalNorm finds clipnorm {found.clipnorm!r} beside global_clipnorm "
+                f"{found.global_clipnorm!r}: Keras clips by clipnorm then, and measures no global "
+                "norm; set clipnorm to None"
+            )
         self._optimizer = found
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:  # noqa: ARG002
         """Start to count anew."""
         # Where the model's input shape is not known, it is not built before its first step.
         if self._optimizer.built:
-            self._optimizer._norms.assign(np.zeros(4, np.float32))
+            self._optimizer.assign(self._optimizer._norms, np.zeros(_NORMS, np.float32))
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:  # noqa: ARG002
         """Write the epoch's mean and share into the logs."""
@@ -304,35 +387,37 @@ class GlobalNorm(keras.callbacks.Callback):  # type: ignore[misc]
 # ---- every optimizer, without naming any ----
 
 
-def _install() -> Callable[[], None]:
-    """Make ``global_clipnorm`` of every Keras optimizer exact.
+class _Installed(Patch):
+    """Makes ``global_clipnorm`` of every Keras optimizer exact.
 
     A ``tf.function`` that has been traced before keeps what it was traced with.
-
-    Returns:
-        A function that puts back what was there.
     """
-    undo = [_replace("_clip_gradients", lambda self, grads: _clip(self, grads)[0])]
-    if _keras_all_reduce is not None:
-        undo += [_replace("_all_reduce_sum_gradients", lambda _, grads_and_vars: grads_and_vars)]
 
-    def uninstall() -> None:
-        for put_back in undo:
-            put_back()
+    def _install(self) -> None:
+        self._replace("_clip_gradients", lambda self, grads: _clip(self, grads)[0])
+        if _keras_all_reduce is not None:
+            self._replace("_all_reduce_sum_gradients", lambda _, grads_and_vars: grads_and_vars)
+        owner, keras_own = _own("_backend_apply_gradients")
 
-    return uninstall
+        @functools.wraps(keras_own)
+        def apply(self: Any, grads: Any, trainable_variables: Any) -> None:
+            with _applying(trainable_variables):
+                keras_own(self, grads, trainable_variables)
+
+        self._put(owner, "_backend_apply_gradients", apply)
+
+    def _replace(self, name: str, ours: Callable[[Any, Any], Any]) -> None:
+        """Have Keras's base class call ``ours`` where it clips by the global norm."""
+        owner, keras_own = _own(name)
+
+        @functools.wraps(keras_own)
+        def method(self: Any, argument: Any) -> Any:
+            return (ours if _by_global_norm(self) else keras_own)(self, argument)
+
+        self._put(owner, name, method)
 
 
-def _replace(name: str, ours: Callable[[Any, Any], Any]) -> Callable[[], None]:
-    """Have Keras's base class call ``ours`` where it clips by the global norm."""
+def _own(name: str) -> tuple[type, Any]:
+    """The method of Keras's base class, and the class that has it."""
     owner = next(base for base in keras.Optimizer.__mro__ if name in vars(base))
-    keras_own = vars(owner)[name]
-
-    @functools.wraps(keras_own)
-    def method(self: Any, argument: Any) -> Any:
-        if self.global_clipnorm and self.global_clipnorm > 0:
-            return ours(self, argument)
-        return keras_own(self, argument)
-
-    setattr(owner, name, method)
-    return lambda: setattr(owner, name, keras_own)
+    return owner, vars(owner)[name]

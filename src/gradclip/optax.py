@@ -15,12 +15,27 @@
   acts as 0, where optax turns the updates around. Updates of norm 0 are kept there; optax makes
   them NaN.
 - ``max_norm`` may be a schedule, and the state is a `ClipByGlobalNormState`; optax's is empty. So
-  ``optax.tree.get(state, "count")`` may find a second count, and needs ``filtering``.
+  ``optax.tree.get(state, "count")`` may find a second count, and needs ``filtering``. Of several
+  clips in a chain, ``optax.tree.get_all_with_path(state, "ClipByGlobalNormState")`` has all.
 - A float0 leaf, the gradient of an integer, keeps its place; optax fails on it. Integers are a
   TypeError. None and ``optax.MaskedNode`` keep their places in both.
 - ``axis_name`` takes the norm over the shards of a gradient.
 
 `per_example_global_norm_clip` lists its own.
+
+A state that ``optax.clip_by_global_norm`` has left, alone or in a chain, is taken over: where an
+update finds ``optax.EmptyState()`` or None it begins as `init` does, a schedule at 0 too. The state
+that comes back has another structure, for which ``jax.jit`` compiles once more and ``lax.scan``,
+``optax.MultiSteps`` and ``optax.apply_if_finite`` fail. For them, put the states in first::
+
+    state = jax.tree.map(
+        lambda new, old: new if isinstance(new, ClipByGlobalNormState) else old,
+        optimizer.init(params), state,
+        is_leaf=lambda node: isinstance(node, ClipByGlobalNormState),
+    )
+
+Orbax and ``flax.serialization`` restore into a state of the structure that was saved: give them the
+one of optax's own optimizer, and go on from there.
 """
 
 from __future__ import annotations
@@ -56,7 +71,8 @@ class ClipByGlobalNormState(NamedTuple):
             updates. Where XLA flushes subnormal numbers, such a norm counts as 0 here. A record:
             no gradient flows through it.
         count: how many updates there were, int32, stops at its largest value.
-        clipped_count: of how many the norm was not at most ``max_norm``: above it, inf or NaN.
+        clipped_count: how many were clipped. An update counts as clipped if its norm was not at
+            most the limit: above it, as inf is above every finite limit, or NaN.
 
     ``global_norm`` and ``factor`` are float64 if a parameter is float64 or complex128, else
     float32.
@@ -101,7 +117,8 @@ def clip_by_global_norm(
         and Python numbers become JAX arrays.
 
     Raises:
-        TypeError: ``max_norm`` is no real number; in an update, a leaf is of another dtype.
+        TypeError: ``max_norm`` is no real number; in an update, a leaf is of another dtype, or the
+            state is another's.
         ValueError: ``max_norm`` or ``on_nonfinite`` is out of range; in an update under jit,
             ``on_nonfinite`` is ``"raise"``.
         FloatingPointError: in an update, with ``on_nonfinite="raise"``.
@@ -123,12 +140,13 @@ def clip_by_global_norm(
             start = (jnp.zeros((), dtype), jnp.ones((), dtype))
             return ClipByGlobalNormState(*start, *jnp.zeros((2,), "int32"))
 
-    def update(
-        updates: Any, state: ClipByGlobalNormState, params: Any = None
-    ) -> tuple[Any, ClipByGlobalNormState]:
-        del params
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, ClipByGlobalNormState]:
+        if state is None or isinstance(state, optax.EmptyState):
+            state = init(updates if params is None else params)
+        elif not isinstance(state, ClipByGlobalNormState):
+            raise TypeError(_WRONG_STATE.format(type(state).__name__))
         limit = _limit(max_norm(state.count)) if fixed is None else fixed
-        clipped, norm = _clipped(updates, limit, on_nonfinite, axis_name)
+        clipped, norm = _clipped(updates, limit, on_nonfinite, axis_name, "updates")
         with jax.enable_x64(True):
             return clipped, _after(state, norm, limit)
 
@@ -196,7 +214,7 @@ def per_example_global_norm_clip(grads: Any, l2_norm_clip: Any) -> tuple[Any, An
         l2_norm_clip = np.float64(float(check_use_norm(given, "l2_norm_clip")))
         if math.isnan(l2_norm_clip):
             raise ValueError(f"l2_norm_clip is {given!r}; it must be 0 or above")
-    grads = _arrays(grads)
+    grads = _arrays(grads, "grads")
     count = _examples(grads)
     with jax.enable_x64(True):
         clipped_sum, num_clipped = _clipped_sum(grads, l2_norm_clip, count)
@@ -204,6 +222,11 @@ def per_example_global_norm_clip(grads: Any, l2_norm_clip: Any) -> tuple[Any, An
 
 
 # ---- one tree ----
+
+_WRONG_STATE = (
+    "the state is {}; gradclip.optax.clip_by_global_norm goes on from a ClipByGlobalNormState and "
+    "begins from None or optax.EmptyState(): restore a checkpoint into the state that init returns"
+)
 
 
 def _limit(max_norm: Any) -> Any:
@@ -213,17 +236,32 @@ def _limit(max_norm: Any) -> Any:
     return np.float64(check_clip_norm(max_norm, "max_norm"))
 
 
-def _clipped(updates: Any, limit: Any, on_nonfinite: OnNonfinite, axis_name: Any) -> Any:
-    """The clipped updates and their norm."""
-    updates = _arrays(updates)
+def _clipped(
+    updates: Any, limit: Any, on_nonfinite: OnNonfinite, axis_name: Any, called: str
+) -> Any:
+    """The clipped updates and their norm; ``called`` is the argument that holds them."""
+    updates = _arrays(updates, called)
     if not any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(updates)):
         return updates, jnp.zeros((), "float32")
-    return _clip.clip_by_global_norm(updates, limit, on_nonfinite=on_nonfinite, group=axis_name)
+    return _clip.clipped(updates, limit, on_nonfinite=on_nonfinite, group=axis_name, called=called)
 
 
-def _arrays(tree: Any) -> Any:
-    """The tree with every leaf an array of JAX, but those that the core has to see as they are."""
-    return jax.tree.map(_array, tree, is_leaf=_is_leaf)
+def _arrays(tree: Any, called: str) -> Any:
+    """The tree with every leaf an array of JAX, but those that the core has to see as they are.
+
+    Raises:
+        TypeError: a leaf is none, and cannot become one.
+    """
+    try:
+        return jax.tree.map(_array, tree, is_leaf=_is_leaf)
+    except TypeError:
+        for path, leaf in jax.tree.leaves_with_path(tree, is_leaf=_is_leaf):
+            try:
+                _array(leaf)
+            except TypeError as error:
+                where = f"{called}{jax.tree_util.keystr(path)}"
+                raise TypeError(f"{where} is {type(leaf).__name__}: {error}") from None
+        raise
 
 
 def _array(leaf: Any) -> Any:
@@ -301,7 +339,7 @@ def _clipped_sum(grads: Any, limit: Any, count: int) -> tuple[Any, Any]:
 
     def add(sums: tuple[Any, Any], example: Any) -> tuple[Any, None]:
         total, number = sums
-        clipped, norm = _clipped(example, limit, "zero", None)
+        clipped, norm = _clipped(example, limit, "zero", None, "grads")
         above, _ = _compared(norm, limit)
         total = jax.tree.map(lambda s, x: s + x.astype(s.dtype), total, clipped)
         return (total, number + above.astype("int32")), None

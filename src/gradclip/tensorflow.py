@@ -17,16 +17,24 @@ in this, on purpose:
 - ``use_norm`` may be a Python number. Below 0 it is a ValueError, in a graph it clips nothing.
 - At a norm of 0 the gradient is that of the identity; TensorFlow's is NaN.
 
-In a graph on the CPU it is one operation that calls back into this process, so such a graph cannot
-run in another. Under XLA and on other devices it is made of TensorFlow's own, which cannot refuse
-slices with an index out of range. A ``tf.function`` that has been traced outside of XLA and is then
-called from one with ``jit_compile=True`` needs ``jit_compile=True`` too.
+In a graph on the CPU it is one operation that calls back into this process. Under XLA and on other
+devices it is made of TensorFlow's own, which cannot refuse slices with an index out of range. A
+``tf.function`` that has been traced outside of XLA and is then called from one with
+``jit_compile=True`` needs ``jit_compile=True`` too.
+
+What ``tf.saved_model.save`` and Keras's ``export`` save of a ``tf.function`` is also made of
+TensorFlow's own operations: it gives the same bits where it is loaded, without gradclip. A concrete
+function that was traced before is refused. What else writes graphs, as ``as_graph_def``, the savers
+of ``tf.compat.v1`` and the service of ``tf.data`` do, fails in another process, as with every
+``tf.py_function``; with ``jit_compile=True`` there is none.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import tensorflow as tf
@@ -34,6 +42,7 @@ from tensorflow.python.ops import clip_ops
 
 from gradclip import _clip
 from gradclip._patch import Patch
+from gradclip.backends.tensorflow import Scope
 
 __all__ = ["clip_by_global_norm", "global_norm", "patch"]
 
@@ -74,8 +83,10 @@ def clip_by_global_norm(
     >>> print(clipped[0].numpy(), clipped[1].numpy(), norm.numpy())
     [1.5] [2.] 5.0
     """
-    leaves, norm = _clip.clip_by_global_norm(_tensors(t_list), clip_norm, use_norm, name)
-    return leaves, use_norm if tf.is_tensor(use_norm) else tf.convert_to_tensor(norm)
+    first = "global_norm" if use_norm is None else "clip_by_global_norm"
+    tensors, scope = _tensors(t_list, name, first)
+    leaves, norm = _clip.clip_by_global_norm(tensors, clip_norm, use_norm, scope)
+    return leaves, use_norm if tf.is_tensor(use_norm) else _tensor(norm, name or first)
 
 
 def global_norm(t_list: Sequence[Any], name: str | None = None) -> Any:
@@ -97,31 +108,51 @@ def global_norm(t_list: Sequence[Any], name: str | None = None) -> Any:
     >>> print(global_norm([tf.constant([3.0, 0.0]), None, tf.constant(4.0)]).numpy())
     5.0
     """
-    return tf.convert_to_tensor(_clip.global_norm(_tensors(t_list), name))
+    norm = _clip.global_norm(*_tensors(t_list, name, "global_norm"))
+    return _tensor(norm, name or "global_norm")
 
 
 for _function in (clip_by_global_norm, global_norm):
     vars(_function)["autograph_info__"] = {}  # see `_clip`
 
 
-def _tensors(t_list: Any) -> list[Any]:
+def _tensors(t_list: Any, name: str | None, default: str) -> tuple[list[Any], str | None]:
+    """The leaves as tensors, and the name for what is still to come.
+
+    What is no tensor becomes one in the scope of that name, as in TensorFlow's own functions.
+    """
     if isinstance(t_list, str) or not isinstance(t_list, Sequence):
         raise TypeError(f"t_list is {type(t_list).__name__}; it must be a sequence of tensors")
-    return [
-        leaf
-        if leaf is None or tf.is_tensor(leaf) or isinstance(leaf, tf.IndexedSlices)
-        else tf.convert_to_tensor(leaf, name=f"t_{place}")
-        for place, leaf in enumerate(t_list)
-    ]
+    if all(map(_is_leaf, t_list)):
+        return list(t_list), name
+    with tf.name_scope(name or default) as scope:
+        tensors = [
+            leaf if _is_leaf(leaf) else tf.convert_to_tensor(leaf, name=f"t_{place}")
+            for place, leaf in enumerate(t_list)
+        ]
+    return tensors, Scope.opened(scope, name)
+
+
+def _tensor(norm: Any, scope: str) -> Any:
+    """The norm as a tensor; that of no tensors at all is none yet."""
+    if tf.is_tensor(norm):
+        return norm
+    with tf.name_scope(scope):
+        return tf.constant(norm, name="global_norm")
+
+
+def _is_leaf(leaf: Any) -> bool:
+    return leaf is None or tf.is_tensor(leaf) or isinstance(leaf, tf.IndexedSlices)
 
 
 class patch(Patch):  # noqa: N801  (used as a function)
     """Put `gradclip` in place of TensorFlow's functions, and of Keras's own use of them.
 
-    From the call on, or within the ``with`` statement, ``tf.clip_by_global_norm``,
-    ``tf.linalg.global_norm``, their names in ``tf.compat``, and every Keras optimizer with a
-    ``global_clipnorm`` clip by the exact norm. Functions traced before keep what they were traced
-    with. ``undo()`` puts back what was there before.
+    From the call on, or within the ``with`` statement, ``tf.clip_by_global_norm`` and
+    ``tf.linalg.global_norm``, in all modules of TensorFlow's that have them, and every Keras
+    optimizer with a ``global_clipnorm`` clip by the exact norm. Functions traced before keep what
+    they were traced with, and code that has imported them by name keeps TensorFlow's. ``undo()``
+    puts back what was there before.
 
     >>> with patch():
     ...     tf.clip_by_global_norm is clip_by_global_norm
@@ -131,11 +162,21 @@ class patch(Patch):  # noqa: N801  (used as a function)
     """
 
     def _install(self) -> None:
-        for module in (tf, tf.linalg, tf.compat.v1, tf.compat.v1.linalg, tf.compat.v2, clip_ops):
-            for function in (clip_by_global_norm, global_norm):
-                if hasattr(module, function.__name__):
-                    self._put(module, function.__name__, function)
+        # What is imported as tensorflow.compat.v2 is not the module that is tf.compat.v2.
+        for version in ("v1", "v2"):
+            importlib.import_module(f"tensorflow.compat.{version}")
+        of_tensorflow = [
+            module
+            for name, module in sys.modules.items()
+            if name.partition(".")[0] == "tensorflow" and isinstance(module, ModuleType)
+        ]
+        for function in (clip_by_global_norm, global_norm):
+            name = function.__name__
+            theirs = getattr(clip_ops, name)
+            for module in of_tensorflow:
+                if vars(module).get(name) is theirs:
+                    self._put(module, name, function)
         if importlib.util.find_spec("keras"):
             from gradclip import keras
 
-            self._undo.append(keras._install())
+            self._undo.append(keras._Installed().undo)

@@ -17,12 +17,14 @@
 - A gradient whose elements share memory, as ``expand`` makes, is a ValueError.
 - An empty tensor counts 0 in a norm of any order.
 - ``foreach`` is without effect: there is one way, whatever the dtypes.
+- Parameters may come with their names, as ``model.named_parameters()`` or a dict: errors say them.
 - A gradient is changed below autograd, as under ``torch.no_grad``; its version counter says so.
   Inference tensors are changed too, where PyTorch refuses after it has changed others.
 
 DTensors are counted by their placements, on any mix of meshes, with tensors beside them: one
 all-reduce, of one size. PyTorch takes one mesh, sums shards in their dtype, and returns the norm as
-a DTensor; here it is a tensor, the same on every rank.
+a DTensor; here it is a tensor, the same on every rank. Parameters of FullyShardedDataParallel are
+counted as it has sharded them; PyTorch's function gives each rank a norm of its own.
 
 Gradients on a GPU are clipped by two launches of Triton kernels, to the same bits, and the host
 does not wait for them; ``max_norm`` and ``total_norm`` may be tensors there. docs/gpu.md has what
@@ -35,14 +37,13 @@ estimated under `patch`. docs/numerics.md has what else traces a clip.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 import types
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -78,7 +79,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def clip_grad_norm_(
-    parameters: Tensor | Iterable[Tensor],
+    parameters: Tensor | Iterable[Tensor] | Named,
     max_norm: float,
     norm_type: float = 2.0,
     error_if_nonfinite: bool = False,
@@ -95,8 +96,9 @@ def clip_grad_norm_(
         gradient  *= max_norm / total_norm    if total_norm > max_norm
 
     Args:
-        parameters: parameters, or one; those without a gradient are passed over. Gradients of
-            float16, bfloat16, float8, float32, float64, complex; dense, or sparse.
+        parameters: parameters, or one, also with their names, as ``model.named_parameters()`` or
+            a dict; those without a gradient are passed over. Gradients of float16, bfloat16,
+            float8, float32, float64, complex; dense, or sparse.
         max_norm: above 0; ``inf`` only measures.
         norm_type: p, above 0; ``inf`` is the largest ``|g|``.
         error_if_nonfinite: RuntimeError if the norm is NaN or inf.
@@ -105,8 +107,9 @@ def clip_grad_norm_(
             ``"zero"``, ``"keep"`` or ``"raise"``, as in `gradclip.clip_by_global_norm`. None does
             as PyTorch: NaN makes all NaN; inf makes itself NaN and what is finite 0.
         group: a ``ProcessGroup``, ``DeviceMesh`` or mpi4py communicator of the workers that hold
-            other parameters of the same model, as the stages of a pipeline do; each calls. None:
-            those over whose meshes the DTensors among the parameters are spread, if any are.
+            other parameters of the same model, as the stages of a pipeline do; each calls, with the
+            same arguments but the parameters. None: those over whose meshes the DTensors among the
+            parameters are spread, or with whom FullyShardedDataParallel has sharded them.
 
     Returns:
         total_norm before clipping, a scalar: float64 if a gradient is float64 or complex128, else
@@ -115,8 +118,8 @@ def clip_grad_norm_(
     Raises:
         TypeError, ValueError: a limit is no number or out of range, or a gradient is not of the
             dtypes and layouts that are clipped. Nothing has been written then.
-        RuntimeError: with ``error_if_nonfinite``, or another worker has failed; nothing has been
-            written.
+        RuntimeError: with ``error_if_nonfinite``; or another worker has failed, or was given other
+            arguments. Nothing has been written.
         FloatingPointError: with ``on_nonfinite="raise"``; it names the gradients.
 
     Follows ``torch.nn.utils.clip_grad_norm_``, with the differences that `gradclip.torch` lists.
@@ -127,15 +130,17 @@ def clip_grad_norm_(
     tensor(5.) tensor([1.5000, 2.0000])
     """
     del foreach
-    parameters, was_generator = _listed(parameters)
-    if was_generator and not parameters:
-        warnings.warn(
-            "`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=2
-        )
-    order = _order(norm_type)
-    grads = _gradients(parameters)
-    # Of the parameters, since a worker may have no gradient and still has to take part.
-    workers = backend.workers(parameters, group)
+    with _clip.Opening(group) as opening:
+        given = _listed(parameters, "parameters", opening.seen)
+        # Of the parameters, since a worker may have no gradient and still has to take part.
+        workers = opening.workers = backend.workers(given.tensors, group)
+        if isinstance(parameters, types.GeneratorType) and not given.tensors:
+            warnings.warn(
+                "`parameters` is an empty generator, no gradient clipping will occur.",
+                stacklevel=2,
+            )
+        order, error_if_nonfinite = _order(norm_type), bool(error_if_nonfinite)
+        grads = _gradients(given)
     if workers is None and torch.compiler.is_compiling():
         if on_nonfinite is not None:
             check_on_nonfinite(on_nonfinite)
@@ -144,7 +149,7 @@ def clip_grad_norm_(
         return torch.ops.gradclip.clip_grads_(grads, limit, order, *policy)
     return _clip_grads_(
         grads,
-        partial(_path, parameters),
+        partial(_path_of_gradient, given),
         max_norm,
         order,
         on_nonfinite,
@@ -154,7 +159,7 @@ def clip_grad_norm_(
 
 
 def get_total_norm(
-    tensors: Tensor | Iterable[Tensor],
+    tensors: Tensor | Iterable[Tensor] | Named,
     norm_type: float = 2.0,
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
@@ -164,11 +169,11 @@ def get_total_norm(
     """The norm of tensors together: ``(sum of |x|^p over every element x)^(1/p)``.
 
     Args:
-        tensors: tensors, or one; one that is listed twice counts once.
+        tensors: tensors, or one, also with their names; one that is listed twice counts once.
         norm_type: p, above 0; ``inf`` is the largest ``|x|``.
         error_if_nonfinite: RuntimeError if the norm is NaN or inf.
         foreach: without effect.
-        group: as in `clip_grad_norm_`.
+        group: as in `clip_grad_norm_`; None: those over whose meshes DTensors are spread.
 
     Returns:
         A scalar: float64 if a tensor is float64 or complex128, else float32.
@@ -176,7 +181,8 @@ def get_total_norm(
     Raises:
         TypeError, ValueError: a tensor is not of the dtypes and layouts that are clipped, or
             ``norm_type`` is out of range.
-        RuntimeError: with ``error_if_nonfinite``.
+        RuntimeError: with ``error_if_nonfinite``; or another worker has failed, or was given other
+            arguments.
 
     Follows ``torch.nn.utils.get_total_norm``, with the differences that `gradclip.torch` lists.
 
@@ -184,16 +190,17 @@ def get_total_norm(
     tensor(5.)
     """
     del foreach
-    tensors, _ = _listed(tensors)
-    order = _order(norm_type)
-    workers = backend.workers(tensors, group)
+    with _clip.Opening(group) as opening:
+        given = _listed(tensors, "tensors", opening.seen)
+        workers = opening.workers = backend.workers(given.tensors, group)
+        order, error_if_nonfinite = _order(norm_type), bool(error_if_nonfinite)
     if workers is None and torch.compiler.is_compiling():
-        return torch.ops.gradclip.total_norm(tensors, order, error_if_nonfinite)
-    return _total_norm(tensors, order, error_if_nonfinite, workers)
+        return torch.ops.gradclip.total_norm(given.tensors, order, error_if_nonfinite)
+    return _total_norm(given.tensors, given.path, order, error_if_nonfinite, workers)
 
 
 def clip_grads_with_norm_(
-    parameters: Tensor | Iterable[Tensor],
+    parameters: Tensor | Iterable[Tensor] | Named,
     max_norm: float,
     total_norm: Tensor,
     foreach: bool | None = None,
@@ -201,7 +208,7 @@ def clip_grads_with_norm_(
     """Scale the gradients of parameters by ``max_norm / total_norm`` if that is below 1.
 
     Args:
-        parameters: parameters, or one; those without a gradient are passed over.
+        parameters: as in `clip_grad_norm_`.
         max_norm: above 0; ``inf`` clips nothing.
         total_norm: the norm, a scalar. NaN makes every gradient NaN, inf makes it 0.
         foreach: without effect.
@@ -220,13 +227,13 @@ def clip_grads_with_norm_(
     tensor([1.5000, 2.0000])
     """
     del foreach
-    parameters, _ = _listed(parameters)
-    grads = _gradients(parameters)
+    given = _listed(parameters, "parameters", [])
+    grads = _gradients(given)
     if torch.compiler.is_compiling():
         limits = operand("max_norm", max_norm), operand("total_norm", total_norm)
         torch.ops.gradclip.clip_grads_with_norm_(grads, *limits)
     else:
-        _clip_grads_with_norm_(grads, partial(_path, parameters), max_norm, total_norm)
+        _clip_grads_with_norm_(grads, partial(_path_of_gradient, given), max_norm, total_norm)
 
 
 class patch(Patch):  # noqa: N801  (used as a function)
@@ -253,20 +260,87 @@ class patch(Patch):  # noqa: N801  (used as a function)
 # ---- the arguments ----
 
 
-def _listed(tensors: Tensor | Iterable[Tensor]) -> tuple[list[Tensor], bool]:
-    if isinstance(tensors, Tensor):
-        return [tensors], False
-    return list(tensors), isinstance(tensors, types.GeneratorType)
+Named = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
 
 
-def _gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
-    grads = [each.grad for each in parameters]
+class _Listed(NamedTuple):
+    """What was given, in a row."""
+
+    tensors: list[Any]
+    called: str  # what the function calls it
+    names: Sequence[str] | None = None
+
+    def path(self, place: int) -> str:
+        """What an error calls one of them."""
+        return f"{self.called}[{place}]" if self.names is None else self.names[place]
+
+
+def _listed(given: Tensor | Iterable[Tensor] | Named, called: str, seen: list[Tensor]) -> _Listed:
+    """Tensors in a row, with their names if they have some; in ``seen`` too, as far as it goes.
+
+    Raises:
+        TypeError: what is given holds no tensors, or others than those meant.
+    """
+    if isinstance(given, Tensor):
+        given = [given]
+    if isinstance(given, Mapping | torch.nn.ParameterDict):
+        values = list(given.values())
+        if called == "parameters" and values and not any(map(_may_have_gradient, values)):
+            raise TypeError(_no_tensors(given, called))  # a state_dict: weights, no parameters
+        given = given.items()
+    no_list = isinstance(given, torch.nn.Module | torch.optim.Optimizer | str)
+    if no_list and not isinstance(given, torch.nn.ParameterList):
+        raise TypeError(_no_tensors(given, called))
+    try:
+        items: Any = iter(given)
+    except TypeError:
+        raise TypeError(_no_tensors(given, called)) from None
+    names = None
+    try:
+        seen.extend(items)
+    finally:
+        pairs: Any = seen
+        if pairs and all(type(pair) is tuple and len(pair) == 2 for pair in pairs):
+            names = [str(name) for name, _ in pairs]
+            seen[:] = [tensor for _, tensor in pairs]
+    return _Listed(seen, called, names)
+
+
+def _may_have_gradient(tensor: Any) -> bool:
+    known = isinstance(tensor, Tensor)
+    return isinstance(tensor, torch.nn.Parameter) or (known and tensor.requires_grad)
+
+
+def _no_tensors(given: Any, called: str) -> str:
+    hint = f"{called} are tensors, as model.parameters() gives them"
+    if called == "tensors":
+        hint = "tensors are [p.grad for p in model.parameters() if p.grad is not None], or others"
+    if isinstance(given, torch.optim.Optimizer):
+        hint += "; gradclip.torch.attach takes an optimizer"
+    return f"{called} is {type(given).__name__}; {hint}"
+
+
+def _gradients(given: _Listed) -> list[Tensor]:
+    try:
+        grads = [each.grad for each in given.tensors]
+    except AttributeError:
+        _check_tensors(given)
+        raise
     return [gradient for gradient in grads if gradient is not None]
 
 
-def _path(parameters: Sequence[Tensor], place: int) -> str:
-    places = [i for i, parameter in enumerate(parameters) if parameter.grad is not None]
-    return f"parameters[{places[place]}].grad"
+def _check_tensors(given: _Listed) -> None:
+    for place, tensor in enumerate(given.tensors):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(
+                f"{given.path(place)} is {type(tensor).__name__}; {given.called} are tensors, or "
+                "pairs of a name and a tensor, as model.named_parameters() gives them"
+            )
+
+
+def _path_of_gradient(given: _Listed, place: int) -> str:
+    places = [i for i, parameter in enumerate(given.tensors) if parameter.grad is not None]
+    return f"{given.path(places[place])}.grad"
 
 
 def _order(norm_type: Any) -> float:
@@ -322,18 +396,18 @@ def _measured_of_order(held: Any, order: float, part: Joint | None) -> _clip.Mea
     return _clip.Measured(backend.norm_of_order(every.tolist(), order, wide=wide), wide)
 
 
-def _taking_part(
-    workers: Workers | None, order: float
-) -> contextlib.AbstractContextManager[Joint | None]:
-    return _clip.taking_part(workers, gathers=0 if order == 2 else 2)
-
-
 @_looked_away_from
 def _total_norm(
-    tensors: list[Tensor], order: float, error_if_nonfinite: bool, workers: Workers | None = None
+    tensors: list[Tensor],
+    path: Callable[[int], str],
+    order: float,
+    error_if_nonfinite: bool,
+    workers: Workers | None = None,
 ) -> Tensor:
-    with ieee_arithmetic(), _taking_part(workers, order) as part:
-        held = backend.hold(tensors, "tensors[{}]".format, writable=False)
+    with ieee_arithmetic(), _clip.taking_part(workers) as part:
+        if part is not None:
+            part.asked(norm_type=order, error_if_nonfinite=error_if_nonfinite)
+        held = backend.hold(tensors, path, writable=False)
         if held.unread is not None:
             norm = _total_norm_op(held.leaves, order, error_if_nonfinite)
             return _asked(norm, error_if_nonfinite)
@@ -363,9 +437,10 @@ def _clip_grads_(
     error_if_nonfinite: bool,
     workers: Workers | None = None,
 ) -> Tensor:
-    with ieee_arithmetic(), _taking_part(workers, order) as part:
+    with torch.no_grad(), ieee_arithmetic(), _clip.taking_part(workers) as part:
         if on_nonfinite is not None:
             check_on_nonfinite(on_nonfinite)
+        max_norm, _ = _clip.limits_read(max_norm, None, "max_norm")
         held = backend.hold(grads, path, writable=True)
         if held.unread is not None:
             backend.check_not_functionalized()
@@ -378,6 +453,13 @@ def _clip_grads_(
             refuse = partial(_refuse, order) if error_if_nonfinite else None
             return _queued_(grads, path, queue, max_norm, None, on_nonfinite, refuse)
         limit = check_clip_norm(max_norm, "max_norm")
+        if part is not None:
+            part.asked(
+                max_norm=limit,
+                norm_type=order,
+                on_nonfinite=on_nonfinite,
+                error_if_nonfinite=error_if_nonfinite,
+            )
         found = _measured(held, order, error_if_nonfinite, part)
         _act_(grads, path, held, found.norm, limit, on_nonfinite, part)
         return backend.scalar(found.norm, held, wide=found.wide)
@@ -387,7 +469,9 @@ def _clip_grads_(
 def _clip_grads_with_norm_(
     grads: list[Tensor], path: Callable[[int], str], max_norm: Any, total_norm: Any
 ) -> None:
-    with ieee_arithmetic():
+    with torch.no_grad(), ieee_arithmetic():
+        limits = _clip.limits_read(max_norm, total_norm, "max_norm", "total_norm")
+        max_norm, total_norm = limits
         held = backend.hold(grads, path, writable=True)
         if held.unread is not None:
             backend.check_not_functionalized()
@@ -475,7 +559,7 @@ def _clip_grads_with_norm_op(grads: list[Tensor], max_norm: Tensor, total_norm: 
 
 @torch.library.custom_op("gradclip::total_norm", mutates_args=())
 def _total_norm_op(tensors: list[Tensor], norm_type: float, error_if_nonfinite: bool) -> Tensor:
-    return _total_norm(tensors, norm_type, error_if_nonfinite)
+    return _total_norm(tensors, "tensors[{}]".format, norm_type, error_if_nonfinite)
 
 
 _clip_grads_op.register_fake(lambda grads, *_: _float64_of(grads))

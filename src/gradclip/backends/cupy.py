@@ -20,6 +20,8 @@ from gradclip._exact import FLOAT32, FLOAT64, Scaled, Total, counts, norm
 from gradclip._host import Array
 from gradclip._sparse import IndexedSlices, check_rows, merged_rows
 from gradclip._workers import Joint, Workers, workers_of
+from gradclip.kernels import layout
+from gradclip.kernels.layout import Layout
 
 try:
     from gradclip import _device
@@ -81,13 +83,17 @@ def workers(leaves: Sequence[Any], group: Any) -> Workers | None:  # noqa: ARG00
     return workers_of(group)
 
 
+def everyone(leaves: Sequence[Any]) -> None:
+    """Nobody: no array says who has other parts of the same gradient."""
+
+
 def hold(leaves: Sequence[Any], path: Callable[[int], str], *, writable: bool) -> Held:
     """Check the leaves and take hold of their memory.
 
     Raises:
         TypeError: a leaf is of another dtype or type than those clipped.
-        ValueError: leaves are on two devices, or slices are malformed; with ``writable``, elements
-            of one share memory.
+        ValueError: leaves are on two devices, slices are malformed, or there are more elements
+            than an int64 counts; with ``writable``, elements of one or of two share memory.
     """
     values = [_checked(leaf, partial(path, place)) for place, leaf in enumerate(leaves)]
     memory = Memory.now(_device_of(values, path))
@@ -97,10 +103,11 @@ def hold(leaves: Sequence[Any], path: Callable[[int], str], *, writable: bool) -
         if isinstance(leaf, IndexedSlices)
     ]
     if writable:
-        _check_apart(values, path)
-        once = list({_key(array): place for place, array in enumerate(values)}.values())
+        once = _check_apart(values, path)
         leaves, values = [leaves[place] for place in once], [values[place] for place in once]
     there = _leaves(memory, values) if all(map(is_run, values)) else None
+    if there is None:
+        _host.check_countable((_span(array)[1] for array in values), path)
     return Held(leaves, values, memory, there, any(repeats), writable)
 
 
@@ -263,21 +270,30 @@ class _Shape(NamedTuple):
     shape: tuple[int, ...]
 
 
-def _check_apart(values: Sequence[Any], path: Callable[[int], str]) -> None:
-    """Refuse to write to arrays whose elements share memory."""
+def _check_apart(values: Sequence[Any], path: Callable[[int], str]) -> list[int]:
+    """Refuse to write to arrays of which elements share memory; each memory's first place."""
     for place, array in enumerate(values):
         if not is_run(array) and may_overlap(array):
             raise ValueError(
                 f"{path(place)} has elements that share memory (strides {array.strides}); "
                 "clip_by_global_norm returns new arrays instead"
             )
+    once: dict[Any, int] = {}
+    for place, array in enumerate(values):
+        if array.size:
+            once.setdefault((_layout(array), _kind(array.dtype)), place)
+    layout.check_apart({place: where for (where, _), place in once.items()}, path)
+    first = set(once.values())
+    return [place for place, array in enumerate(values) if not array.size or place in first]
 
 
-def _key(values: Any) -> Any:
-    """Of an array's memory, and how it lies there."""
-    if not values.size:
-        return id(values)
-    return _span(values), () if is_run(values) else (values.shape, values.strides)
+def _layout(values: Any) -> Layout:
+    address, size, _ = _span(values)
+    parts = 1 + (values.dtype.kind == "c")
+    item = values.itemsize // parts
+    if is_run(values):
+        return Layout(address, item, ((item, size),))
+    return layout.layout(address, item, values.shape, values.strides, parts)
 
 
 # ---- memory ----

@@ -225,6 +225,10 @@ def workers(leaves: Sequence[Any], group: Any) -> None:
     """Nobody here: a group of JAX is one for its recorder."""
 
 
+def everyone(leaves: Sequence[Any]) -> None:
+    """Nobody: no array says who has other parts of the same gradient."""
+
+
 def recorder(values: Sequence[Any], group: Any) -> _Recorder | None:
     """Who clips under a transformation, or where the host's kernels do not reach the arrays."""
     group = _axes(group)

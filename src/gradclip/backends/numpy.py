@@ -32,18 +32,23 @@ def workers(leaves: Sequence[Any], group: Any) -> Workers | None:  # noqa: ARG00
     return workers_of(group)
 
 
+def everyone(leaves: Sequence[Any]) -> None:
+    """Nobody: no array says who has other parts of the same gradient."""
+
+
 def hold(leaves: Sequence[Any], path: Callable[[int], str], *, writable: bool) -> Held:
     """Check the leaves and take hold of their memory.
 
     Raises:
         TypeError: a leaf is of another dtype or type than those clipped.
-        ValueError: a sparse leaf is malformed; with ``writable``, a leaf is read-only or its
-            elements share memory.
+        ValueError: a sparse leaf is malformed, or there are more elements than an int64 counts;
+            with ``writable``, a leaf is read-only, or elements of one or of two share memory.
     """
     values = list(leaves)
     if not values or type(values[0]) is np.ndarray:
         held = _host.hold_plain(leaves, values, writable=writable)
         if held is not None:
+            _host.check_apart(held.memory, path)
             return held
     for place, leaf in enumerate(leaves):
         values[place] = _values(leaf, partial(path, place), writable=writable)

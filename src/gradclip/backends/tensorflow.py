@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 from tensorflow.python.eager import record
+from tensorflow.python.framework.func_graph import FuncGraph
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
+from tensorflow.python.saved_model.save_context import in_save_context
 
 from gradclip import _host
 from gradclip._decide import check_clip_norm, check_no_group, check_use_norm
@@ -248,6 +250,10 @@ def workers(leaves: Sequence[Any], group: Any) -> None:
     """Nobody: there is no group for tensors of TensorFlow."""
 
 
+def everyone(leaves: Sequence[Any]) -> None:
+    """Nobody: no tensor says who has other parts of the same gradient."""
+
+
 def recorder(values: Sequence[Any], group: Any) -> _Recorder | None:
     """Who clips where a graph or a gradient tape records, or the tensors are elsewhere."""
     check_no_group(group)
@@ -282,26 +288,39 @@ class _Recorder:
         name: str | None,
     ) -> tuple[list[Any], Any]:
         """New leaves and the norm, by operations named as those of tf.clip_by_global_norm."""
-        limit = _scalar("clip_norm", clip_norm, check_clip_norm)
-        given = [] if use_norm is None else [_scalar("use_norm", use_norm, check_use_norm)]
-        call = _Call.of(tree, plain, on_nonfinite)
-        if given:
-            with tf.name_scope(name or "clip_by_global_norm") as scope:
-                norm, _, *new = _recorded(call, limit, given)
-                return _named(call, new, scope), norm
-        with tf.name_scope(name or "global_norm"):
+        first = "global_norm" if use_norm is None else "clip_by_global_norm"
+        with tf.name_scope(name or first) as scope:
+            limit = _scalar("clip_norm", clip_norm, check_clip_norm)
+            given = [] if use_norm is None else [_scalar("use_norm", use_norm, check_use_norm)]
+            call = _Call.of(tree, plain, on_nonfinite)
             norm, _, *new = _recorded(call, limit, given)
+            if given:
+                return _named(call, new, scope), norm
             norm = tf.identity(norm, name="global_norm")
-        with tf.name_scope(name or "clip_by_global_norm") as scope:
+        given_name = name.given if isinstance(name, Scope) else name
+        with tf.name_scope(given_name or "clip_by_global_norm") as scope:
             return _named(call, new, scope), norm
 
     @tf.autograph.experimental.do_not_convert  # type: ignore[untyped-decorator]
     def norm(self, tree: Tree, plain: Plain, name: str | None) -> Any:
         """The global norm, by an operation named as that of tf.linalg.global_norm."""
-        call = _Call.of(tree, plain, "keep")
         with tf.name_scope(name or "global_norm"):
+            call = _Call.of(tree, plain, "keep")
             norm, *_ = _recorded(call, tf.constant(np.inf, tf.float64), [])
             return tf.identity(norm, name="global_norm")
+
+
+class Scope(str):
+    """The name of a name scope that a door has opened, to convert leaves there."""
+
+    given: str | None  # the name that the door was given
+
+    @classmethod
+    def opened(cls, scope: str, given: str | None) -> Scope:
+        """Of a scope, which it enters again wherever a name is asked for."""
+        self = cls(scope)
+        self.given = given
+        return self
 
 
 def _named(call: _Call, new: list[Any], scope: str) -> list[Any]:
@@ -392,6 +411,7 @@ class _Call(NamedTuple):
         # tf.gradients finds the gradient by the label, a tape by what it is told.
         label = {"EagerPyFunc": _label(self.policy, given)}
         graph = tf.compat.v1.get_default_graph()
+        _mark_as_unsaveable(graph)
         with graph.gradient_override_map(label), record.stop_recording():
             results = tf.py_function(clip, inputs, dtypes)
         for result, shape in zip(results, [(), (), *(p[0].shape for p in parts)], strict=True):
@@ -425,7 +445,7 @@ def _recorded(call: _Call, limit: Any, given: list[Any], *, elsewhere: bool = Fa
     ``elsewhere``: not on the host, whatever the graph says.
     """
     in_graph = not tf.executing_eagerly()
-    elsewhere = elsewhere or not _on_host(call.tensors) or (in_graph and _compiles())
+    elsewhere = elsewhere or not _on_host(call.tensors) or (in_graph and _leaves_the_host())
     if call.policy == "raise" and (in_graph or elsewhere):
         raise ValueError(
             'on_nonfinite is "raise"; what is traced, or on another device, cannot raise: '
@@ -461,10 +481,27 @@ def _recorded(call: _Call, limit: Any, given: list[Any], *, elsewhere: bool = Fa
     return results
 
 
-def _compiles() -> bool:
-    """If the graph is one that XLA compiles, or is placed on devices that are no CPU."""
+def _leaves_the_host() -> bool:
+    """If the graph is one that XLA compiles, is placed on devices that are no CPU, or is saved.
+
+    Of a ``tf.function`` that is saved TensorFlow saves another trace, made while it saves.
+    """
     graph = tf.compat.v1.get_default_graph()
-    return bool(GraphOrParentsInXlaContext(graph)) or not _only_cpus()
+    return bool(GraphOrParentsInXlaContext(graph)) or not _only_cpus() or in_save_context()
+
+
+_WHY_NOT_SAVED = (
+    "it calls gradclip and was traced before it is saved: on the CPU it calls back into this "
+    "process, which no other can. Save the tf.function itself and no concrete function of it, or "
+    "give it jit_compile=True; then it is made of TensorFlow's own operations"
+)
+
+
+def _mark_as_unsaveable(graph: Any) -> None:
+    """Have TensorFlow refuse to save a function, and those that it is a branch or loop of."""
+    while isinstance(graph, FuncGraph):
+        graph.mark_as_unsaveable(_WHY_NOT_SAVED)
+        graph = graph.outer_graph
 
 
 def _label(policy: Any, given: Sequence[Any]) -> str:
@@ -474,10 +511,6 @@ def _label(policy: Any, given: Sequence[Any]) -> str:
 def _register(policy: str, given: int) -> None:
     @tf.RegisterGradient(_label(policy, [None] * given))  # type: ignore[untyped-decorator]
     def gradient(operation: Any, *changes: Any) -> list[Any]:
-        if operation is None:
-            # SavedModel asks so for a gradient to save. The operation calls back into this
-            # process: it cannot be loaded in another, and needs none there.
-            return list(changes)
         inputs = list(operation.inputs)
         count = len(inputs) - 1 - given
         limits = _limits(inputs[count:])

@@ -36,8 +36,9 @@ from gradclip._protocol import Plain, Recorder
 from gradclip._sparse import IndexedSlices, check_rows, merged_rows
 from gradclip._tree import Tree
 from gradclip._workers import Joint, Workers, workers_of
-from gradclip.kernels import cpu, traced
+from gradclip.kernels import cpu, layout, traced
 from gradclip.kernels.devices import is_run
+from gradclip.kernels.layout import Layout
 from gradclip.kernels.torch import Memory, Operations, pulled_back, pushed_forward, slope
 
 if TYPE_CHECKING:
@@ -76,15 +77,20 @@ def hold(leaves: Sequence[Any], path: Callable[[int], str], *, writable: bool) -
     """Check the leaves and take hold of their memory.
 
     Raises:
-        TypeError: a leaf is of another dtype or type than those clipped.
-        ValueError: a sparse leaf is malformed, or the memory of one has been given up; with
-            ``writable``, elements of one share memory.
+        TypeError: a leaf is of another dtype or type than those clipped; with ``writable``,
+            autograd records what becomes of one.
+        ValueError: a sparse leaf is malformed, the memory of one has been given up, or there are
+            more elements than an int64 counts; with ``writable``, elements of one or of two share
+            memory.
     """
+    if writable and torch.is_grad_enabled():
+        _check_unrecorded(leaves, path)
     if _are_plain(leaves):
         memory = _taken(leaves, writable=writable)
         if memory is not None:
+            _host.check_apart(memory, path)
             return Held(leaves, _host.Held(leaves, [], None, memory, writable, None))
-        there = _there(leaves, writable=writable)
+        there = _there(leaves, path, writable=writable)
         if there is not None:
             return Held(leaves, None, writable=writable, there=there)
     elif _mesh.any_spread(leaves):
@@ -97,6 +103,7 @@ def hold(leaves: Sequence[Any], path: Callable[[int], str], *, writable: bool) -
         unread = _operations().Leaves(leaves, path)
         return Held(leaves, None, writable=writable, unread=unread)
     values = [_checked(leaf, partial(path, place)) for place, leaf in enumerate(leaves)]
+    _host.check_countable((each.numel() * (1 + each.is_complex()) for each in values), path)
     if not _on_host(values):
         if writable:
             _check_apart(values, path)
@@ -282,7 +289,7 @@ def scaled(held: Held, factor: Scaled) -> list[Any]:
     """New leaves, every element multiplied."""
     if held.there is not None:
         new = list(map(_copy, held.leaves))
-        copies = _there(new, writable=False)
+        copies = _there(new, str, writable=False)
         assert copies is not None, "laid out as those that are there"
         copies.scale_(factor)
         return _rewrapped(held, new)
@@ -359,7 +366,16 @@ def _key(leaf: Any) -> Any:
     values = _values(_mesh.local(leaf))
     if not values.numel() or not values.data_ptr():
         return id(leaf)
-    return values.data_ptr(), values.dtype, values.shape, values.stride()
+    return values.device, values.dtype.to_real(), _layout(values)
+
+
+def _layout(values: Tensor) -> Layout:
+    parts, item = 1 + values.is_complex(), values.element_size()
+    address, real = values.data_ptr(), item // parts
+    if values.is_contiguous():
+        return Layout(address, real, ((real, values.numel() * parts),))
+    strides = [step * item for step in values.stride()]
+    return layout.layout(address, real, values.shape, strides, parts)
 
 
 # ---- one leaf ----
@@ -403,6 +419,18 @@ def _check_dtype(tensor: Tensor, path: Callable[[], str]) -> None:
     if tensor.dtype not in _DTYPES:
         name = str(tensor.dtype).removeprefix("torch.")
         raise TypeError(f"{path()} is {name}; gradclip clips {_ACCEPTED}")
+
+
+def _check_unrecorded(leaves: Sequence[Any], path: Callable[[int], str]) -> None:
+    """Refuse to write to parameters, which are no gradients, and to what a graph has read."""
+    for place, leaf in enumerate(leaves):
+        tensor = leaf.values if isinstance(leaf, IndexedSlices) else leaf
+        if getattr(tensor, "requires_grad", False):
+            raise TypeError(
+                f"{path(place)} requires a gradient, and weights are no gradients: those of "
+                "parameters are clipped by gradclip.torch.clip_grad_norm_. To write to this tensor "
+                "itself use torch.no_grad(); clip_by_global_norm returns new ones"
+            )
 
 
 def _needed(values: Tensor) -> int:
@@ -573,14 +601,20 @@ def _taken(tensors: Sequence[Any], *, writable: bool) -> cpu.Leaves | None:
 # ---- in the memory of a device that Triton compiles for ----
 
 
-def _there(tensors: Sequence[Any], *, writable: bool) -> _device.Leaves | None:
-    """Plain tensors on one device; None where PyTorch's own operations have to do."""
+def _there(
+    tensors: Sequence[Any], path: Callable[[int], str], *, writable: bool
+) -> _device.Leaves | None:
+    """Plain tensors on one device; None where PyTorch's own operations have to do.
+
+    Raises:
+        ValueError: with ``writable``, two share a part of their memory.
+    """
     if not tensors or _is_transformed() or is_written_down():
         return None
     device = tensors[0].device
     if not has_triton(device):
         return None
-    found = _spans(tensors, device, writable=writable)
+    found = _spans(tensors, device, path, writable=writable)
     if found is None:
         return None
     from gradclip import _device
@@ -628,15 +662,22 @@ def _warn_once(reason: str) -> None:
 
 
 def _spans(
-    tensors: Sequence[Any], device: torch.device, *, writable: bool
+    tensors: Sequence[Any], device: torch.device, path: Callable[[int], str], *, writable: bool
 ) -> tuple[bytes, bool] | None:
-    """Where tensors lie, and if one is wide; None where one is not in one run on the device."""
+    """Where tensors lie, and if one is wide; None where one is not in one run on the device.
+
+    Raises:
+        ValueError: with ``writable``, two share a part of their memory.
+    """
     if cpu.kernel() != "numpy" and _c_interface():
         number = -1 if device.type == "cpu" else _cuda_number()
         place = number, device.index or 0
         memory = cpu.take_tensors(tensors, writable=writable, device=place)
         spans = None if memory is None else memory.spans()
-        return None if memory is None or spans is None else (spans, memory.has_f64)
+        if memory is None or spans is None:
+            return None
+        _host.check_apart(memory, path)
+        return spans, memory.has_f64
     if any(
         tensor.device != device
         or tensor.layout is not torch.strided
@@ -646,6 +687,8 @@ def _spans(
         for tensor in tensors
     ):
         return None
+    if writable:
+        _check_pairs(tensors, path)
     rows = [
         (t.data_ptr(), t.numel() * (1 + t.is_complex()), _KINDS[t.dtype])
         for t in (distinct(tensors) if writable else tensors)
@@ -672,17 +715,35 @@ def _check_writes(tensors: Sequence[Tensor], path: Callable[[int], str]) -> None
             "torch.jit.trace loses what an operation writes where tensors lie; "
             "clip_by_global_norm returns new tensors, and torch.export takes both"
         )
-    _check_apart(tensors, path)
+    _check_steps(tensors, path)
 
 
 def _check_apart(tensors: Sequence[Tensor], path: Callable[[int], str]) -> None:
-    """Refuse to write to tensors whose elements share memory."""
+    """Refuse to write to tensors of which elements share memory."""
+    _check_steps(tensors, path)
+    _check_pairs(tensors, path)
+
+
+def _check_steps(tensors: Sequence[Tensor], path: Callable[[int], str]) -> None:
+    """Refuse to write to a tensor whose own elements share memory."""
     for place, tensor in enumerate(tensors):
         if any(n > 1 and not step for n, step in zip(tensor.shape, tensor.stride(), strict=True)):
             raise ValueError(
                 f"{path(place)} has elements that share memory (strides {tensor.stride()}); "
                 "clip_by_global_norm returns new arrays instead"
             )
+
+
+def _check_pairs(tensors: Sequence[Tensor], path: Callable[[int], str]) -> None:
+    """Refuse to write to tensors that share a part of their memory; all of it is no trouble."""
+    places = {_key(tensor): place for place, tensor in reversed([*enumerate(tensors)])}
+    on: dict[torch.device, dict[int, Layout]] = {}
+    for key, place in places.items():
+        if isinstance(key, tuple):  # else it has no memory
+            device, _, where = key
+            on.setdefault(device, {})[place] = where
+    for found in on.values():
+        layout.check_apart(found, path)
 
 
 @functools.cache
@@ -944,6 +1005,11 @@ def _workers(leaves: Sequence[Any], group: Any) -> Workers | None:
     ring = _mesh.ring_of(group)
     _mesh.check_meshes(leaves, ring)
     return ring
+
+
+def everyone(leaves: Sequence[Any]) -> Workers | None:
+    """All processes, where one of the leaves is spread over all of them."""
+    return _mesh.ring_of_all(leaves)
 
 
 def recorder(values: Sequence[Any], group: Any) -> Recorder | None:

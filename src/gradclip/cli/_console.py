@@ -7,7 +7,6 @@ import json
 import math
 import sys
 from collections.abc import Callable, Container, Iterator, Sequence
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -43,21 +42,15 @@ def size(nbytes: float) -> str:
     return f"{nbytes:.3g} TB"
 
 
+def note(message: str) -> None:
+    """Print one line on stderr."""
+    print("gradclip: " + printable(" ".join(message.split())), file=sys.stderr)
+
+
 def fail(message: str, status: int) -> int:
     """Print one line on stderr and hand back the exit status."""
-    print("gradclip: " + printable(" ".join(message.split())), file=sys.stderr)
+    note(message)
     return status
-
-
-def console(*, stderr: bool = False) -> Console:
-    """A console that colours only terminals, honours NO_COLOR and never cuts what is piped."""
-    try:
-        from rich.console import Console
-    except ImportError:
-        raise need_extra("rich") from None
-    if (sys.stderr if stderr else sys.stdout).isatty():
-        return Console(stderr=stderr, highlight=False)
-    return Console(stderr=stderr, highlight=False, force_terminal=False, width=10_000)
 
 
 def print_json(value: Any) -> None:
@@ -75,6 +68,23 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def console(*, stderr: bool = False) -> Console | None:
+    """A console that colours only terminals, honours NO_COLOR and never cuts what is piped.
+
+    None where rich is not installed: what is printed then is the same text, plain.
+    """
+    try:
+        from rich.console import Console
+    except ImportError:
+        return None
+    if (sys.stderr if stderr else sys.stdout).isatty():
+        return Console(stderr=stderr, highlight=False)
+    return Console(stderr=stderr, highlight=False, force_terminal=False, width=_PIPED)
+
+
+_PIPED = 10_000
+
+
 def print_table(
     title: str,
     columns: Sequence[str],
@@ -88,32 +98,43 @@ def print_table(
     A row of a single cell is a heading of the rows below it; the ``alarming`` rows are red.
     """
     out = console()
+    room = _PIPED if out is None else out.width
+    header, *lines = _laid_out([columns, *rows], text, room)
+    width = max(len(part) for line in (header, *lines) for part in line.split("\n"))
+    unicode = (sys.stdout.encoding or "utf-8").lower().startswith("utf")
+    rule = (min(width, room) - 1) * ("\u2500" if unicode else "-")
+    heads = [(header, "bold"), (f" {rule}", "")] if any(columns) else []
+    styled = [(title, "italic"), *heads]
+    for place, (row, line) in enumerate(zip(rows, lines, strict=True)):
+        heading = "bold" if len(row) < len(columns) else ""
+        styled.append((line, "red" if place in alarming else heading))
+    if out is None:
+        print(*(line for line, _ in styled), "", sep="\n")
+        return
     from rich.text import Text
 
-    header, *lines = _laid_out([columns, *rows], text, out.width)
-    width = max(len(part) for line in (header, *lines) for part in line.split("\n"))
-    rule = (min(width, out.width) - 1) * ("-" if out.options.ascii_only else "\u2500")
     # Rich would end the process with status 1 where the reader of a pipe has gone.
     with out.capture() as captured:
-        out.print(Text(title, "italic"))
-        if any(columns):
-            out.print(Text(header, "bold"))
-            out.print(Text(f" {rule}"))
-        for place, (row, line) in enumerate(zip(rows, lines, strict=True)):
-            heading = "bold" if len(row) < len(columns) else ""
-            out.print(Text(line, "red" if place in alarming else heading), soft_wrap=True)
+        for line, style in styled:
+            out.print(Text(line, style), soft_wrap=True)
     print(captured.get())
 
 
 def _laid_out(rows: Sequence[Sequence[str]], text: int, room: int) -> list[str]:
     """Each row as a line, or as two if the first cells leave too little room for the others."""
-    from rich.cells import cell_len, set_cell_size
-
+    columns_of: Callable[[str], int] = len
+    with contextlib.suppress(ImportError):
+        from rich.cells import cell_len as columns_of
     full = [row for row in rows if len(row) == len(rows[0])]
-    first, *widths = (max(map(cell_len, column)) for column in zip(*full, strict=True))
+    first, *widths = (max(map(columns_of, column)) for column in zip(*full, strict=True))
+
+    def padded(cell: str, width: int, *, left: bool) -> str:
+        space = " " * (width - columns_of(cell))
+        return cell + space if left else space + cell
+
     others = [
         "  ".join(
-            set_cell_size(cell, width) if place < text else " " * (width - cell_len(cell)) + cell
+            padded(cell, width, left=place < text)
             for place, (cell, width) in enumerate(zip(row[1:], widths, strict=False), 1)
         ).rstrip()
         for row in rows
@@ -126,17 +147,17 @@ def _laid_out(rows: Sequence[Sequence[str]], text: int, room: int) -> list[str]:
         elif stacked:
             lines.append(f" {row[0]}\n      {other}")
         else:
-            lines.append(f" {set_cell_size(row[0], first)}  {other}")
+            lines.append(f" {padded(row[0], first, left=True)}  {other}")
     return lines
 
 
 @contextlib.contextmanager
 def progress(label: str, total: float) -> Iterator[Callable[[float], None]]:
     """A progress bar on stderr, on a terminal only; yields ``advance(amount)``."""
-    if not sys.stderr.isatty() or find_spec("rich") is None:
+    out = console(stderr=True) if sys.stderr.isatty() else None
+    if out is None:
         yield lambda _amount: None
         return
-    out = console(stderr=True)
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (

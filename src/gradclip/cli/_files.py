@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
-import mmap
 import re
-import stat
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from gradclip.cli._console import CliError
+from gradclip.cli._console import CliError, note
 from gradclip.cli._headers import Tensor, npy, safetensors
+from gradclip.cli._regular import State, open_regular, state
 
-PIECE = 1 << 24
+PIECE = 1 << 21  # which the caches hold
 
 Bytes = npt.NDArray[np.uint8]
 Change = Callable[[Tensor, Bytes], Bytes]
@@ -36,6 +36,7 @@ class TensorFile(Protocol):
     """A file that can be read, and written again with other numbers in it."""
 
     path: Path
+    state: State  # when its headers were read
     nbytes: int  # of all the pieces
 
     def walk(self) -> Iterator[Part]:
@@ -45,85 +46,169 @@ class TensorFile(Protocol):
         """Write the file to ``target`` with each piece of each tensor changed."""
 
 
+class Again(NamedTuple):
+    """A file that is given once more, by this name or another."""
+
+    path: Path
+    first: Path
+
+    def __str__(self) -> str:
+        how = "given again" if self.path == self.first else f"the same file as {self.first}"
+        return f"{self.path} is {how}; it is measured once"
+
+
+def given_path(text: str) -> Path:
+    """A path of the command line; an empty one, as of a variable not set, is an error."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
+    return Path(text)
+
+
 def is_index(path: Path) -> bool:
     """If it is an index of the shards of a large model."""
     return re.search(r"\.safetensors\.index(\..+)?\.json$", path.name) is not None
+
+
+def located(path: Path) -> Path:
+    """The path itself; for a folder the index in it, or else its only .safetensors file.
+
+    Raises:
+        CliError: the folder has none, or several.
+    """
+    if not path.is_dir():
+        return path
+    with _reading(path):
+        inside = sorted(path.iterdir())
+        indexes = [file for file in inside if is_index(file)]
+        found = indexes or [file for file in inside if file.suffix.lower() == ".safetensors"]
+        if len(found) == 1:
+            return found[0]
+        if not found:
+            raise ValueError(
+                "is a folder with no .safetensors.index.json and no .safetensors file in it"
+            )
+        kind = "indexes" if indexes else ".safetensors files and no index"
+        names = ", ".join(file.name for file in found[:3]) + (", ..." if found[3:] else "")
+        raise ValueError(f"is a folder with {len(found)} {kind}; name the file: {names}")
 
 
 def open_files(path: Path) -> list[TensorFile]:
     """The file, or the shards that an index names, with their headers checked.
 
     Raises:
-        CliError: it is missing, of another format or damaged.
+        CliError: it is missing, no regular file, of another format or damaged.
     """
     with _reading(path):
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise ValueError("is no regular file")
         return [*_shards(path)] if is_index(path) else [_open(path)]
 
 
-def _open(path: Path) -> TensorFile:
-    match path.suffix.lower():
-        case ".npy":
-            with path.open("rb") as stream:
-                return Flat(path, [npy(str(path), stream, path.stat().st_size)])
-        case ".npz":
-            return Zip(path)
-        case ".safetensors":
-            return Flat(path, safetensors(path))
-    raise ValueError(
-        "is of another format; gradclip reads .npy, .npz, .safetensors "
-        "and .safetensors.index.json files"
-    )
+def open_once(paths: Iterable[Path]) -> tuple[list[TensorFile], list[Again]]:
+    """Every file that is given, once, with a note on stderr of each that comes again."""
+    files: list[TensorFile] = []
+    again: list[Again] = []
+    seen: dict[tuple[int, int], Path] = {}
+
+    def is_new(path: Path, found: State) -> bool:
+        identity = found.device, found.inode
+        if identity not in seen:
+            seen[identity] = path
+            return True
+        again.append(Again(path, seen[identity]))
+        note(str(again[-1]))
+        return False
+
+    for path in map(located, paths):
+        with _reading(path):
+            new = not is_index(path) or is_new(path, state(path))
+        if new:
+            files += [file for file in open_files(path) if is_new(file.path, file.state)]
+    return files, again
+
+
+def check_unchanged(files: Iterable[TensorFile]) -> None:
+    """Hold files that have been read against what they were at first.
+
+    Raises:
+        CliError: another has written to one, and what was read may be of both.
+    """
+    for file in files:
+        with _reading(file.path):
+            if state(file.path) != file.state:
+                raise ValueError("has changed while gradclip read it")
+
+
+def contents(path: Path) -> Iterator[bytes]:
+    """All bytes of a file, in pieces."""
+    with _reading(path), open_regular(path) as stream:
+        while piece := stream.read(PIECE):
+            yield piece
 
 
 @contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def _reading(place: object) -> Iterator[None]:
     """Turn whatever the libraries make of a damaged file into one line."""
     try:
         yield
     except CliError:
         raise
     except OSError as error:
-        raise CliError(f"{path}: {error.strerror or error}") from None
+        raise CliError(f"{place}: {error.strerror or error}") from None
     except Exception as error:
-        raise CliError(f"{path}: {str(error) or type(error).__name__}") from None
+        raise CliError(f"{place}: {str(error) or type(error).__name__}") from None
+
+
+def _open(path: Path) -> TensorFile:
+    match path.suffix.lower():
+        case ".npy" | ".safetensors":
+            return Flat(path)
+        case ".npz":
+            return Zip(path)
+    raise ValueError(
+        "is of another format; gradclip reads .npy, .npz, .safetensors "
+        "and .safetensors.index.json files"
+    )
 
 
 def _shards(path: Path) -> Iterator[TensorFile]:
     """The shards of an index, which must name the tensors that they hold."""
-    index = json.loads(path.read_bytes())
+    with open_regular(path) as stream:
+        index = json.load(stream)
     places = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(places, dict) or not all(isinstance(at, str) for at in places.values()):
         raise ValueError("has no weight_map of tensors to files")
     for shard in dict.fromkeys(places.values()):
         if Path(shard).name != shard or not shard.endswith(".safetensors"):
             raise ValueError(f"names {shard!r}, which is no .safetensors file beside it")
-        with _reading(path.parent / shard):
-            tensors = safetensors(path.parent / shard)
+        with _reading(f"{path}: its shard {shard}"):
+            file = Flat(path.parent / shard)
         listed = {name for name, at in places.items() if at == shard}
-        wrong = listed.symmetric_difference(tensor.name for tensor in tensors)
+        wrong = listed.symmetric_difference(tensor.name for tensor in file.tensors)
         if wrong:
             raise ValueError(f"and {shard} differ on whether {min(wrong)!r} is in it")
-        yield Flat(path.parent / shard, tensors)
+        yield file
 
 
 class Flat:
     """A file in which the tensors lie as they are, one after the other."""
 
-    def __init__(self, path: Path, tensors: Sequence[Tensor]) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self.nbytes = sum(tensor.nbytes for tensor in tensors)
-        self._tensors = tensors
+        with open_regular(path) as stream:
+            self.state = state(stream.fileno())
+            if path.suffix.lower() == ".npy":
+                self.tensors = [npy(str(path), stream, self.state.size)]
+            else:
+                self.tensors = safetensors(path, stream)
+        self.nbytes = sum(tensor.nbytes for tensor in self.tensors)
 
     def walk(self) -> Iterator[Part]:
         """Each tensor in turn."""
-        with _reading(self.path), self.path.open("rb") as stream:
-            mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-        end = 0
-        for tensor in self._tensors:
-            yield Part(tensor, mapped[end : tensor.offset], _mapped_pieces(mapped, tensor))
-            end = tensor.offset + tensor.nbytes
+        with _reading(self.path), open_regular(self.path) as stream:
+            end = 0
+            for tensor in self.tensors:
+                head = stream.read(tensor.offset - end)
+                yield Part(tensor, head, _pieces(self.path, stream, tensor))
+                end = tensor.offset + tensor.nbytes
 
     def rewrite(self, target: IO[bytes], change: Change) -> None:
         """Write the file to ``target`` with each piece of each tensor changed."""
@@ -133,22 +218,13 @@ class Flat:
                 target.write(change(tensor, piece).data)
 
 
-def _mapped_pieces(mapped: mmap.mmap, tensor: Tensor) -> Iterator[Bytes]:
-    end = tensor.offset + tensor.nbytes
-    for start in range(tensor.offset, end, PIECE):
-        size = min(PIECE, end - start)
-        yield np.frombuffer(mapped, np.uint8, size, start)
-        if hasattr(mmap, "MADV_DONTNEED"):  # else all that was read counts as memory in use
-            page = start - start % mmap.PAGESIZE
-            mapped.madvise(mmap.MADV_DONTNEED, page, start + size - page)
-
-
 class Zip:
     """A zip file whose members are .npy files: .npz."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with zipfile.ZipFile(path) as archive:
+        with open_regular(path) as stream, zipfile.ZipFile(stream) as archive:
+            self.state = state(stream.fileno())
             self._members = archive.infolist()
             self._comment = archive.comment
         self.nbytes = sum(member.file_size for member in self._members)
@@ -157,22 +233,17 @@ class Zip:
 
     def walk(self) -> Iterator[Part]:
         """Each tensor in turn."""
-        with _reading(self.path), zipfile.ZipFile(self.path) as archive:
+        with (
+            _reading(self.path),
+            open_regular(self.path) as file,
+            zipfile.ZipFile(file) as archive,
+        ):
             for member in self._members:
                 with archive.open(member) as stream:
                     tensor = _tensor(member, stream)
                     stream.seek(0)
                     head = stream.read(tensor.offset)
-                    yield Part(tensor, head, self._pieces(stream, tensor))
-
-    def _pieces(self, stream: IO[bytes], tensor: Tensor) -> Iterator[Bytes]:
-        for start in range(0, tensor.nbytes, PIECE):
-            size = min(PIECE, tensor.nbytes - start)
-            with _reading(self.path):
-                piece = np.frombuffer(stream.read(size), np.uint8)
-                if piece.size < size:
-                    raise ValueError(f"{tensor.name} ends {size - piece.size} bytes too early")
-            yield piece
+                    yield Part(tensor, head, _pieces(self.path, stream, tensor))
 
     def rewrite(self, target: IO[bytes], change: Change) -> None:
         """Write the file to ``target`` with each piece of each tensor changed."""
@@ -183,6 +254,17 @@ class Zip:
                     sink.write(head)
                     for piece in pieces:
                         sink.write(change(tensor, piece).data)
+
+
+def _pieces(path: Path, stream: IO[bytes], tensor: Tensor) -> Iterator[Bytes]:
+    """The bytes of a tensor; not mapped, for a file cut off meanwhile would end the process."""
+    for start in range(0, tensor.nbytes, PIECE):
+        size = min(PIECE, tensor.nbytes - start)
+        with _reading(path):
+            piece = np.frombuffer(stream.read(size), np.uint8)
+            if piece.size < size:
+                raise ValueError(f"{tensor.name} ends {size - piece.size} bytes too early")
+        yield piece
 
 
 def _tensor(member: zipfile.ZipInfo, stream: IO[bytes]) -> Tensor:

@@ -63,8 +63,8 @@ def npy(name: str, stream: IO[bytes], size: int) -> Tensor:
     return Tensor(name, str(dtype), shape, number, dtype.kind in "biuSUmM", offset, nbytes)
 
 
-def safetensors(path: Path) -> list[Tensor]:
-    """The tensors of a .safetensors file, in the order of their bytes.
+def safetensors(path: Path, stream: IO[bytes]) -> list[Tensor]:
+    """The tensors of a .safetensors file, open at its start, in the order of their bytes.
 
     Raises:
         Exception: whatever the safetensors library makes of a damaged file.
@@ -73,10 +73,9 @@ def safetensors(path: Path) -> list[Tensor]:
         from safetensors import safe_open
     except ImportError:
         raise need_extra("safetensors") from None
-    with path.open("rb") as stream:
-        with safe_open(path, framework="np"):  # which checks all that is relied on below
-            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-        first = stream.tell()
+    with safe_open(path, framework="np"):  # which checks all that is relied on below
+        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+    first = stream.tell()
     entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
     tensors = [_tensor(name, entry, first) for name, entry in entries.items()]
     return sorted(tensors, key=lambda tensor: (tensor.offset, tensor.nbytes))

@@ -16,8 +16,8 @@ from typing import IO
 def appearing(out: Path) -> Iterator[Path]:
     """A path to create a file or folder at, which is renamed to ``out`` at the end.
 
-    On an error or signal nothing is left behind. Whoever uses it calls `to_disk` on what it has
-    written.
+    On an error or signal nothing is left behind. Whoever uses it sees to it that what it has
+    written is on the disk: by `created`, or by `to_disk`.
     """
     with _terminable(), tempfile.TemporaryDirectory(dir=out.parent, prefix=".gradclip-") as folder:
         new = Path(folder) / out.name
@@ -28,18 +28,31 @@ def appearing(out: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
-    """Let SIGTERM clean up, as Ctrl-C does: a batch system ends a job by it."""
-    before = signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
+    """Let signals that end a job (a batch system's, a lost terminal's) clean up, as Ctrl-C does."""
+    # Under nohup a signal is ignored, and stays so.
+    ending = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is signal.SIG_DFL]
+    for number in ending:
+        signal.signal(number, lambda number, _frame: sys.exit(128 + number))
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number in ending:
+            signal.signal(number, signal.SIG_DFL)
 
 
-def create_like(path: Path, model: Path) -> IO[bytes]:
-    """Open a new file that is no more readable to others than ``model`` is."""
-    mode = model.stat().st_mode & 0o777
-    return open(path, "xb", opener=lambda name, flags: os.open(name, flags, mode))
+@contextlib.contextmanager
+def created(path: Path, like: Path, replaced: Path | None = None) -> Iterator[IO[bytes]]:
+    """Write a new file, which is on the disk at the end.
+
+    It is no more readable to others than ``like`` is; or, exactly, as ``replaced`` is.
+    """
+    mode = like.stat().st_mode & 0o777
+    with open(path, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+        if replaced:
+            os.fchmod(file.fileno(), replaced.stat().st_mode & 0o777)
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def to_disk(path: Path) -> None:

@@ -27,8 +27,9 @@ from typing import Any
 
 from gradclip.cli import env
 from gradclip.cli._cases import CASES, Bar, Case, Fresh, Turns
-from gradclip.cli._console import CliError, console, need_extra, print_json, print_table, progress
+from gradclip.cli._console import CliError, need_extra, print_json, print_table, progress
 from gradclip.cli._contenders import Call
+from gradclip.cli._regular import other
 from gradclip.kernels.cpu import threads
 
 EXAMPLE = "gradclip bench --case clip small-clip"
@@ -59,11 +60,10 @@ def run(args: argparse.Namespace) -> int:
         raise CliError("--quick measures nothing to keep; leave out --csv")
     if find_spec("ml_dtypes") is None:
         raise need_extra("ml_dtypes")
-    # What cannot be written or printed in the end is found out now.
-    if args.csv:
+    if args.csv:  # what cannot be written in the end is found out now
+        if what := other(args.csv):
+            raise CliError(f"{args.csv} is {what}; --csv appends to regular files")
         args.csv.open("a").close()
-    if not args.json:
-        console()
     names = [name for name in CASES if not args.case or name in args.case]
     about = machine()
     rows: list[Row] = []

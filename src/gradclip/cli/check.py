@@ -16,7 +16,7 @@ import numpy as np
 
 from gradclip import IndexedSlices
 from gradclip.cli import _referee
-from gradclip.cli._console import console, need_extra, print_json, print_table, progress
+from gradclip.cli._console import need_extra, print_json, print_table, progress
 from gradclip.cli._referee import Array, Leaf, Truth
 from gradclip.cli._systems import Clip, RefusedError, System, systems
 
@@ -40,8 +40,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check every system on every list."""
-    if not args.json:
-        console()  # what cannot be printed in the end is found out now
     lists = hard_lists(27 if args.large else 24)
     found, missing = systems()
     results: list[Result] = []

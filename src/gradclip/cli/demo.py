@@ -27,6 +27,8 @@ import numpy.typing as npt
 
 import gradclip
 from gradclip.cli._console import CliError, need_extra, print_json, print_table, progress
+from gradclip.cli._regular import other
+from gradclip.cli._whole import appearing, to_disk
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -288,19 +290,17 @@ def figures(result: Run, clip_norm: float) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """Hand out a new file beside ``path``, which takes its place at the end or vanishes."""
-    if path.suffix.lower() != ".png" or path.is_dir():
+    """Hand out a new file, which takes the place of ``path`` at the end or vanishes."""
+    if path.suffix.lower() != ".png":
         raise CliError(f"--out {path}: name a file that ends in .png")
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    if what := other(path):
+        raise CliError(f"--out {path} is {what}; only regular files are replaced")
     try:
-        unfinished.touch(exist_ok=False)
-        yield unfinished
-        unfinished.replace(path)
+        with appearing(Path(os.path.realpath(path))) as new:
+            yield new
+            to_disk(new)
     except OSError as error:
-        raise CliError(f"cannot write {path}: {error.strerror}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            unfinished.unlink()
+        raise CliError(f"cannot write {path}: {error.strerror or error}") from None
 
 
 def _blank_figure() -> Figure:

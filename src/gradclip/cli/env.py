@@ -65,6 +65,7 @@ def facts() -> dict[str, Any]:
         "system": platform.platform(),
         "processor": _processor(),
         "kernel": cpu.kernel(),
+        "why_numpy": cpu.why_numpy(),
         "kernels": _kernels(),
         "xla_calls_kernel": bool(cpu.xla_handlers()),
         "threads": threads,
@@ -112,7 +113,8 @@ def _rows(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "system", facts["system"]
     yield "processor", facts["processor"]
     if facts["kernel"] == "numpy":
-        yield "kernel", "the C kernel was not built: NumPy does its work, with the same bits"
+        why = facts["why_numpy"]
+        yield "kernel", f"the C kernel {why}: NumPy does its work, with the same bits"
     else:
         yield "kernel", f"{facts['kernel']} (of {', '.join(facts['kernels'])})"
     if facts["xla_calls_kernel"]:

@@ -1,7 +1,8 @@
 """Print the norm of each tensor in some files, and the global norm of all of them together.
 
-FILE is .npy, .npz, .safetensors, or the .safetensors.index.json of a model in several files.
-Each is read once, in pieces, so it may be larger than memory. Norms are correctly rounded: to
+FILE is .npy, .npz, .safetensors, or the .safetensors.index.json of a model in several files, or a
+folder with such an index or with one .safetensors file in it. Each is read once, whatever its
+names, and in pieces, so it may be larger than memory. Norms are correctly rounded: to
 float64 if a tensor is float64 or complex128, else to float32. "share" is a tensor's part of the
 square of the global norm, "largest" the largest finite |x|. Tensors of integers or text are listed
 but not counted; nor is |V2, as which NumPy saves bfloat16 to .npy and .npz.
@@ -19,7 +20,7 @@ import numpy.typing as npt
 
 from gradclip._clip import Survey, survey, together
 from gradclip.cli._console import CliError, print_json, print_table, printable, progress, size
-from gradclip.cli._files import TensorFile, open_files
+from gradclip.cli._files import Again, TensorFile, check_unchanged, given_path, open_once
 from gradclip.cli._headers import Tensor
 
 EXAMPLE = "gradclip norm gradients.npz model.safetensors.index.json"
@@ -62,17 +63,16 @@ class Row(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of ``gradclip norm``."""
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    parser.add_argument("files", nargs="+", type=given_path, metavar="FILE")
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure the files."""
-    files = [file for path in args.files for file in open_files(path)]
-    _check_once(files)
+    files, again = open_once(args.files)
     rows = measure(files, "measuring")
     everything = combined(row.measured for row in rows if row.measured)
     if args.json:
-        print_json(_report(rows, everything))
+        print_json(_report(rows, everything, again))
     else:
         _print(rows, everything, len(files))
     return 0
@@ -82,13 +82,14 @@ def measure(files: Sequence[TensorFile], label: str) -> list[Row]:
     """Read every tensor once.
 
     Raises:
-        CliError: a file is damaged, or GRADCLIP_NUM_THREADS is no number.
+        CliError: a file is damaged or changes, or GRADCLIP_NUM_THREADS is no number.
     """
     rows = []
     with progress(label, sum(file.nbytes for file in files)) as advance:
         for file in files:
             for tensor, _, pieces in file.walk():
                 rows.append(Row(file.path, tensor, _measure(tensor, pieces, advance)))
+    check_unchanged(files)
     return rows
 
 
@@ -131,15 +132,6 @@ def _look(array: npt.NDArray[Any]) -> Measured:
     return Measured(found, largest, nans, infs)
 
 
-def _check_once(files: Sequence[TensorFile]) -> None:
-    seen = set()
-    for file in files:
-        place = file.path.resolve()
-        if place in seen:
-            raise CliError(f"{file.path} is given twice, by itself or by an index, and counts once")
-        seen.add(place)
-
-
 def _share(part: Measured, whole: Measured) -> float | None:
     """The part of the square of the global norm; None if that is 0, NaN or inf."""
     if whole.nans or whole.infs or not whole.survey.square:
@@ -147,25 +139,29 @@ def _share(part: Measured, whole: Measured) -> float | None:
     return part.survey.square / whole.survey.square
 
 
-def _report(rows: Sequence[Row], everything: Measured) -> dict[str, Any]:
+def _report(rows: Sequence[Row], everything: Measured, again: Sequence[Again]) -> dict[str, Any]:
     return {
-        **_figures(everything),
-        "tensors": [
-            {
-                "file": str(row.file),
-                "name": row.tensor.name,
-                "dtype": row.tensor.dtype,
-                "shape": row.tensor.shape,
-                "counted": row.measured is not None,
-                **(_figures(row.measured) if row.measured else {}),
-                **({"share": _share(row.measured, everything)} if row.measured else {}),
-            }
-            for row in rows
-        ],
+        **figures(everything),
+        "tensors": [described(row, everything) for row in rows],
+        "given_again": [{"file": str(file), "same_as": str(first)} for file, first in again],
     }
 
 
-def _figures(found: Measured) -> dict[str, Any]:
+def described(row: Row, everything: Measured) -> dict[str, Any]:
+    """All about a tensor, for JSON."""
+    return {
+        "file": str(row.file),
+        "name": row.tensor.name,
+        "dtype": row.tensor.dtype,
+        "shape": row.tensor.shape,
+        "counted": row.measured is not None,
+        **(figures(row.measured) if row.measured else {}),
+        **({"share": _share(row.measured, everything)} if row.measured else {}),
+    }
+
+
+def figures(found: Measured) -> dict[str, Any]:
+    """What was found, for JSON."""
     return {
         "norm": float(found.norm),
         "norm_dtype": found.norm.dtype.name,

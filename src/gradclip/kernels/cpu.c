@@ -114,22 +114,27 @@ static inline uint16_t bfloat_of(float x) {
 
 /* ---- the block loops, once for each set of instructions ---- */
 
+#define AVX512 "avx2,fma,f16c,avx512f,avx512dq,avx512bw,avx512vl"
 #if defined(__clang__)
 #define TARGET_BEGIN_(text) _Pragma(#text)
 #define TARGET_BEGIN(flags) \
     TARGET_BEGIN_(clang attribute push(__attribute__((target(flags))), apply_to = function))
 #define TARGET_END _Pragma("clang attribute pop")
+#define TARGET_AVX512 TARGET_BEGIN(AVX512)
 #elif defined(__GNUC__)
 #define TARGET_BEGIN_(text) _Pragma(#text)
 #define TARGET_BEGIN(flags) _Pragma("GCC push_options") TARGET_BEGIN_(GCC target(flags))
 #define TARGET_END _Pragma("GCC pop_options")
+/* Clang takes whole vectors by itself, and would drop all of the flags for one it does not know. */
+#define TARGET_AVX512 TARGET_BEGIN(AVX512) TARGET_BEGIN_(GCC target("prefer-vector-width=512"))
 #endif
 
 /* Each copy of the loops has NAME(x), to give it its own names; SQUARE_ADD(v, sum), by fma where
  * that is one instruction; and CONVERT_HALVES and CONVERT_TO_HALVES, which convert as many float16
- * as they can and return how many. */
+ * as they can and return how many. The squares are exact, so fma makes no difference but in time;
+ * Clang makes no vectors of a sum by fma. */
 #define NAME(x) x##_baseline
-#if defined(__FP_FAST_FMA)
+#if defined(__FP_FAST_FMA) && !defined(__clang__)
 #define SQUARE_ADD(v, sum) fma(v, v, sum)
 #else
 #define SQUARE_ADD(v, sum) ((sum) + (v) * (v))
@@ -145,6 +150,7 @@ static inline uint16_t bfloat_of(float x) {
 #if defined(__x86_64__) && defined(TARGET_BEGIN)
 /* Intrinsics, as compilers do not find this instruction in a loop, and without it float16 takes
  * four times as long to scale. */
+#include <cpuid.h>
 #include <immintrin.h>
 
 TARGET_BEGIN("avx2,f16c")
@@ -166,7 +172,11 @@ static int convert_to_halves(const float *x, int n, uint16_t *out) {
 }
 TARGET_END
 
+#if defined(__clang__)
+#define SQUARE_ADD(v, sum) ((sum) + (v) * (v))
+#else
 #define SQUARE_ADD(v, sum) __builtin_fma(v, v, sum)
+#endif
 #define CONVERT_HALVES convert_halves
 #define CONVERT_TO_HALVES convert_to_halves
 TARGET_BEGIN("avx2,fma,f16c")
@@ -174,7 +184,7 @@ TARGET_BEGIN("avx2,fma,f16c")
 #include "cpu_blocks.h"
 #undef NAME
 TARGET_END
-TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512dq,avx512bw,avx512vl,prefer-vector-width=512")
+TARGET_AVX512
 #define NAME(x) x##_avx512
 #include "cpu_blocks.h"
 #undef NAME
@@ -197,9 +207,11 @@ enum { KERNEL_COUNT = sizeof KERNELS / sizeof KERNELS[0] };
 
 static int processor_has(const char *name) {
 #if defined(__x86_64__) && defined(TARGET_BEGIN)
+    unsigned a, b, c = 0, d;
     __builtin_cpu_init();
+    /* Clang's function does not know f16c, which needs no more of the system than avx2 does. */
     int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-               __builtin_cpu_supports("f16c");
+               __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
     if (!strcmp(name, "avx2")) return avx2;
     if (!strcmp(name, "avx512"))
         return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
@@ -290,9 +302,10 @@ static int next_block(list_t *list, walk_t *walk) {
 }
 
 /* Copy elements between a contiguous block and their places in a strided leaf. */
-static void move_strided(const leaf_t *leaf, int64_t begin, int64_t length, char *block,
+static void move_strided(const leaf_t *leaf, int64_t begin, int64_t length, void *room,
                          int into_leaf) {
     enum { MAX_NDIM = 66 };
+    char *block = room;
     int64_t size = item_size(leaf->kind), index[MAX_NDIM];
     int last = leaf->ndim - 1;
     char *at = leaf->data;

@@ -84,4 +84,7 @@ const char *kernel_name(void);
 /* Ends with NULL; widest first; only those that this processor has. */
 const char *const *kernel_names(void);
 
+/* Try the kernel in use: NULL, or what it gets wrong. */
+const char *trial_fault(void);
+
 #endif

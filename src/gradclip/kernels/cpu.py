@@ -17,9 +17,18 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from gradclip.kernels import plain
 
+_why_numpy: str | None = None  # why the C kernel is not in use
 try:
-    from gradclip.kernels import _cpu
-except ImportError:
+    import gradclip.kernels._cpu as _cpu  # noqa: PLR0402  (which tells not built from not loaded)
+except ModuleNotFoundError:
+    _why_numpy = "was not built"
+except ImportError as _error:
+    _why_numpy = f"cannot be loaded ({_error})"
+else:
+    _fault = _cpu.fault()
+    if _fault is not None:
+        _why_numpy = f"gets {_fault} wrong on this machine"
+if _why_numpy is not None:
     _cpu = None  # type: ignore[assignment]
 
 # Handing work to a thread that sleeps takes 60 us, in which one thread reads about 2 MB.
@@ -49,6 +58,12 @@ class Leaves(Protocol):
     def spans(self) -> bytes | None:
         """Of each leaf its address, size and kind, as int64; None if one is not in one run."""
 
+    def crowded(self) -> list[tuple[int, int, int, tuple[tuple[int, int], ...]]] | None:
+        """None where it is seen that leaves to be written lie apart, or none is to be written.
+
+        Else of each that has elements its number, and its `layout.Layout`.
+        """
+
     def rewind(self) -> None:
         """Start over: before each walk."""
 
@@ -74,14 +89,21 @@ def kernel() -> str:
     return "numpy" if _cpu is None else _cpu.kernel()
 
 
+def why_numpy() -> str | None:
+    """Why the C kernel is not in use: what can be said of it; None where it is."""
+    return _why_numpy
+
+
 def take(arrays: list[Any], decode: list[bytes | None] | None, *, writable: bool) -> Leaves | None:
     """Hold the memory of arrays, or None where one of them needs care first.
+
+    None too where they have more elements, a complex one counted as two, than an int64 counts.
 
     With ``decode`` None only native NumPy dtypes are taken. Else it has an entry for each array:
     uint16 arrays are bfloat16, uint8 arrays are codes for the 256 float32 values in the entry.
     """
     if _cpu is None:
-        _warn_once()
+        warn_once()
         return plain.take(arrays, writable, decode)
     return _cpu.take(arrays, writable, decode)
 
@@ -108,20 +130,22 @@ def take_tensors(
 _warned = False
 
 
-def _warn_once() -> None:
+def warn_once() -> None:
+    """Say that the C kernel is not in use, and why, at the first call."""
     global _warned
     if not _warned:
         _warned = True
         warnings.warn(
-            "gradclip's C kernel was not built, so NumPy does its work: the same bits, slower. "
-            "Reinstall gradclip where a C compiler is found.",
+            f"gradclip's C kernel {_why_numpy}, so NumPy or XLA does its work: the same bits, "
+            "slower. Install gradclip again where a C compiler is found, without CFLAGS: "
+            "`pip install --force-reinstall --no-cache-dir -v gradclip` shows what it says.",
             RuntimeWarning,
             stacklevel=2,
         )
 
 
 def xla_handlers() -> dict[str, Any]:
-    """What XLA may call, as capsules; nothing where the C kernel was not built."""
+    """What XLA may call, as capsules; nothing where the C kernel is not in use."""
     return {} if _cpu is None else _cpu.xla_handlers()
 
 

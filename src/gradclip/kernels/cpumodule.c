@@ -19,6 +19,7 @@ typedef struct {
     leaf_t *leaves;
     PyObject *decode;  /* keeps the tables alive that leaves point to */
     int has_f64;
+    int crowded;       /* if leaves to be written reach into each other's memory */
 } Leaves;
 
 /* ---- taking arrays ---- */
@@ -70,18 +71,28 @@ typedef struct {
     int64_t unit; /* bytes that a stride of 1 stands for */
 } array_t;
 
+/* 0 and how many real numbers an array has, or -1 if int64 cannot count them. */
+static int count_numbers(const array_t *array, int64_t *size) {
+    *size = array->parts;
+    for (int64_t d = 0; d < array->ndim; d++)
+        if (!array->shape[d]) *size = 0;
+    for (int64_t d = 0; *size && d < array->ndim; d++)
+        if (__builtin_mul_overflow(*size, array->shape[d], size)) return -1;
+    return 0;
+}
+
 /* Lay out an array as few dimensions as possible, in the order of memory. The order in which
- * elements are visited is free, so a negative stride is turned round. Returns 0, or -1 where
- * elements share memory and the leaf is to be written. */
+ * elements are visited is free, so a negative stride is turned round. Returns 0, or -1 where there
+ * are too many elements, or where some share memory and the leaf is to be written. */
 static int lay_out(const array_t *array, leaf_t *leaf, int writable, int64_t *geometry) {
     dimension_t dims[MOST_DIMENSIONS + 2];
     int ndim = 0, parts = array->parts;
     int64_t item = item_size(leaf->kind), span = item * parts;
     leaf->data = array->data;
-    leaf->size = parts;
+    if (count_numbers(array, &leaf->size) < 0) return -1;
+    if (!leaf->size) return 0;
     for (int64_t d = 0; d < array->ndim; d++) {
         int64_t length = array->shape[d], stride = array->strides[d] * array->unit;
-        leaf->size *= length;
         if (length == 1) continue;
         if (stride < 0) {
             leaf->data += (length - 1) * stride;
@@ -89,7 +100,6 @@ static int lay_out(const array_t *array, leaf_t *leaf, int writable, int64_t *ge
         }
         dims[ndim++] = (dimension_t){length, stride};
     }
-    if (!leaf->size) return 0;
     qsort(dims, (size_t)ndim, sizeof *dims, by_stride);
     for (int d = ndim - 1; d >= 0 && writable; d--) {
         if (dims[d].stride < span) return -1;
@@ -124,24 +134,95 @@ static int same_memory(const leaf_t *a, const leaf_t *b) {
     return !bytes || (!memcmp(a->shape, b->shape, bytes) && !memcmp(a->strides, b->strides, bytes));
 }
 
-/* A leaf that lists the memory of an earlier one again is left with no elements of its own. */
-static int drop_repeats(leaf_t *leaves, int64_t count) {
-    size_t slots = 16;
-    while (slots < (size_t)count * 2) slots *= 2;
-    int64_t *table = calloc(slots, sizeof *table); /* index + 1; 0 is an empty slot */
-    if (!table) return -1;
+/* ---- leaves that share memory ---- */
+
+/* A leaf, small: to visit the leaves themselves in another order than they are in takes long. */
+typedef struct {
+    uint64_t address;
+    uint32_t leaf;
+    uint32_t bytes; /* from the first to the last; MANY: ask the leaf */
+} place_t;
+
+static const uint32_t MANY = UINT32_MAX;
+
+/* Sort what is nearly in order, as memory that was taken in one go is. Returns 0 if it is not;
+ * what has the same address stays in its order in any case. */
+static int sort_by_insertion(place_t *places, int64_t count) {
+    int64_t moves = count / 8 + 512;
+    for (int64_t i = 1; i < count; i++) {
+        place_t place = places[i];
+        int64_t at = i;
+        for (; at && places[at - 1].address > place.address && moves; at--, moves--)
+            places[at] = places[at - 1];
+        places[at] = place;
+    }
+    return moves > 0;
+}
+
+/* Sort by some bits after the other, the lowest first; returns where the result is. */
+static place_t *sort_by_digits(place_t *places, place_t *spare, int64_t count) {
+    enum { MOST_BITS = 11 };
+    int bits = count < 1024 ? 8 : MOST_BITS;
+    uint64_t differ = 0, mask = ((uint64_t)1 << bits) - 1;
+    for (int64_t i = 1; i < count; i++) differ |= places[i].address ^ places[0].address;
+    for (int shift = __builtin_ctzll(differ); shift < 64 && differ >> shift; shift += bits) {
+        int64_t begin[(1 << MOST_BITS) + 1];
+        memset(begin, 0, (mask + 2) * sizeof *begin);
+        for (int64_t i = 0; i < count; i++) begin[(places[i].address >> shift & mask) + 1]++;
+        for (uint64_t digit = 1; digit <= mask; digit++) begin[digit] += begin[digit - 1];
+        for (int64_t i = 0; i < count; i++)
+            spare[begin[places[i].address >> shift & mask]++] = places[i];
+        place_t *sorted = spare;
+        spare = places;
+        places = sorted;
+    }
+    return places;
+}
+
+/* From the first byte of a leaf to behind the last. */
+static uint64_t extent(const leaf_t *leaf) {
+    int64_t item = item_size(leaf->kind), bytes = leaf->ndim ? item : leaf->size * item;
+    for (int d = 0; d < leaf->ndim; d++) bytes += (leaf->shape[d] - 1) * leaf->strides[d];
+    return (uint64_t)bytes;
+}
+
+/* Leave a leaf that lists the memory of an earlier one again with no elements of its own. Returns
+ * if others reach into each other's memory. */
+static int drop_repeats(leaf_t *leaves, const place_t *places, int64_t count) {
+    const place_t *first = places; /* of those at one address */
+    uint64_t end = 0;
+    int crowded = 0;
+    for (const place_t *place = places; place < places + count; place++) {
+        if (place->address != first->address) {
+            first = place;
+        } else if (place != first && same_memory(&leaves[first->leaf], &leaves[place->leaf])) {
+            leaves[place->leaf].size = 0;
+            continue;
+        }
+        crowded |= place->address < end;
+        uint64_t bytes = place->bytes == MANY ? extent(&leaves[place->leaf]) : place->bytes;
+        end = place->address + bytes; /* the furthest yet, where none are crowded */
+    }
+    return crowded;
+}
+
+/* Look for memory that is listed twice. Returns if leaves reach into each other's, or -1 if there
+ * is no memory for it. */
+static int find_repeats(leaf_t *leaves, int64_t count) {
+    place_t *places = malloc(2 * ((size_t)count + 1) * sizeof *places), *sorted = places;
+    if (!places) return -1;
+    int64_t filled = 0;
     for (int64_t i = 0; i < count; i++) {
         if (!leaves[i].size) continue;
-        size_t slot = ((uintptr_t)leaves[i].data >> 4) * (size_t)0x9E3779B97F4A7C15 & (slots - 1);
-        while (table[slot] && !same_memory(&leaves[table[slot] - 1], &leaves[i]))
-            slot = (slot + 1) & (slots - 1);
-        if (table[slot])
-            leaves[i].size = 0;
-        else
-            table[slot] = i + 1;
+        uint64_t bytes = extent(&leaves[i]);
+        places[filled++] = (place_t){(uintptr_t)leaves[i].data, (uint32_t)i,
+                                     bytes < MANY ? (uint32_t)bytes : MANY};
     }
-    free(table);
-    return 0;
+    if (!sort_by_insertion(places, filled))
+        sorted = sort_by_digits(places, places + filled, filled);
+    int crowded = drop_repeats(leaves, sorted, filled);
+    free(places);
+    return crowded;
 }
 
 /* ---- PyTorch's C interface ---- */
@@ -200,22 +281,27 @@ static Leaves *new_leaves(Py_ssize_t count) {
     return NULL;
 }
 
-/* List the leaves that are laid out. Returns -1 if memory runs out. */
+enum { NO_MEMORY = -1, TOO_MANY = -2 };
+
+/* List the leaves that are laid out. Returns 0, NO_MEMORY, or TOO_MANY elements to be counted. */
 static int list_leaves(Leaves *self, Py_ssize_t count, int writable) {
-    if (writable && drop_repeats(self->leaves, count) < 0) return -1;
+    self->crowded = writable ? find_repeats(self->leaves, count) : 0;
+    if (self->crowded < 0) return NO_MEMORY;
     self->list.leaves = self->leaves;
     self->list.count = count;
     for (Py_ssize_t i = 0; i < count; i++) {
         self->has_f64 |= self->leaves[i].kind == F64;
         self->leaves[i].first = self->list.size;
-        self->list.size += self->leaves[i].size;
+        if (__builtin_add_overflow(self->list.size, self->leaves[i].size, &self->list.size))
+            return TOO_MANY;
     }
     return 0;
 }
 
 PyDoc_STRVAR(take_doc,
 "take(arrays, writable, decode)\n--\n\n"
-"Hold the memory of a list of arrays, or return None if one of them needs care.\n\n"
+"Hold the memory of a list of arrays, or return None if one of them needs care, or all have more\n"
+"elements than int64 counts.\n\n"
 "decode is None where the arrays come from a user: then only objects of one type are taken, and\n"
 "only float16, float32, float64, complex64 and complex128. Else it has an entry for each array: a uint16 array is\n"
 "bfloat16, and a uint8 array holds codes whose 256 float32 values the entry gives as bytes.\n"
@@ -276,7 +362,10 @@ static PyObject *take(PyObject *module, PyObject *args) {
         if (lay_out(&array, leaf, writable, geometry) < 0) goto careful;
         geometry += 2 * (buffer->ndim + 1);
     }
-    if (list_leaves(self, count, writable) < 0) goto memory;
+    switch (list_leaves(self, count, writable)) {
+    case NO_MEMORY: goto memory;
+    case TOO_MANY: goto careful;
+    }
     return (PyObject *)self;
 careful:
     Py_DECREF(self);
@@ -377,7 +466,8 @@ enum { AHEAD = 8 };
 
 PyDoc_STRVAR(take_tensors_doc,
 "take_tensors(tensors, writable, type, index)\n--\n\n"
-"Hold the memory of torch.Tensor objects, or return None if one of them needs care.\n\n"
+"Hold the memory of torch.Tensor objects, or return None if one of them needs care, or all have\n"
+"more elements than int64 counts.\n\n"
 "Only float16, bfloat16, float32, float64, complex64 and complex128 are taken, on the device of\n"
 "this type and index, of which only spans() is for others than the CPU: type -1.\n"
 "With writable, memory that is listed twice counts once.");
@@ -415,7 +505,10 @@ static PyObject *take_tensors(PyObject *module, PyObject *args) {
         if (lay_out(&arrays[i], &self->leaves[i], writable, geometry) < 0) goto careful;
         geometry += 2 * (arrays[i].ndim + 1);
     }
-    if (list_leaves(self, count, writable) < 0) goto memory;
+    switch (list_leaves(self, count, writable)) {
+    case NO_MEMORY: goto memory;
+    case TOO_MANY: goto careful;
+    }
     free(arrays);
     return (PyObject *)self;
 careful:
@@ -583,11 +676,11 @@ static PyObject *leaves_scale(Leaves *self, PyObject *args) {
 }
 
 static PyObject *leaves_get_nbytes(Leaves *self, void *unused) {
-    int64_t nbytes = 0;
+    uint64_t nbytes = 0; /* where it runs over, an array is broadcast: no memory has so many */
     (void)unused;
     for (int64_t i = 0; i < self->list.count; i++)
-        nbytes += self->leaves[i].size * item_size(self->leaves[i].kind);
-    return PyLong_FromLongLong(nbytes);
+        nbytes += (uint64_t)self->leaves[i].size * (uint64_t)item_size(self->leaves[i].kind);
+    return PyLong_FromUnsignedLongLong(nbytes);
 }
 
 static PyObject *leaves_get_has_f64(Leaves *self, void *unused) {
@@ -613,7 +706,41 @@ static PyObject *leaves_spans(Leaves *self, PyObject *unused) {
     return bytes;
 }
 
+/* The dimensions of a leaf, outermost first: pairs of a stride in bytes and a length. */
+static PyObject *steps_of(const leaf_t *leaf) {
+    int ndim = leaf->ndim ? leaf->ndim : 1;
+    PyObject *steps = PyTuple_New(ndim);
+    for (int d = 0; steps && d < ndim; d++) {
+        long long stride = leaf->ndim ? leaf->strides[d] : item_size(leaf->kind);
+        long long length = leaf->ndim ? leaf->shape[d] : leaf->size;
+        PyObject *step = Py_BuildValue("LL", stride, length);
+        if (!step || PyTuple_SetItem(steps, d, step) < 0) Py_CLEAR(steps);
+    }
+    return steps;
+}
+
+static PyObject *leaves_crowded(Leaves *self, PyObject *unused) {
+    (void)unused;
+    if (!self->crowded) Py_RETURN_NONE;
+    PyObject *list = PyList_New(0);
+    for (int64_t i = 0; list && i < self->list.count; i++) {
+        const leaf_t *leaf = &self->leaves[i];
+        if (!leaf->size) continue;
+        PyObject *steps = steps_of(leaf);
+        PyObject *entry = steps ? Py_BuildValue("LKLN", (long long)i,
+                                                (unsigned long long)(uintptr_t)leaf->data,
+                                                (long long)item_size(leaf->kind), steps)
+                                : NULL;
+        if (!entry || PyList_Append(list, entry) < 0) Py_CLEAR(list);
+        Py_XDECREF(entry);
+    }
+    return list;
+}
+
 static PyMethodDef leaves_methods[] = {
+    {"crowded", (PyCFunction)leaves_crowded, METH_NOARGS,
+     "crowded(): None; or, where leaves to be written reach into each other's memory, of each that\n"
+     "has elements its number, address, bytes of an element, and (stride, length) of dimensions."},
     {"spans", (PyCFunction)leaves_spans, METH_NOARGS,
      "spans(): of each leaf its address, size and kind, as int64; None if one is not in one run."},
     {"rewind", (PyCFunction)leaves_rewind, METH_NOARGS,
@@ -882,6 +1009,13 @@ static PyObject *py_xla_handlers(PyObject *module, PyObject *unused) {
     return handlers;
 }
 
+static PyObject *py_fault(PyObject *module, PyObject *unused) {
+    (void)module, (void)unused;
+    const char *fault = trial_fault();
+    if (!fault) Py_RETURN_NONE;
+    return PyUnicode_FromString(fault);
+}
+
 static PyMethodDef methods[] = {
     {"xla_handlers", py_xla_handlers, METH_NOARGS, "What XLA may call: capsules by their names."},
     {"take", take, METH_VARARGS, take_doc},
@@ -890,6 +1024,7 @@ static PyMethodDef methods[] = {
     {"leave_team", leave_team, METH_NOARGS, "Ask no thread of PyTorch any more."},
     {"set_ieee", set_ieee, METH_NOARGS, set_ieee_doc},
     {"set_arithmetic", set_arithmetic, METH_O, set_arithmetic_doc},
+    {"fault", py_fault, METH_NOARGS, "Try the kernel in use: None, or what it gets wrong."},
     {"kernel", py_kernel, METH_NOARGS, "The kernel in use."},
     {"kernels", py_kernels, METH_NOARGS, "The kernels this processor can run, widest first."},
     {"choose_kernel", py_choose_kernel, METH_VARARGS, "Use the kernel of this name."},

@@ -34,10 +34,11 @@ SCALE = tl.constexpr(1)
 FILL = tl.constexpr(2)
 
 # What becomes of the elements where the norm is NaN or inf.
-POLICIES = {"nan": 0, "zero": 1, "keep": 2, "raise": 2, "torch": 3}
+POLICIES = {"nan": 0, "zero": 1, "keep": 2, "raise": 2, "torch": 3, "skip": 4}
 _NAN = tl.constexpr(0)
 _ZERO = tl.constexpr(1)
 _TORCH = tl.constexpr(3)  # as its factor: NaN makes all NaN; inf makes what is finite 0
+_SKIP = tl.constexpr(4)  # as to keep, and in an optimizer's books the step is not taken
 
 # Where a scalar is: nowhere, in the argument itself as bits of float64, or at an address.
 NONE, BITS, AT_F32, AT_F64 = 0, 1, 2, 3
@@ -543,19 +544,43 @@ def _unscaled(significand, exponent, scale, WIDE: tl.constexpr):
 
 
 @triton.jit
-def _enter(ledger, factor_at, begins, folds, scale, action, factor):
-    """Keep an optimizer's books; 1 where it divides by the factor itself, as it steps."""
+def _begin(ledger):
+    """Note how an optimizer's books stand before a step: it may be taken back, or skipped."""
+    tl.store(_word(ledger, 6), tl.load(_word(ledger, 0)))
+    tl.store(_word(ledger, 7), tl.load(_word(ledger, 1)))
+    tl.store(_word(ledger, 8), tl.load(_word(ledger, 2)))
+    tl.store(_word(ledger, 9), tl.load(_word(ledger, 4)))
+    tl.store(_at(ledger + 40, tl.float32), 0.0)
+    tl.debug_barrier()
+
+
+@triton.jit
+def _skip(ledger):
+    """Have an optimizer take no step, and say so in its books."""
+    tl.store(_word(ledger, 0), tl.load(_word(ledger, 6)))
+    tl.store(_word(ledger, 1), tl.load(_word(ledger, 7)))
+    tl.store(_word(ledger, 2), tl.load(_word(ledger, 8)))
+    tl.store(_word(ledger, 4), tl.load(_word(ledger, 9)) + 1)
+    tl.store(_at(ledger + 40, tl.float32), 1.0)
+
+
+@triton.jit
+def _enter(ledger, begins, above):
+    """Keep an optimizer's books of a step that is taken."""
     steps = tl.load(_word(ledger, 0)) + begins
     tl.store(_word(ledger, 0), steps)
-    if (action == SCALE) & (tl.load(_word(ledger, 2)) < steps):
+    if above & (tl.load(_word(ledger, 2)) < steps):
         tl.store(_word(ledger, 1), tl.load(_word(ledger, 1)) + 1)
         tl.store(_word(ledger, 2), steps)
-    tl.store(_float_word(factor_at, 0), tl.where(action == KEEP, 1.0, factor))
+
+
+@triton.jit
+def _folded(ledger, folds, scale, action, factor):
+    """Say what a fused optimizer is to divide by; 1 where the factor is in it."""
     # Where the divisor is too large for float32, elements are scaled.
     divisor = scale / tl.where(factor > 0, factor, 4.9406564584124654e-324)
     divides = (folds > 0) & (action == SCALE) & (divisor < 3.4028234663852886e38)
-    divisor = tl.where(divides, divisor, scale).to(tl.float32)
-    tl.store(_at(ledger + 24, tl.float32), divisor)
+    tl.store(_at(ledger + 24, tl.float32), tl.where(divides, divisor, scale).to(tl.float32))
     return divides
 
 
@@ -570,6 +595,8 @@ def _finish(
         scale = tl.load(_at(scale_at, tl.float32)).to(tl.float64)
     significand, exponent = _unscaled(significand, exponent, scale, WIDE)
     action, factor, shift = _decide(significand, exponent, limit, policy)
+    if (ledger != 0) & (begins > 0):
+        _begin(ledger)
     steps = True  # unless a GradScaler has found an inf: then the optimizer does nothing
     if found_inf_at != 0:
         steps = tl.load(_at(found_inf_at, tl.float32)) == 0
@@ -581,11 +608,20 @@ def _finish(
             tl.store(_at(norm_at, tl.float32), norm.to(tl.float32))
         if ledger != 0:
             whole = _joined(factor, shift)
-            divides = _enter(ledger, factor_at, begins, folds, scale, action, whole)
+            tl.store(_float_word(factor_at, 0), tl.where(action == KEEP, 1.0, whole))
+            infinite = significand == float("inf")
+            is_nan = (significand != significand) | (limit != limit)
+            if (policy == _SKIP) & (infinite | (significand != significand)):
+                _skip(ledger)
+            elif tl.load(_at(ledger + 40, tl.float32)) == 0:
+                above = (action == SCALE) | is_nan | (infinite & (limit != float("inf")))
+                _enter(ledger, begins, above)
+            divides = _folded(ledger, folds, scale, action, whole)
             action = tl.where(divides, KEEP, action)
     else:
         action = action * 0 + KEEP
         tl.store(_at(ledger + 24, tl.float32), scale.to(tl.float32))
+        tl.store(_at(ledger + 40, tl.float32), 1.0)
     tl.store(_word(scratch, _ACTION), action.to(tl.int64))
     tl.store(_float_word(scratch, _SIGNIFICAND), factor)
     tl.store(_word(scratch, _EXPONENT), shift.to(tl.int64))
@@ -624,8 +660,10 @@ def measure(
         limit_at, limit: where clip_norm is; see `BITS`.
         given_at, given: where the norm is, if it is known already.
         policy: of POLICIES.
-        ledger: address of an optimizer's, or 0. Words: steps, those in which something was clipped,
-            the latest of these, and the float32 that a fused optimizer divides by.
+        ledger: address of an optimizer's, or 0. Words: 0 steps; 1 those in which a norm was not at
+            most its limit; 2 the latest of these; 3 the float32 that a fused optimizer divides by;
+            4 steps that were skipped; 5 a float32 that is 1 where this one is, else 0; 6 to 9 what
+            words 0, 1, 2 and 4 were before it.
         factor_at: where the factor goes, float64, if there is a ledger.
         begins: 1 if a step begins, 0 if it goes on with more leaves.
         folds: 1 if the optimizer is to divide by scale / factor, and elements are not scaled.

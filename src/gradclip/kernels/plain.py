@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from gradclip.kernels.layout import Layout, layout
+
 # Elements taken at a time: a block of the certificate's bound, and less than _square_sum can add.
 _CHUNK = 4096
 _LIMB = 18
@@ -18,39 +20,26 @@ _WIDE_WORDS, _WIDE_UNIT = 134, -2176
 
 
 def take(arrays: list[Any], writable: bool, decode: list[bytes | None] | None) -> Any:
-    """As `_cpu.take`: Leaves, or None where an array needs care."""
+    """As `_cpu.take`: Leaves, or None where an array needs care or there are too many elements."""
     kinds = "efdFD" if decode is None else "efdFDHB"
     for array in arrays:
         if type(array) is not np.ndarray or array.dtype.char not in kinds:
             return None
         if writable and (not array.flags.writeable or _overlaps_itself(array)):
             return None
+    if sum(array.size * (1 + (array.dtype.kind == "c")) for array in arrays) > 2**63 - 1:
+        return None
     return Leaves(arrays, writable, decode or [None] * len(arrays))
 
 
-def _layout(array: npt.NDArray[Any]) -> tuple[int, list[tuple[int, int]]]:
-    """Where an array lies: its first byte, and (stride, length) of as few dimensions as can be.
-
-    Outermost first, strides not negative: the order in which elements are visited is free.
-    """
-    address = array.__array_interface__["data"][0]
-    dimensions: list[tuple[int, int]] = []
-    for stride, length in zip(array.strides, array.shape, strict=True):
-        if length != 1:
-            address += min(0, stride * (length - 1))
-            dimensions.append((abs(stride), length))
-    merged: list[tuple[int, int]] = []
-    for stride, length in sorted(dimensions, reverse=True):
-        if merged and merged[-1][0] == stride * length:
-            merged[-1] = (stride, merged[-1][1] * length)
-        else:
-            merged.append((stride, length))
-    return address, merged
+def _layout(array: npt.NDArray[Any]) -> Layout:
+    address, parts = array.__array_interface__["data"][0], 1 + (array.dtype.kind == "c")
+    return layout(address, array.itemsize // parts, array.shape, array.strides, parts)
 
 
 def _overlaps_itself(array: npt.NDArray[Any]) -> bool:
-    span = array.itemsize
-    for stride, length in reversed(_layout(array)[1]):
+    _, span, steps = _layout(array)
+    for stride, length in reversed(steps):
         if stride < span and array.size:
             return True
         span += (length - 1) * stride
@@ -65,12 +54,15 @@ class Leaves:
     def __init__(
         self, arrays: list[npt.NDArray[Any]], writable: bool, decode: list[bytes | None]
     ) -> None:
-        seen: set[Any] = set()
+        first: dict[Any, int] = {}
         self._arrays: list[npt.NDArray[Any] | None] = []
-        for array in arrays:
-            key = (str(_layout(array)), array.dtype)
-            self._arrays.append(None if writable and key in seen else _real(array))
-            seen.add(key)
+        for place, array in enumerate(arrays):
+            real = _real(array)
+            again = False
+            if writable and array.size:
+                again = first.setdefault((_layout(array), real.dtype), place) != place
+            self._arrays.append(None if again else real)
+        self._layouts = {place: found for (found, _), place in first.items()} if writable else None
         self._decode = [
             None if table is None else np.frombuffer(table, np.float32) for table in decode
         ]
@@ -78,6 +70,12 @@ class Leaves:
         present = [array for array in self._arrays if array is not None]
         self.nbytes = 0  # no work for a second thread
         self.has_f64 = any(array.dtype.char == "d" for array in present)
+
+    def crowded(self) -> list[tuple[int, int, int, Any]] | None:
+        """As `_cpu.Leaves.crowded`, but of all that are to be written."""
+        if self._layouts is None:
+            return None
+        return [(place, *found) for place, found in self._layouts.items()]
 
     def rewind(self) -> None:
         """Start over: before each walk."""

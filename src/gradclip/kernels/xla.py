@@ -191,7 +191,10 @@ def _lowering(
     def lower(context: Any, *operands: Any, **params: Any) -> Any:
         avals = context.avals_in
         native = all(str(aval.dtype) in _NATIVE for aval in avals if aval.dtype != "int64")
-        if not (native and target in cpu.xla_handlers() and _one_device_sees_all(context)):
+        if not (native and _one_device_sees_all(context)):
+            return otherwise(context, *operands, **params)
+        if target not in cpu.xla_handlers():
+            cpu.warn_once()
             return otherwise(context, *operands, **params)
         # What is not needed any more is scaled where it lies; the rest XLA copies first.
         aliases = {i + 1: i for i in range(len(operands) - 1)} if in_place else {}
