@@ -24,6 +24,7 @@ ROOT = Path(__file__).parent.parent
 ARROWS = {
     "gradclip": {"_clip", "_sparse"},
     "_clip": {
+        "_compiled",
         "_tree",
         "_dispatch",
         "_decide",
@@ -33,7 +34,16 @@ ARROWS = {
         "kernels.cpu:ieee_arithmetic",
     },
     "_tree": {"_sparse"},
-    "_dispatch": {"_sparse", "_protocol"},
+    "_compiled": {"_clip", "_decide", "_operations", "_tree", "backends.torch"},
+    "_operations": {
+        "_clip",
+        "_decide",
+        "_protocol",
+        "_tree",
+        "backends.torch",
+        "kernels.torch",
+    },
+    "_dispatch": {"_sparse", "_protocol", "_tree"},
     "_decide": {"_exact"},
     "_protocol": {"_exact", "_tree", "_workers"},
     "_workers": {"_exact"},
@@ -77,6 +87,7 @@ ARROWS = {
         "_clipper",
         "_decide",
         "_exact",
+        "_operations",
         "_patch",
         "_workers",
         "backends.torch",

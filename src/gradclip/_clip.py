@@ -24,6 +24,7 @@ from gradclip._dispatch import (
     backend_of,
     backend_of_group,
     backends_of,
+    is_compiled,
     is_defined_by_framework,
 )
 from gradclip._exact import FLOAT32, FLOAT64, Scaled, Total, counts, merge, norm, square
@@ -45,7 +46,7 @@ def clip_by_global_norm(
     """Scale arrays down together so that their global norm is at most ``clip_norm``.
 
     Takes arrays of NumPy, SciPy, CuPy and JAX, and tensors of TensorFlow and PyTorch; frameworks
-    that differentiate do so through it.
+    that differentiate do so through it, and those that compile take it whole.
 
     ::
 
@@ -95,6 +96,10 @@ def clip_by_global_norm(
     >>> print(clipped, norm)
     [array([1.5]), array([2.])] 5.0
     """
+    if is_compiled(t_list):
+        from gradclip import _compiled
+
+        return _compiled.clip_by_global_norm(t_list, clip_norm, use_norm, on_nonfinite, group)
     return clipped(t_list, clip_norm, use_norm, name, on_nonfinite=on_nonfinite, group=group)
 
 
@@ -132,7 +137,7 @@ def clipped(
                         tree, backend, held, limit, given, on_nonfinite, part
                     )
         else:
-            plain = _plain(tree, backend)
+            plain = plain_of(tree, backend)
             leaves, norm = recorder.clip(tree, plain, clip_norm, use_norm, on_nonfinite, name)
         return tree.rebuild(leaves), norm
 
@@ -171,6 +176,10 @@ def clip_by_global_norm_(
     >>> print(clip_by_global_norm_([gradient], 2.5), gradient)
     5.0 [1.5 2. ]
     """
+    if is_compiled(t_list):
+        from gradclip import _compiled
+
+        return _compiled.clip_by_global_norm_(t_list, clip_norm, use_norm, on_nonfinite, group)
     with ieee_arithmetic():
         with Opening(group) as opening:
             tree, backend = _opened(t_list, group, opening)
@@ -215,12 +224,16 @@ def global_norm(
     >>> print(global_norm({"w": np.float32([[3, 0], [0, 4]]), "b": None}))
     5.0
     """
+    if is_compiled(t_list):
+        from gradclip import _compiled
+
+        return _compiled.global_norm(t_list, group)
     with ieee_arithmetic():
         with Opening(group) as opening:
             tree, backend = _opened(t_list, group, opening)
             recorder = backend.recorder(tree.leaves, group)
         if recorder is not None:
-            return recorder.norm(tree, _plain(tree, backend), name)
+            return recorder.norm(tree, plain_of(tree, backend), name)
         with taking_part(opening.workers) as part:
             held = backend.hold(tree.leaves, tree.path, writable=False)
             queue = backend.queue(held) if part is None else None
@@ -529,7 +542,7 @@ def _clipped(
     return leaves, backend.scalar(found.norm, held, wide=found.wide), found.norm
 
 
-def _plain(tree: Tree, backend: Backend) -> Plain:
+def plain_of(tree: Tree, backend: Backend) -> Plain:
     """Clipping as it is done where nothing records it, for a recorder to call."""
 
     def clip(

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from gradclip._protocol import Backend
 from gradclip._sparse import IndexedSlices
+from gradclip._tree import Tree
 
 # Types of these are arrays of another framework, wrap them, or send them.
 _SERVED_BY = {"scipy": "numpy", "ml_dtypes": "numpy", "mpi4py": "numpy", "cupyx": "cupy"}
@@ -56,6 +58,17 @@ def backend_of_group(group: Any) -> Backend | None:
     """The backend for a worker of a group that has no leaves; None if the type does not tell."""
     name = _name(type(group))
     return None if name is None else load(name)
+
+
+def is_compiled(t_list: Any) -> bool:
+    """If the compiler of PyTorch looks into a call, and no operation of ours has made it."""
+    # While another thread imports PyTorch not all of it is there; its compiler comes last.
+    if sys.modules.get("torch._dynamo") is None or type(t_list) is Tree:
+        return False
+    torch = sys.modules["torch"]
+    # Where it has broken a graph it looks into each function that is called next.
+    looks = torch._C._dynamo.eval_frame.get_eval_frame_callback
+    return torch.compiler.is_compiling() or looks() is not None
 
 
 def backends_of(leaves: Sequence[Any]) -> list[Backend]:

@@ -26,7 +26,7 @@ def flatten(
     called: str | Callable[[int], str] = "t_list",
     read: list[Any] | None = None,
 ) -> Tree:
-    """Take a nest apart; an iterator is read once, into a list.
+    """Take a nest apart; an iterator is read once, into a list. One that has been stays so.
 
     None, and what JAX puts where there is no gradient, keeps its place and is no leaf.
 
@@ -35,6 +35,8 @@ def flatten(
         called: what paths call it; or for a flat list, a function that names each place.
         read: where to put what an iterator gives, also where it raises half way.
     """
+    if isinstance(t_list, Tree):
+        return t_list
     if isinstance(t_list, Iterator | ValuesView):
         read = [] if read is None else read
         read.extend(t_list)
@@ -104,7 +106,7 @@ def _is_leaf(node: Any) -> bool:
     return (
         node is None
         or isinstance(node, IndexedSlices)
-        or type(node).__module__.startswith("jax.experimental.sparse")
+        or _module(node).startswith("jax.experimental.sparse")
     )
 
 
@@ -115,14 +117,21 @@ _NEVER_NESTS = ("jaxlib", "numpy", "tensorflow", "torch")
 def _is_nest_of_jax(node: Any) -> bool:
     """If a node that optree takes for a leaf is a container that is registered with JAX."""
     trees = sys.modules.get("jax.tree_util")
-    known = type(node).__module__.partition(".")[0] in _NEVER_NESTS
-    if trees is None or known or isinstance(node, Iterator):  # JAX warns of an iterator
+    known = _module(node).partition(".")[0] in _NEVER_NESTS
+    # JAX warns of an iterator.
+    if trees is None or node is None or known or isinstance(node, Iterator):
         return False
     return not trees.all_leaves([node], is_leaf=_is_leaf)
 
 
 def _is_nothing(leaf: Any) -> bool:
     """None, or JAX's float0, the dtype of the gradient of an integer."""
-    if leaf is None or type(leaf).__module__.partition(".")[0] not in ("numpy", "jax"):
+    if leaf is None or _module(leaf).partition(".")[0] not in ("numpy", "jax"):
         return leaf is None
     return getattr(getattr(leaf, "dtype", None), "names", None) == ("float0",)
+
+
+def _module(node: Any) -> str:
+    """Where a node's type is from."""
+    # Without str() torch.compile would know no method of it for the types that Python has itself.
+    return str(type(node).__module__)

@@ -19,6 +19,7 @@
 - ``foreach`` is without effect: there is one way, whatever the dtypes.
 - Parameters may come with their names, as ``model.named_parameters()`` or a dict: errors say them.
 - A gradient is changed below autograd, as under ``torch.no_grad``; its version counter says so.
+  Inference tensors are changed too, where PyTorch refuses after it has changed others.
 
 DTensors are counted by their placements, on any mix of meshes, with tensors beside them: one
 all-reduce, of one size. PyTorch takes one mesh, sums shards in their dtype, and returns the norm as
@@ -28,19 +29,25 @@ counted as it has sharded them; PyTorch's function gives each rank a norm of its
 Gradients on a GPU are clipped by two launches of Triton kernels, to the same bits, and the host
 does not wait for them; ``max_norm`` and ``total_norm`` may be tensors there. docs/gpu.md has what
 does wait. On other devices PyTorch's operations do the work.
+
+``torch.compile`` takes each function whole, and a ``max_norm`` that changes takes no more graphs
+than PyTorch's does. The norm of meta and fake gradients is meta or fake, so that memory can be
+estimated under `patch`. docs/numerics.md has what else traces a clip.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import types
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.nn import utils
 
 from gradclip import _clip
@@ -52,6 +59,7 @@ from gradclip._decide import (
     check_use_norm,
 )
 from gradclip._exact import Scaled
+from gradclip._operations import number, operand
 from gradclip._patch import Patch
 from gradclip._workers import Joint, Workers
 from gradclip.backends import torch as backend
@@ -68,6 +76,7 @@ __all__ = [
 ]
 
 attach = Clipper
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def clip_grad_norm_(
@@ -134,7 +143,9 @@ def clip_grad_norm_(
         order, error_if_nonfinite = _order(norm_type), bool(error_if_nonfinite)
         grads = _gradients(given)
     if workers is None and torch.compiler.is_compiling():
-        limit = torch.as_tensor(max_norm, dtype=torch.float64)
+        if on_nonfinite is not None:
+            check_on_nonfinite(on_nonfinite)
+        limit = operand("max_norm", max_norm)
         policy = (on_nonfinite or "", error_if_nonfinite)
         return torch.ops.gradclip.clip_grads_(grads, limit, order, *policy)
     return _clip_grads_(
@@ -220,7 +231,7 @@ def clip_grads_with_norm_(
     given = _listed(parameters, "parameters", [])
     grads = _gradients(given)
     if torch.compiler.is_compiling():
-        limits = [torch.as_tensor(x, dtype=torch.float64) for x in (max_norm, total_norm)]
+        limits = operand("max_norm", max_norm), operand("total_norm", total_norm)
         torch.ops.gradclip.clip_grads_with_norm_(grads, *limits)
     else:
         _clip_grads_with_norm_(grads, partial(_path_of_gradient, given), max_norm, total_norm)
@@ -343,6 +354,19 @@ def _order(norm_type: Any) -> float:
 # ---- the flow ----
 
 
+def _looked_away_from(function: F) -> F:
+    """Have torch.compile not look into a function where it has broken a graph."""
+    hidden = _disable_dynamo(function)
+    looks = torch._C._dynamo.eval_frame.get_eval_frame_callback
+
+    @functools.wraps(function)
+    def run(*args: Any, **options: Any) -> Any:
+        is_looked_into = torch.compiler.is_compiling() or looks() is not None
+        return (hidden if is_looked_into else function)(*args, **options)
+
+    return cast(F, run)
+
+
 def _measured(
     held: Any, order: float, error_if_nonfinite: bool, part: Joint | None
 ) -> _clip.Measured:
@@ -373,6 +397,7 @@ def _measured_of_order(held: Any, order: float, part: Joint | None) -> _clip.Mea
     return _clip.Measured(backend.norm_of_order(every.tolist(), order, wide=wide), wide)
 
 
+@_looked_away_from
 def _total_norm(
     tensors: list[Tensor],
     path: Callable[[int], str],
@@ -384,6 +409,9 @@ def _total_norm(
         if part is not None:
             part.asked(norm_type=order, error_if_nonfinite=error_if_nonfinite)
         held = backend.hold(tensors, path, writable=False)
+        if held.unread is not None:
+            norm = _total_norm_op(held.leaves, order, error_if_nonfinite)
+            return _asked(norm, error_if_nonfinite)
         if len(once := backend.distinct(tensors)) < len(tensors):
             held = backend.hold(once, str, writable=False)
         queue = backend.queue(held) if part is None and order == 2 else None
@@ -400,6 +428,7 @@ def _total_norm(
         return backend.scalar(found.norm, held, wide=found.wide)
 
 
+@_looked_away_from
 def _clip_grads_(
     grads: list[Tensor],
     path: Callable[[int], str],
@@ -414,6 +443,12 @@ def _clip_grads_(
             check_on_nonfinite(on_nonfinite)
         max_norm, _ = _clip.limits_read(max_norm, None, "max_norm")
         held = backend.hold(grads, path, writable=True)
+        if held.unread is not None:
+            backend.check_not_functionalized()
+            limit, _ = _clip.limits_there(held.unread, max_norm, None, "max_norm")
+            policy = (on_nonfinite or "", error_if_nonfinite)
+            norm = _clip_grads_op(held.leaves, operand("max_norm", limit), order, *policy)
+            return _asked(norm, error_if_nonfinite)
         queue = backend.queue(held) if part is None and order == 2 else None
         if queue is not None:
             refuse = partial(_refuse, order) if error_if_nonfinite else None
@@ -431,6 +466,7 @@ def _clip_grads_(
         return backend.scalar(found.norm, held, wide=found.wide)
 
 
+@_looked_away_from
 def _clip_grads_with_norm_(
     grads: list[Tensor], path: Callable[[int], str], max_norm: Any, total_norm: Any
 ) -> None:
@@ -438,6 +474,12 @@ def _clip_grads_with_norm_(
         limits = _clip.limits_read(max_norm, total_norm, "max_norm", "total_norm")
         max_norm, total_norm = limits
         held = backend.hold(grads, path, writable=True)
+        if held.unread is not None:
+            backend.check_not_functionalized()
+            names = "max_norm", "total_norm"
+            limits = _clip.limits_there(held.unread, max_norm, total_norm, *names)
+            _clip_grads_with_norm_op(held.leaves, *map(operand, names, limits))
+            return
         queue = backend.queue(held)
         if queue is not None:
             _queued_(grads, path, queue, max_norm, total_norm, None)
@@ -445,6 +487,13 @@ def _clip_grads_with_norm_(
         limit = check_clip_norm(max_norm, "max_norm")
         norm = check_use_norm(total_norm, "total_norm")
         _act_(grads, path, held, norm, limit, None)
+
+
+def _asked(norm: Tensor, error_if_nonfinite: bool) -> Tensor:
+    """A norm that may be without a value: if it is finite PyTorch refuses to say, as in its own."""
+    if error_if_nonfinite and not backend.is_written_down():
+        bool(norm.isfinite())
+    return norm
 
 
 def _queued_(
@@ -500,12 +549,13 @@ def _clip_grads_op(
 ) -> Tensor:
     policy: Any = on_nonfinite or None
     path = "gradients[{}]".format
-    return _clip_grads_(grads, path, max_norm, norm_type, policy, error_if_nonfinite)
+    return _clip_grads_(grads, path, number(max_norm), norm_type, policy, error_if_nonfinite)
 
 
 @torch.library.custom_op("gradclip::clip_grads_with_norm_", mutates_args=("grads",))
 def _clip_grads_with_norm_op(grads: list[Tensor], max_norm: Tensor, total_norm: Tensor) -> None:
-    _clip_grads_with_norm_(grads, "gradients[{}]".format, max_norm, total_norm)
+    limits = number(max_norm), number(total_norm)
+    _clip_grads_with_norm_(grads, "gradients[{}]".format, *limits)
 
 
 @torch.library.custom_op("gradclip::total_norm", mutates_args=())

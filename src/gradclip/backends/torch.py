@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib
 import importlib.util
 import math
 import os
@@ -24,12 +25,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from gradclip import _exact, _host, _mesh
 from gradclip._decide import check_clip_norm, check_use_norm
 from gradclip._exact import FLOAT32, FLOAT64, WORDS, Part, Scaled, Total, total_of
 from gradclip._host import Array, Float8
-from gradclip._protocol import Plain
+from gradclip._protocol import Plain, Recorder
 from gradclip._sparse import IndexedSlices, check_rows, merged_rows
 from gradclip._tree import Tree
 from gradclip._workers import Joint, Workers, workers_of
@@ -43,6 +46,7 @@ if TYPE_CHECKING:
 
 _ACCEPTED = "float16, bfloat16, float8, float32, float64 and complex tensors"
 _PLAIN_TYPES = {Tensor, torch.nn.Parameter}
+_OPERANDS = _PLAIN_TYPES | {FakeTensor, FunctionalTensor}
 _FLOAT8 = {
     torch.float8_e4m3fn,
     torch.float8_e4m3fnuz,
@@ -63,6 +67,7 @@ class Held(NamedTuple):
     spread: Sequence[Any] | None = None  # the leaves as they are, where one is a DTensor
     writable: bool = False
     there: _device.Leaves | None = None  # in a device's memory, if Triton's kernels reach all
+    unread: Any = None  # `_operations.Leaves`, where there are no numbers to be read
 
 
 # ---- the backend ----
@@ -91,6 +96,12 @@ def hold(leaves: Sequence[Any], path: Callable[[int], str], *, writable: bool) -
     elif _mesh.any_spread(leaves):
         here = hold(_mesh.locals_of(leaves), path, writable=writable)
         return here._replace(spread=leaves, writable=writable)
+    if is_unread(leaves):
+        check_operands(leaves, path)
+        if writable:
+            _check_writes(leaves, path)
+        unread = _operations().Leaves(leaves, path)
+        return Held(leaves, None, writable=writable, unread=unread)
     values = [_checked(leaf, partial(path, place)) for place, leaf in enumerate(leaves)]
     _host.check_countable((each.numel() * (1 + each.is_complex()) for each in values), path)
     if not _on_host(values):
@@ -100,9 +111,9 @@ def hold(leaves: Sequence[Any], path: Callable[[int], str], *, writable: bool) -
     return Held(leaves, _host_held(leaves, values, path, writable=writable))
 
 
-def queue(held: Held) -> _device.Leaves | None:
-    """Who clips in the memory of a device, if that is where the leaves are."""
-    return held.there
+def queue(held: Held) -> Any:
+    """Who clips in the memory of a device, if that is where the leaves are; or where none is."""
+    return held.unread or held.there
 
 
 def written(leaves: Sequence[Any]) -> None:
@@ -322,13 +333,14 @@ def scale_(held: Held, factor: Scaled) -> None:
         held.there.scale_(factor)
         torch.autograd.graph.increment_version(held.leaves)
         return
-    with torch.no_grad():
+    with torch.inference_mode():
         for tensor in map(_values, held.leaves):
             tensor.copy_(_scaled_elsewhere(tensor, factor))
 
 
 def _fill(tensors: Iterable[Tensor], value: float) -> None:
-    with torch.no_grad():
+    # In which inference tensors are written as all others are, and versions are counted.
+    with torch.inference_mode():
         for tensor in tensors:
             if tensor.dtype in _FLOAT8:  # which has no fill_
                 tensor.copy_(torch.tensor(value, device=tensor.device))
@@ -393,9 +405,7 @@ def _checked(leaf: Any, path: Callable[[], str]) -> Tensor:
         if served:
             name = "a tensor that is nested, quantized or of mkldnn"
         raise TypeError(f"{path()} is {name}; gradclip clips {_ACCEPTED}")
-    if tensor.dtype not in _DTYPES:
-        name = str(tensor.dtype).removeprefix("torch.")
-        raise TypeError(f"{path()} is {name}; gradclip clips {_ACCEPTED}")
+    _check_dtype(tensor, path)
     values = _values(leaf)
     short = not values.is_meta and _needed(values) > values.untyped_storage().nbytes()
     if values.is_meta or values._is_zerotensor() or short:
@@ -403,6 +413,12 @@ def _checked(leaf: Any, path: Callable[[], str]) -> Tensor:
     if values is not leaf:
         _check_indices(leaf, path)
     return values
+
+
+def _check_dtype(tensor: Tensor, path: Callable[[], str]) -> None:
+    if tensor.dtype not in _DTYPES:
+        name = str(tensor.dtype).removeprefix("torch.")
+        raise TypeError(f"{path()} is {name}; gradclip clips {_ACCEPTED}")
 
 
 def _check_unrecorded(leaves: Sequence[Any], path: Callable[[int], str]) -> None:
@@ -577,8 +593,7 @@ def _are_plain(leaves: Sequence[Any]) -> bool:
 
 def _taken(tensors: Sequence[Any], *, writable: bool) -> cpu.Leaves | None:
     """The memory of plain tensors, by PyTorch's C interface; None where one needs care."""
-    in_a_transform = torch._C._functorch.peek_interpreter_stack() is not None
-    if in_a_transform or cpu.kernel() == "numpy" or not _c_interface():
+    if _is_transformed() or is_written_down() or cpu.kernel() == "numpy" or not _c_interface():
         return None
     return cpu.take_tensors(tensors, writable=writable)
 
@@ -594,7 +609,7 @@ def _there(
     Raises:
         ValueError: with ``writable``, two share a part of their memory.
     """
-    if not tensors or torch._C._functorch.peek_interpreter_stack() is not None:
+    if not tensors or _is_transformed() or is_written_down():
         return None
     device = tensors[0].device
     if not has_triton(device):
@@ -693,15 +708,30 @@ _KINDS = {
 }
 
 
+def _check_writes(tensors: Sequence[Tensor], path: Callable[[int], str]) -> None:
+    """Refuse to have it written down that tensors are written to, where that cannot be done."""
+    if _trace_of_jit() is not None:
+        raise NotImplementedError(
+            "torch.jit.trace loses what an operation writes where tensors lie; "
+            "clip_by_global_norm returns new tensors, and torch.export takes both"
+        )
+    _check_steps(tensors, path)
+
+
 def _check_apart(tensors: Sequence[Tensor], path: Callable[[int], str]) -> None:
     """Refuse to write to tensors of which elements share memory."""
+    _check_steps(tensors, path)
+    _check_pairs(tensors, path)
+
+
+def _check_steps(tensors: Sequence[Tensor], path: Callable[[int], str]) -> None:
+    """Refuse to write to a tensor whose own elements share memory."""
     for place, tensor in enumerate(tensors):
         if any(n > 1 and not step for n, step in zip(tensor.shape, tensor.stride(), strict=True)):
             raise ValueError(
                 f"{path(place)} has elements that share memory (strides {tensor.stride()}); "
                 "clip_by_global_norm returns new arrays instead"
             )
-    _check_pairs(tensors, path)
 
 
 def _check_pairs(tensors: Sequence[Tensor], path: Callable[[int], str]) -> None:
@@ -832,6 +862,115 @@ def _scaled_elsewhere(values: Tensor, factor: Scaled) -> Tensor:
     return torch.empty_like(values).copy_(traced.scaled(ops, values, number))
 
 
+# ---- where no number is to be read: `gradclip._operations` ----
+
+_MODES = torch._C._TorchDispatchModeKey.FUNCTIONAL, torch._C._TorchDispatchModeKey.PROXY
+_is_on = torch._C._dispatch_tls_is_dispatch_key_included
+_BY_MODES, _BEFORE_DISPATCH = torch._C.DispatchKey.Python, torch._C.DispatchKey.PreDispatch
+_trace_of_jit = torch._C._get_tracing_state
+_transform = torch._C._functorch.peek_interpreter_stack
+
+
+def _operations() -> Any:
+    # By name, as the flow loads this file: it stands on the flow.
+    return importlib.import_module("gradclip._operations")
+
+
+def is_unread(leaves: Sequence[Any]) -> bool:
+    """If an operation stands for a clip: it is written down, or leaves have no memory to read."""
+    return is_written_down() or is_functionalized() or any(map(_has_no_memory, leaves))
+
+
+def is_written_down() -> bool:
+    """If something writes down what operations there are, to run them later."""
+    if _is_on(_BEFORE_DISPATCH) or _trace_of_jit() is not None:
+        return True
+    return _is_on(_BY_MODES) and any(
+        torch._C._get_dispatch_mode(mode) is not None for mode in _MODES
+    )
+
+
+def is_functionalized() -> bool:
+    """If `torch.func.functionalize` makes functional what is done.
+
+    Raises:
+        NotImplementedError: another transform does so too, of which it knows no operation.
+    """
+    if not _is_transformed():
+        return False
+    stack = torch._C._functorch.get_interpreter_stack()
+    if all(each.key() != torch._C._functorch.TransformType.Functionalize for each in stack):
+        return False
+    if len(stack) > 1:
+        raise NotImplementedError(
+            "a clip under torch.func.functionalize together with another transform of torch.func; "
+            "clip outside of functionalize"
+        )
+    return True
+
+
+def check_not_functionalized() -> None:
+    """Where gradients are written that `torch.func.functionalize` would have to know of.
+
+    Raises:
+        NotImplementedError: it is at work.
+    """
+    if is_functionalized():
+        raise NotImplementedError(
+            "gradients are clipped where they lie, which torch.func.functionalize does not follow; "
+            "gradclip.clip_by_global_norm returns new tensors"
+        )
+
+
+def _is_transformed() -> bool:
+    return _transform() is not None
+
+
+def _has_no_memory(leaf: Any) -> bool:
+    leaf = leaf.values if isinstance(leaf, IndexedSlices) else leaf
+    return isinstance(leaf, FakeTensor) or (isinstance(leaf, Tensor) and leaf.is_meta)
+
+
+def is_operand(leaf: Any) -> bool:
+    """If an operation takes a leaf: a dense tensor, of no type that PyTorch's users have made."""
+    return type(leaf) in _OPERANDS and leaf.layout is torch.strided
+
+
+def check_operands(leaves: Sequence[Any], path: Callable[[int], str]) -> None:
+    """Hold leaves against what an operation takes.
+
+    Raises:
+        TypeError: a leaf is no dense tensor, or of another dtype than those clipped.
+        ValueError: some have memory and some have none.
+    """
+    empty = [_has_no_memory(leaf) for leaf in leaves]
+    for place, leaf in enumerate(leaves):
+        if not is_operand(leaf):
+            raise TypeError(
+                f"{path(place)} is {type(leaf).__name__} of layout "
+                f"{getattr(leaf, 'layout', None)}; where a clip is traced, or has no memory, "
+                "gradclip clips dense tensors"
+            )
+        if empty[place] and not all(empty):
+            raise ValueError(f"{path(place)} has no memory (device {leaf.device})")
+    check_dtypes(leaves, path)
+
+
+def check_dtypes(leaves: Sequence[Tensor], path: Callable[[int], str]) -> None:
+    """Hold the dtypes of leaves against those that are clipped.
+
+    Raises:
+        TypeError: one is not.
+    """
+    for place, leaf in enumerate(leaves):
+        _check_dtype(leaf, partial(path, place))
+
+
+def norm_dtype(leaves: Sequence[Tensor]) -> torch.dtype:
+    """The dtype of the norm of dense leaves."""
+    return torch.float64 if any(leaf.dtype in WIDE for leaf in leaves) else torch.float32
+
+
 # ---- where autograd or a function transform looks on ----
 
 
@@ -841,7 +980,22 @@ def workers(leaves: Sequence[Any], group: Any) -> Workers | None:
     Raises:
         TypeError: the group is none of PyTorch's or mpi4py's, or mpi4py's for DTensors.
         ValueError: DTensors are on meshes none of which has all the workers, and no group is named.
+        NotImplementedError: what would be asked of the workers is written down, to be run later.
     """
+    if (group is not None or _mesh.any_spread(leaves)) and is_unread(_mesh.locals_of(leaves)):
+        _check_not_traced()
+        return None  # without memory there is nothing to add up
+    return _workers(leaves, group)
+
+
+def _check_not_traced() -> None:
+    if is_written_down() or is_functionalized():
+        raise NotImplementedError(
+            "a clip over several workers cannot be traced; clip outside of what is traced"
+        )
+
+
+def _workers(leaves: Sequence[Any], group: Any) -> Workers | None:
     if group is None:
         return _mesh.ring_of_leaves(leaves)
     if type(group).__module__.partition(".")[0] == "mpi4py":
@@ -858,10 +1012,11 @@ def everyone(leaves: Sequence[Any]) -> Workers | None:
     return _mesh.ring_of_all(leaves)
 
 
-def recorder(values: Sequence[Any], group: Any) -> _Recorder | None:
-    """Who clips where autograd, or a transform of `torch.func`, follows what becomes of tensors."""
+def recorder(values: Sequence[Any], group: Any) -> Recorder | None:
+    """Who clips where autograd, a transform of `torch.func` or a tracer follows what is done."""
     found = _recorder(values)
     if found is not None and (group is not None or _mesh.any_spread(values)):
+        _check_not_traced()
         raise NotImplementedError(
             "a clip over several workers cannot be differentiated; detach the tensors, or use "
             "torch.no_grad()"
@@ -869,19 +1024,26 @@ def recorder(values: Sequence[Any], group: Any) -> _Recorder | None:
     return found
 
 
-def _recorder(values: Sequence[Any]) -> _Recorder | None:
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+def _recorder(values: Sequence[Any]) -> Recorder | None:
+    if is_functionalized():
+        return _operation()
+    if _is_transformed() or torch.autograd.forward_ad._current_level >= 0:
         return _Recorder()
+    if is_written_down():
+        return _operation()
     tensors = [
         value.values if isinstance(value, IndexedSlices) else value
         for value in values
         if isinstance(value, Tensor | IndexedSlices)
     ]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        return _Recorder()
-    if torch.autograd.forward_ad._current_level >= 0:
-        return _Recorder()
+        return _operation() if any(map(_has_no_memory, tensors)) else _Recorder()
     return None
+
+
+def _operation() -> Recorder:
+    found: Recorder = _operations().Recorder()
+    return found
 
 
 class _Recorder:
@@ -897,7 +1059,7 @@ class _Recorder:
         name: str | None,  # noqa: ARG002  (PyTorch names no operations)
     ) -> tuple[list[Any], Any]:
         """New leaves and the norm."""
-        call = _Call(plain, tree.leaves, on_nonfinite)
+        call = _Call(plain, tree.leaves, tree.path, on_nonfinite)
         tensors = [_recordable(leaf, partial(tree.path, i)) for i, leaf in enumerate(tree.leaves)]
         limits = [_limit("clip_norm", clip_norm), _limit("use_norm", use_norm)]
         norm, _, *new = _Clip.apply(call, *limits, *tensors)
@@ -913,10 +1075,17 @@ class _Call(NamedTuple):
 
     plain: Plain
     leaves: Sequence[Any]
+    path: Callable[[int], str]
     on_nonfinite: Any
 
     def clip(self, clip_norm: Any, use_norm: Any, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The norm, rounded and in float64, and new values, of tensors that nobody follows."""
+        if is_unread(tensors):
+            check_operands(self.leaves, self.path)
+            norm, wide, new = _operations().clip(
+                tensors, self.path, clip_norm, use_norm, self.on_nonfinite
+            )
+            return norm, wide, *new
         limit = check_clip_norm(clip_norm)
         given = None if use_norm is None else float(check_use_norm(use_norm))
         leaves = list(map(_with_values, self.leaves, tensors))
@@ -972,7 +1141,7 @@ class _Clip(torch.autograd.Function):
         is_given = given is not None or ctx.limits[1] is not None
         norm = norm if given is None else given
         if limit is None:
-            limit = norm.new_tensor(ctx.limits[0], dtype=torch.float64)
+            limit = torch.full_like(norm, ctx.limits[0], dtype=torch.float64)
         return slope(norm, limit, ctx.call.on_nonfinite), is_given, values
 
     @staticmethod
