@@ -282,43 +282,66 @@ def _listed(given: Tensor | Iterable[Tensor] | Named, called: str, seen: list[Te
     Raises:
         TypeError: what is given holds no tensors, or others than those meant.
     """
-    if isinstance(given, Tensor):
-        given = [given]
-    if isinstance(given, Mapping | torch.nn.ParameterDict):
-        values = list(given.values())
-        if called == "parameters" and values and not any(map(_may_have_gradient, values)):
-            raise TypeError(_no_tensors(given, called))  # a state_dict: weights, no parameters
-        given = given.items()
-    no_list = isinstance(given, torch.nn.Module | torch.optim.Optimizer | str)
-    if no_list and not isinstance(given, torch.nn.ParameterList):
-        raise TypeError(_no_tensors(given, called))
+    if isinstance(given, _MAPPINGS):
+        seen.extend(given.values())
+        known = called != "parameters" or any(map(_may_have_gradient, seen))
+        if not known and seen and all(isinstance(each, Tensor) for each in seen):
+            raise TypeError(_no_tensors(given, called))
+        return _Listed(seen, called, list(map(str, given)))
+    if isinstance(given, _HOLDERS):
+        seen.extend(_tensors_in(given))  # which tell who is to hear of an error
+        if not hasattr(given, "__iter__") or not all(isinstance(x, Tensor) for x in given):
+            raise TypeError(_no_tensors(given, called))
+        seen.clear()
     try:
-        items: Any = iter(given)
+        items: Any = iter([given] if isinstance(given, Tensor) else given)
     except TypeError:
         raise TypeError(_no_tensors(given, called)) from None
+    if isinstance(given, str):
+        raise TypeError(_no_tensors(given, called))
     names = None
     try:
         seen.extend(items)
     finally:
         pairs: Any = seen
-        if pairs and all(type(pair) is tuple and len(pair) == 2 for pair in pairs):
-            names = [str(name) for name, _ in pairs]
+        if pairs and all(map(_is_named, pairs)):
+            names = [name for name, _ in pairs]
             seen[:] = [tensor for _, tensor in pairs]
     return _Listed(seen, called, names)
 
 
+_HOLDERS = (torch.nn.Module, torch.optim.Optimizer)
+_MAPPINGS = (dict, Mapping, torch.nn.ParameterDict)
+
+
+def _is_named(pair: Any) -> bool:
+    return type(pair) is tuple and len(pair) == 2 and isinstance(pair[0], str)
+
+
+def _tensors_in(holder: Any) -> list[Any]:
+    """The parameters that a model or an optimizer holds."""
+    if isinstance(holder, torch.optim.Optimizer):
+        return [parameter for group in holder.param_groups for parameter in group["params"]]
+    return list(holder.parameters())
+
+
 def _may_have_gradient(tensor: Any) -> bool:
-    known = isinstance(tensor, Tensor)
-    return isinstance(tensor, torch.nn.Parameter) or (known and tensor.requires_grad)
+    """If it is no weight of a ``state_dict``."""
+    if isinstance(tensor, torch.nn.Parameter):
+        return True
+    return isinstance(tensor, Tensor) and (tensor.requires_grad or tensor.grad is not None)
 
 
 def _no_tensors(given: Any, called: str) -> str:
+    what = type(given).__name__
+    if isinstance(given, _MAPPINGS):
+        what += " of tensors that have no gradients, as a state_dict is"
     hint = f"{called} are tensors, as model.parameters() gives them"
     if called == "tensors":
         hint = "tensors are [p.grad for p in model.parameters() if p.grad is not None], or others"
     if isinstance(given, torch.optim.Optimizer):
         hint += "; gradclip.torch.attach takes an optimizer"
-    return f"{called} is {type(given).__name__}; {hint}"
+    return f"{called} is {what}; {hint}"
 
 
 def _gradients(given: _Listed) -> list[Tensor]:
@@ -345,7 +368,10 @@ def _path_of_gradient(given: _Listed, place: int) -> str:
 
 
 def _order(norm_type: Any) -> float:
-    order = float(norm_type)
+    try:
+        order = float(norm_type)
+    except (TypeError, ValueError):
+        raise TypeError(f"norm_type is {norm_type!r}; it must be a number") from None
     if not order > 0:
         raise ValueError(f"norm_type is {norm_type!r}; it must be above 0 (inf: the largest |x|)")
     return order

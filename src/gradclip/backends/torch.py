@@ -12,6 +12,7 @@ import functools
 import importlib
 import importlib.util
 import math
+import operator
 import os
 import shutil
 import sys
@@ -423,14 +424,20 @@ def _check_dtype(tensor: Tensor, path: Callable[[], str]) -> None:
 
 def _check_unrecorded(leaves: Sequence[Any], path: Callable[[int], str]) -> None:
     """Refuse to write to parameters, which are no gradients, and to what a graph has read."""
+    if _are_plain(leaves) and not any(map(_requires_grad, leaves)):
+        return
     for place, leaf in enumerate(leaves):
         tensor = leaf.values if isinstance(leaf, IndexedSlices) else leaf
         if getattr(tensor, "requires_grad", False):
             raise TypeError(
-                f"{path(place)} requires a gradient, and weights are no gradients: those of "
-                "parameters are clipped by gradclip.torch.clip_grad_norm_. To write to this tensor "
-                "itself use torch.no_grad(); clip_by_global_norm returns new ones"
+                f"{path(place)} requires a gradient, and autograd would not see that it changes. "
+                "Weights are no gradients: those of parameters are clipped by "
+                "gradclip.torch.clip_grad_norm_. To write to this tensor itself use "
+                "torch.no_grad(); clip_by_global_norm returns new ones"
             )
+
+
+_requires_grad = operator.attrgetter("requires_grad")
 
 
 def _needed(values: Tensor) -> int:
@@ -982,9 +989,15 @@ def workers(leaves: Sequence[Any], group: Any) -> Workers | None:
         ValueError: DTensors are on meshes none of which has all the workers, and no group is named.
         NotImplementedError: what would be asked of the workers is written down, to be run later.
     """
-    if (group is not None or _mesh.any_spread(leaves)) and is_unread(_mesh.locals_of(leaves)):
-        _check_not_traced()
-        return None  # without memory there is nothing to add up
+    if group is not None or _mesh.any_spread(leaves):
+        here = _mesh.locals_of(leaves)
+        if is_unread(here):
+            _check_not_traced()
+            if any(isinstance(each, FakeTensor) for each in here) or _mesh.is_fake():
+                return None  # nobody has memory, so there is nothing to add up
+            raise ValueError(
+                "there is no memory to read on this worker (device meta), and others wait for it"
+            )
     return _workers(leaves, group)
 
 
