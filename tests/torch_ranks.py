@@ -633,7 +633,7 @@ def errors() -> None:
     mixed = {
         "parameters": [
             *([weight, 3], lambda: first_of([weight])),
-            *(lambda: model, model.state_dict(), descent, [(weight, weight)]),
+            *(lambda: model, model.state_dict(), descent),
         ]
     }
     wrong_arguments(gtorch.clip_grad_norm_, good, {**orders, **mixed, **limits})
