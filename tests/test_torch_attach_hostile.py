@@ -153,6 +153,7 @@ def test_a_later_hook_that_returns_arguments(fused: bool, policy: Any) -> None:
     clipper = gtorch.attach(optimizer, 1.0, on_nonfinite=policy)
     optimizer.register_step_pre_hook(lambda opt, args, kwargs: ((opt, *args[1:]), kwargs))
     assert moved(optimizer) == pytest.approx(1.0)
+    assert next(reversed(optimizer._optimizer_step_pre_hooks)) == "gradclip"  # and may fold again
     assert moved(optimizer) == pytest.approx(1.0)
     if policy == "skip":
         assert moved(optimizer, math.nan) == 0

@@ -333,7 +333,7 @@ class Clipper:
             name: OrderedDict({**state.get(name, {}), KEY: getattr(self, hook)})
             for name, hook in _HOOKS.items()
         }
-        return {**state, **hooks, "__getstate__": self._with_state_of_optimizer}
+        return {**state, **hooks}  # which bring the clipper's copy, and that does the rest
 
     def _refuse_copy(self, *_: Any) -> None:
         """Have no copy that is not clipped."""
