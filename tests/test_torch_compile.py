@@ -11,6 +11,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from fractions import Fraction
 from typing import Any
 
@@ -757,3 +758,81 @@ def test_memory_that_is_not_there(make: Any) -> None:
     ):
         with raises(ValueError, "t_list[1] has no memory (device cpu)"):
             function([torch.ones(3), tensor])
+
+
+# ---- `attach` ----
+
+OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
+    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.01),
+    "fused": lambda parameters: torch.optim.AdamW(parameters, lr=0.01, fused=True),
+    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.01, momentum=0.9),
+}
+
+
+def trained_by(
+    make: Callable[[Any], Any], clip: str, *, policy: Any = "nan", scales: Any
+) -> tuple[list[Any], int]:
+    """The weights after steps that are compiled, and how many graphs they took."""
+    torch._dynamo.reset()
+    counters.clear()
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(160, 160), torch.nn.Linear(160, 2))
+    optimizer = make(model.parameters())
+    clipper = gtorch.attach(optimizer, 1.0, on_nonfinite=policy) if clip == "attach" else None
+    step = torch.compile(optimizer.step, backend="aot_eager")
+    for scale in scales:
+        optimizer.zero_grad()
+        model(torch.ones(8, 160)).mean().backward()
+        for parameter in model.parameters():
+            parameter.grad.mul_(scale)
+        if clip == "before":
+            gtorch.clip_grad_norm_(model.parameters(), 1.0, on_nonfinite=policy)
+        step()
+    assert clipper is None or clipper.steps == len(scales)
+    return list(model.parameters()), counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_an_attached_step_is_compiled_as_often_as_one_that_is_not(make: Any) -> None:
+    scales = [1e-3, 1e3, 10.0, 1e-2, 1e5, 3.0, 1e-4, 7.0]
+    _, alone = trained_by(make, "no", scales=scales)
+    ours, graphs = trained_by(make, "attach", scales=scales)
+    theirs, _ = trained_by(make, "before", scales=scales)
+    assert graphs == alone
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["zero", "keep"])
+def test_what_is_not_finite_compiles_no_attached_step_again(policy: Any) -> None:
+    scales = [1e-3, 1e3, math.nan, 10.0, math.inf, 1.0]
+    _, finite = trained_by(OPTIMIZERS["adamw"], "attach", policy=policy, scales=[1e3] * 6)
+    ours, graphs = trained_by(OPTIMIZERS["adamw"], "attach", policy=policy, scales=scales)
+    theirs, _ = trained_by(OPTIMIZERS["adamw"], "before", policy=policy, scales=scales)
+    assert graphs == finite
+    assert flat(ours) == flat(theirs)
+
+
+@pytest.mark.slow
+def test_compiled_autograd_knows_of_attached_gradients() -> None:
+    def train(compiled: bool) -> tuple[list[Any], Any, int]:
+        torch._dynamo.reset()
+        counters.clear()
+        torch.manual_seed(0)
+        model = torch.nn.Linear(160, 160)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        clipper = gtorch.attach(optimizer, 1.0)
+        backward = torch.compile(backend="aot_eager")
+        for scale in (1e-3, 1e3, 10.0, 1.0):
+            optimizer.zero_grad()
+            loss = model(torch.ones(8, 160)).mean() * scale
+            with torch._dynamo.compiled_autograd._enable(backward) if compiled else nullcontext():
+                loss.backward()
+            optimizer.step()
+        return list(model.parameters()), clipper.clipped_steps, counters["stats"]["unique_graphs"]
+
+    ours, theirs = train(compiled=True), train(compiled=False)
+    assert flat(ours[:2]) == flat(theirs[:2])
+    assert ours[2] <= 2  # of gradients that there are none of yet, and of those that are zeros
