@@ -631,7 +631,11 @@ def test_what_attach_refuses() -> None:
     with pytest.raises(ValueError, match=r"^on_nonfinite is 'never'"):
         gtorch.attach(optimizer, 1.0, on_nonfinite="never")  # type: ignore[arg-type]
     gtorch.attach(optimizer, 1.0)
-    with raises(ValueError, "the optimizer has a clipper already; remove() that one first"):
+    text = (
+        "the optimizer has a clipper already, as a copy of an attached one has; "
+        "gradclip.torch.clipper_of(optimizer).remove() takes it off"
+    )
+    with raises(ValueError, text):
         gtorch.attach(optimizer, 1.0)
 
 

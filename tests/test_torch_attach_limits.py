@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import io
 import math
@@ -61,7 +62,6 @@ def saved(thing: Any) -> Any:
 
 
 COPIES: dict[str, Callable[[Any], Any]] = {
-    "copy": copy.copy,
     "deepcopy": copy.deepcopy,
     "pickle": lambda x: pickle.loads(pickle.dumps(x)),
     "torch.save": saved,
@@ -82,14 +82,15 @@ def test_a_copy_clips_too(how: str, size: int, fused: bool) -> None:
     for _ in range(2):
         assert moved(copied) == pytest.approx(0.25, rel=1e-5)
     assert not hasattr(copied, "grad_scale")
-    of_copy = copied._optimizer_step_pre_hooks["gradclip"].__self__
+    of_copy = gtorch.clipper_of(copied)
+    assert of_copy is not None
+    assert of_copy is not clipper
     assert (of_copy.steps, of_copy.clipped_steps, of_copy.max_norm) == (3, 3, 0.25)
-    assert (of_copy is clipper) == (how == "copy")
     assert moved(COPIES[how](copied)) == pytest.approx(0.25, rel=1e-5)  # of a copy, too
-    if how != "copy":
-        assert int(clipper.steps) == 1
-        of_copy.remove()
-        assert moved(copied) == pytest.approx(3 * size**0.5)
+    assert int(clipper.steps) == 1
+    of_copy.remove()
+    assert gtorch.clipper_of(copied) is None
+    assert moved(copied) == pytest.approx(3 * size**0.5)
     assert moved(optimizer) == pytest.approx(0.25, rel=1e-5)
 
 
@@ -121,7 +122,7 @@ def test_what_a_copy_is_told_before_its_first_step() -> None:
     copied = copy.deepcopy(clipper)
     assert repr(copied) == repr(clipper)
     assert copied._optimizer is not optimizer
-    with raises(ValueError, "the optimizer has a clipper already; remove() that one first"):
+    with pytest.raises(ValueError, match=r"^the optimizer has a clipper already, as a copy of"):
         gtorch.attach(copied._optimizer, 1.0)
 
 
@@ -129,7 +130,10 @@ def test_a_copy_that_cannot_be_clipped_is_not_made() -> None:
     optimizer = torch.optim.SGD(weights(2), lr=1.0)
     clipper = gtorch.attach(optimizer, lambda step: 1.0 / (step + 1))
     again = "remove() the clipper before, and attach again"
-    text = f"the schedule of a clipper cannot be pickled: {again}"
+    text = (
+        "the schedule of a clipper is a function within another, or a lambda, and cannot be "
+        f"pickled: {again}"
+    )
     with raises(TypeError, text):
         pickle.dumps(optimizer)
     assert moved(copy.deepcopy(optimizer)) == pytest.approx(1.0)
@@ -141,8 +145,18 @@ def test_a_copy_that_cannot_be_clipped_is_not_made() -> None:
             return [self.param_groups]
 
     gtorch.attach(own := Own(weights(2)), 1.0)
-    with pytest.raises(TypeError, match=r"^a copy of Own would not be clipped: .* attach again$"):
+    text = (
+        "such a copy of {} would not be clipped: use copy.deepcopy where the class has no copying "
+        f"of its own, or {again}"
+    )
+    with raises(TypeError, text.format("Own")):
         copy.deepcopy(own)
+    gtorch.attach(optimizer, 1.0)
+    with raises(TypeError, text.format("SGD")):
+        copy.copy(optimizer)
+    with raises(TypeError, "a clipper is copied with its optimizer, by copy.deepcopy"):
+        copy.copy(gtorch.clipper_of(optimizer))
+    assert moved(optimizer) == pytest.approx(1.0)
 
 
 def test_hooks_of_others_do_not_take_the_clipper_s_place_in_a_copy() -> None:
@@ -181,7 +195,13 @@ def test_a_step_that_was_replaced_gets_clipped_gradients(monkeypatch: pytest.Mon
             parameter.data.sub_(parameter.grad)
 
     optimizer = torch.optim.SGD(weights(40_000), lr=1.0, fused=True)
-    monkeypatch.setattr(torch.optim.SGD, "step", torch.optim.SGD.profile_hook_step(step))
+    for disguise in (lambda f: f, functools.wraps(torch.optim.SGD.step)):
+        replaced = torch.optim.SGD.profile_hook_step(disguise(step))
+        replaced.hooked = True
+        monkeypatch.setattr(torch.optim.SGD, "step", replaced)
+        gtorch.attach(optimizer, 0.25)
+        assert moved(optimizer) == pytest.approx(0.25, rel=1e-5)
+        gtorch.clipper_of(optimizer).remove()
     gtorch.attach(optimizer, 0.25)
     assert moved(optimizer) == pytest.approx(0.25, rel=1e-5)
 
@@ -318,8 +338,10 @@ def test_counts_go_on_after_a_resume() -> None:
     clipper.load_state_dict(state)
     assert moved(optimizer) == pytest.approx(1 / 3)
     assert clipper.state_dict() == {"begun": 3, "steps": 2, "clipped_steps": 2, "skipped_steps": 1}
-    with raises(ValueError, "the state has ['steps']; it must be of Clipper.state_dict()"):
-        clipper.load_state_dict({"steps": 3})
+    for wrong in ({"steps": 3}, {**state, "steps": -1}, {**state, "skipped_steps": True}):
+        with raises(ValueError, f"the state is {wrong!r}; it must be of Clipper.state_dict()"):
+            clipper.load_state_dict(wrong)
+    assert clipper.state_dict() == {"begun": 3, "steps": 2, "clipped_steps": 2, "skipped_steps": 1}
 
 
 # ---- steps that are skipped ----
@@ -472,7 +494,7 @@ def test_an_argument_of_step_is_named() -> None:
     text = r"^optimizer\.step\({}=\.\.\.\) under gradclip\.torch\.attach.* {}"
     with pytest.raises(RuntimeError, match=text.format("loss", "a closure would make")):
         optimizer.step(lambda: 1.0)
-    with pytest.raises(RuntimeError, match=text.format("grads", "pass no gradients")):
+    with pytest.raises(RuntimeError, match=text.format("grads", "what the parameters have")):
         optimizer.step(grads=[torch.ones(2)])
     with pytest.raises(TypeError, match="unexpected keyword argument 'rte'"):
         optimizer.step(rte=0.5)

@@ -52,15 +52,13 @@ def leave(places: list[Place]) -> None:
 
 def names_in(groups: Sequence[dict[str, Any]]) -> list[list[str]]:
     """What an error calls each parameter of the groups: by its name, where the optimizer has it."""
-    return [
-        [
-            group["param_names"][number]
-            if "param_names" in group
-            else f"param_groups[{place}]['params'][{number}]"
-            for number in range(len(group["params"]))
-        ]
-        for place, group in enumerate(groups)
-    ]
+    every = []
+    for place, group in enumerate(groups):
+        known = group.get("param_names", ())
+        numbered = range(len(known), len(group["params"]))
+        others = [f"param_groups[{place}]['params'][{number}]" for number in numbered]
+        every.append([*known, *others][: len(group["params"])])
+    return every
 
 
 class Gradients:
@@ -88,11 +86,6 @@ class Gradients:
             return
         self.cold.append(gradient)
         self.wide = self.wide or gradient.dtype in backend.WIDE
-
-    @property
-    def parameters(self) -> list[Tensor]:
-        """Whose gradients they are."""
-        return [place.parameter for place in self._places]
 
     def held(self) -> Any:
         """Their memory."""

@@ -51,7 +51,7 @@ from torch._compile import _disable_dynamo
 from torch.nn import utils
 
 from gradclip import _clip
-from gradclip._clipper import Clipper
+from gradclip._clipper import Clipper, clipper_of
 from gradclip._decide import (
     OnNonfinite,
     check_clip_norm,
@@ -70,6 +70,7 @@ __all__ = [
     "attach",
     "clip_grad_norm_",
     "clip_grads_with_norm_",
+    "clipper_of",
     "get_total_norm",
     "patch",
 ]
