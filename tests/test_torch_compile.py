@@ -632,6 +632,38 @@ def test_memory_that_some_have_and_some_have_not() -> None:
     assert there.tolist() == [3, 3, 3]
 
 
+@pytest.fixture
+def world() -> Iterator[Any]:
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    yield torch.distributed.group.WORLD
+    torch.distributed.destroy_process_group()
+
+
+def test_what_others_wait_for_has_memory(world: Any) -> None:
+    there, meta = weight_of(torch.tensor([3.0, 4.0])), torch.ones(3, device="meta")
+    frozen = torch.nn.Parameter(meta)
+    assert gtorch.clip_grad_norm_([frozen, there], 2.5, group=world) == 5
+    assert there.grad.tolist() == [1.5, 2]
+    frozen.grad = meta
+    for order in (2.0, 1.0):
+        with raises(ValueError, "parameters[0].grad has no memory (device meta)"):
+            gtorch.clip_grad_norm_([frozen], 2.5, order, group=world)
+        with raises(ValueError, "tensors[0] has no memory (device meta)"):
+            gtorch.get_total_norm([meta], order, group=world)
+    for options in ({}, {"use_norm": 5.0}):
+        for clip in (gradclip.clip_by_global_norm, gradclip.clip_by_global_norm_):
+            with raises(ValueError, "t_list[0] has no memory (device meta)"):
+                clip([meta], 2.5, group=world, **options)
+    with raises(ValueError, "t_list[0] has no memory (device meta)"):
+        gradclip.global_norm([meta], group=world)
+    text = "a clip over several workers cannot be traced; clip outside of what is traced"
+    for trace in (make_fx, torch.func.functionalize):
+        with raises(NotImplementedError, text):
+            trace(lambda x: gradclip.global_norm([x], group=world))(torch.ones(2))
+
+
 @pytest.mark.slow
 def test_memory_is_estimated_under_patch() -> None:
     code = """

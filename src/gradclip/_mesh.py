@@ -145,6 +145,11 @@ def _spread(leaves: Sequence[Any]) -> tuple[list[DeviceMesh], _flat.Shards | Non
     return list(distinct.values()), _flat.shards(leaves) if is_flat else None
 
 
+def is_of_fakes() -> bool:
+    """If the processes are those of PyTorch's ``fake`` backend, of which only this one is there."""
+    return dist.is_available() and dist.is_initialized() and dist.get_backend() == "fake"
+
+
 def any_spread(leaves: Sequence[Any]) -> bool:
     """If a leaf is a DTensor."""
     kind = spread_by()

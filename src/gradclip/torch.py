@@ -409,7 +409,7 @@ def _total_norm(
         if part is not None:
             part.asked(norm_type=order, error_if_nonfinite=error_if_nonfinite)
         held = backend.hold(tensors, path, writable=False)
-        if held.unread is not None:
+        if held.unread is not None and part is None:
             norm = _total_norm_op(held.leaves, order, error_if_nonfinite)
             return _asked(norm, error_if_nonfinite)
         if len(once := backend.distinct(tensors)) < len(tensors):
@@ -443,7 +443,7 @@ def _clip_grads_(
             check_on_nonfinite(on_nonfinite)
         max_norm, _ = _clip.limits_read(max_norm, None, "max_norm")
         held = backend.hold(grads, path, writable=True)
-        if held.unread is not None:
+        if held.unread is not None and part is None:
             backend.check_not_functionalized()
             limit, _ = _clip.limits_there(held.unread, max_norm, None, "max_norm")
             policy = (on_nonfinite or "", error_if_nonfinite)

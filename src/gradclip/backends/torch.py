@@ -116,6 +116,17 @@ def queue(held: Held) -> Any:
     return held.unread or held.there
 
 
+def check_there(held: Held) -> None:
+    """Hold leaves against what the other workers of a group count on.
+
+    Raises:
+        ValueError: they have no memory.
+    """
+    if held.unread is not None:
+        device = held.leaves[0].device
+        raise ValueError(f"{held.unread.path(0)} has no memory (device {device})")
+
+
 def written(leaves: Sequence[Any]) -> None:
     """Have autograd know that leaves may have been written, as the host does not know if."""
     torch.autograd.graph.increment_version(leaves)
@@ -242,8 +253,10 @@ def counted(held: Held, joint: Joint) -> Held:
     """What this worker counts of the leaves: not what another counts.
 
     Raises:
+        ValueError: leaves have no memory, and another worker waits for what is in it.
         RuntimeError: another worker has failed, and terms are to be added up.
     """
+    check_there(held)
     if not isinstance(joint.workers, _mesh.Ring):
         return held
     leaves = held.leaves if held.spread is None else held.spread
@@ -982,9 +995,11 @@ def workers(leaves: Sequence[Any], group: Any) -> Workers | None:
         ValueError: DTensors are on meshes none of which has all the workers, and no group is named.
         NotImplementedError: what would be asked of the workers is written down, to be run later.
     """
-    if (group is not None or _mesh.any_spread(leaves)) and is_unread(_mesh.locals_of(leaves)):
+    if group is not None or _mesh.any_spread(leaves):
         _check_not_traced()
-        return None  # without memory there is nothing to add up
+        # Memory is estimated in a world of which no other worker is there.
+        if _mesh.is_of_fakes() and any(map(_has_no_memory, _mesh.locals_of(leaves))):
+            return None
     return _workers(leaves, group)
 
 
