@@ -85,6 +85,18 @@ def test_a_parameter_list_is_one() -> None:
     given[0].grad = torch.tensor([3.0, 4.0])
     assert gtorch.clip_grad_norm_(given, 1.0) == 5
 
+    class Own(torch.nn.Module):
+        def __iter__(self) -> Any:
+            return iter(given)
+
+    assert float(gtorch.clip_grad_norm_(Own(), 1e9)) == pytest.approx(1)
+
+
+def test_a_dict_of_tensors_that_have_gradients_though_none_is_required() -> None:
+    weight = torch.zeros(2)
+    weight.grad = torch.tensor([3.0, 4.0])
+    assert gtorch.clip_grad_norm_({"w": weight}, 1.0) == 5
+
 
 # ---- wrong objects ----
 
@@ -94,6 +106,7 @@ def test_what_holds_no_parameters() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     before = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
     hint = "parameters are tensors, as model.parameters() gives them"
+    weights = "tensors that have no gradients, as a state_dict is"
     pairs = (
         "parameters are tensors, or pairs of a name and a tensor, as model.named_parameters() "
         "gives them"
@@ -104,9 +117,10 @@ def test_what_holds_no_parameters() -> None:
             optimizer,
             f"parameters is SGD; {hint}; gradclip.torch.attach takes an optimizer",
         ),
-        (model.state_dict(), f"parameters is OrderedDict; {hint}"),
-        (dict(model.state_dict()), f"parameters is dict; {hint}"),
-        (optimizer.state_dict(), f"parameters is dict; {hint}"),
+        (model.state_dict(), f"parameters is OrderedDict of {weights}; {hint}"),
+        (dict(model.state_dict()), f"parameters is dict of {weights}; {hint}"),
+        (optimizer.state_dict(), f"state is dict; {pairs}"),
+        ([(p, p) for p in model.parameters()], f"parameters[0] is tuple; {pairs}"),
         ("parameters", f"parameters is str; {hint}"),
         (None, f"parameters is NoneType; {hint}"),
         (3, f"parameters is int; {hint}"),
@@ -124,6 +138,10 @@ def test_what_holds_no_parameters() -> None:
     hint = "tensors are [p.grad for p in model.parameters() if p.grad is not None], or others"
     with raises(TypeError, f"tensors is Sequential; {hint}"):
         gtorch.get_total_norm(model)
+    with pytest.raises(TypeError, match=r"^tensors\[0\] is tuple; gradclip clips "):
+        gtorch.get_total_norm([(torch.ones(1), torch.ones(1))])  # type: ignore[list-item]
+    with raises(TypeError, "norm_type is 'two'; it must be a number"):
+        gtorch.clip_grad_norm_(model.parameters(), 1.0, norm_type="two")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"^tensors\[1\] is NoneType; gradclip clips "):
         gtorch.get_total_norm([torch.ones(1), None])  # type: ignore[list-item]
     assert gtorch.clip_grad_norm_({}, 1.0) == 0
@@ -136,9 +154,9 @@ def test_weights_are_not_clipped_in_place_of_their_gradients() -> None:
     model = trained()
     before = [p.detach().clone() for p in model.parameters()]
     text = (
-        "t_list{} requires a gradient, and weights are no gradients: those of parameters are "
-        "clipped by gradclip.torch.clip_grad_norm_. To write to this tensor itself use "
-        "torch.no_grad(); clip_by_global_norm returns new ones"
+        "t_list{} requires a gradient, and autograd would not see that it changes. Weights are no "
+        "gradients: those of parameters are clipped by gradclip.torch.clip_grad_norm_. To write to "
+        "this tensor itself use torch.no_grad(); clip_by_global_norm returns new ones"
     )
     with raises(TypeError, text.format("[2]")):  # the first two are frozen
         gradclip.clip_by_global_norm_(model.parameters(), 0.1)

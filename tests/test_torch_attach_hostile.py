@@ -351,6 +351,19 @@ def test_a_step_to_be_differentiated_is_refused() -> None:
         optimizer.step()
 
 
+def test_gradients_without_memory_are_refused() -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2, device="meta"))], lr=1.0)
+    clipper = gtorch.attach(optimizer, 1.0)
+    gradients(optimizer)
+    text = re.escape(
+        "param_groups[0]['params'][0].grad is meta, fake or traced, of which an attached clipper "
+        "can know no norm; gradclip.torch.clip_grad_norm_ before step() takes it"
+    )
+    with pytest.raises(NotImplementedError, match=f"^{text}$"):
+        optimizer.step()
+    assert clipper.steps == 0
+
+
 def test_a_step_of_the_instance_s_own_that_calls_the_class_s() -> None:
     optimizer = fused_sgd()
 

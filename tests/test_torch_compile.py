@@ -6,6 +6,7 @@ And what has memory of another kind than it seems: inference tensors, lazy copie
 from __future__ import annotations
 
 import collections
+import gc
 import itertools
 import math
 import re
@@ -389,6 +390,34 @@ def test_arrays_are_clipped_while_another_thread_imports_pytorch(
     assert gradclip.global_norm([np.float32([3, 4])]) == 5
 
 
+@pytest.fixture
+def _imports_at_any_time(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Modules come while the compiler works: whenever garbage is collected."""
+    modules = dict(sys.modules)
+    monkeypatch.setattr(sys, "modules", modules)
+
+    def come(*_: Any) -> None:
+        modules[f"come.{len(modules)}"] = type(sys)("come")
+
+    thresholds = gc.get_threshold()
+    gc.callbacks.append(come)
+    gc.set_threshold(200)
+    yield
+    gc.set_threshold(*thresholds)
+    gc.callbacks.remove(come)
+
+
+@pytest.mark.usefixtures("_imports_at_any_time")
+def test_modules_may_come_while_a_clip_is_compiled() -> None:
+    weight = weight_of(torch.tensor([3.0, 4.0]))
+
+    def step() -> Any:
+        norm = gtorch.clip_grad_norm_([weight], 2.5)
+        return norm, gtorch.get_total_norm([weight.grad]), gradclip.global_norm((weight.grad, None))
+
+    assert whole(step)() == (5, 2.5, 2.5)
+
+
 # ---- what is written down ----
 
 
@@ -662,6 +691,39 @@ def test_what_others_wait_for_has_memory(world: Any) -> None:
     for trace in (make_fx, torch.func.functionalize):
         with raises(NotImplementedError, text):
             trace(lambda x: gradclip.global_norm([x], group=world))(torch.ones(2))
+
+
+@pytest.mark.slow
+def test_a_clip_over_workers_breaks_the_graph_and_works(world: Any) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (1,))
+
+    def step(weight: Any, group: Any) -> Any:
+        norm = gtorch.clip_grad_norm_([weight], 2.5, group=group)
+        gradclip.clip_by_global_norm_([weight.grad], 2.0, group=group)
+        again = gtorch.get_total_norm([weight.grad], group=group)
+        return norm, again, gradclip.clip_by_global_norm([weight.grad], 1.0, group=group)[1]
+
+    for spread in (False, True):
+        weights = [torch.nn.Parameter(torch.zeros(2)) for _ in range(2)]
+        grads = [torch.tensor([3.0, 4.0]) for _ in range(2)]
+        if spread:
+            weights = [torch.nn.Parameter(distribute_tensor(x, mesh, [Shard(0)])) for x in weights]
+            grads = [distribute_tensor(x, mesh, [Shard(0)]) for x in grads]
+        for weight, grad in zip(weights, grads, strict=True):
+            weight.grad = grad
+        group = None if spread else world
+        torch._dynamo.reset()
+        found = torch.compile(step, backend="aot_eager")(weights[0], group)
+        assert (
+            flat(found)
+            == flat(step(weights[1], group))
+            == flat(tuple(map(torch.tensor, (5.0, 2.0, 2.0))))
+        )
+        local = [x.grad.to_local() if spread else x.grad for x in weights]
+        assert flat(local[0]) == flat(local[1])
 
 
 @pytest.mark.slow

@@ -390,9 +390,15 @@ def flat() -> None:
     with pytest.raises(ZeroDivisionError if rank == 1 else RuntimeError):
         gtorch.clip_grad_norm_(first_of(parameters) if rank == 1 else parameters, 1.0)
     text = (
-        "within FullyShardedDataParallel.summon_full_params gradients may be parts or whole; clip "
-        "before or after it"
+        "within FullyShardedDataParallel.summon_full_params, and after a backward pass within "
+        "no_sync(), gradients may be parts or whole; clip after a backward pass without them"
     )
+    with model.no_sync():
+        flat_step(model)
+    with raises(RuntimeError, text):
+        gtorch.clip_grad_norm_(model.parameters(), 1.0)
+    flat_step(model)
+    gtorch.clip_grad_norm_(model.parameters(), 1.0)
     with FullyShardedDataParallel.summon_full_params(model), raises(RuntimeError, text):
         gtorch.clip_grad_norm_(model.parameters(), 1.0)
     beside = nn.Parameter(spread(torch.ones(3), mesh_of(size), Shard(0)))
@@ -621,7 +627,15 @@ def errors() -> None:
     weight = nn.Parameter(spread(leaf, flat, Shard(0)))
     weight.grad = spread_one
     good = {"parameters": [weight], "max_norm": math.inf, "norm_type": 3.0}
-    mixed = {"parameters": [[weight, 3], lambda: first_of([weight])]}
+    model = nn.Module()
+    model.weight = weight
+    descent = torch.optim.SGD([weight])
+    mixed = {
+        "parameters": [
+            *([weight, 3], lambda: first_of([weight])),
+            *(lambda: model, model.state_dict(), descent),
+        ]
+    }
     wrong_arguments(gtorch.clip_grad_norm_, good, {**orders, **mixed, **limits})
     # Terms are added up by collectives, which are not begun.
     term = DTensor.from_local(leaf.clone(), flat, [Partial()])

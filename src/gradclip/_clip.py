@@ -63,7 +63,8 @@ def clip_by_global_norm(
             complex128, of any shape and layout, dense or sparse. Never modified.
         clip_norm: a real scalar above 0; ``inf`` clips nothing. Where it is traced it cannot be
             checked: NaN gives NaN, below 0 acts as 0.
-        use_norm: the norm to scale by, if it is known already. The leaves are not read for it.
+        use_norm: the norm to scale by, if it is known already. The leaves are not read for it;
+            workers still meet, so that an error on one is an error on all.
         name: names the operations where a framework has named ones; else without effect.
         on_nonfinite: what to make of a norm that is NaN or inf because an element is:
             ``"nan"`` every element NaN, ``"zero"`` every element 0, ``"keep"`` the inputs
@@ -235,6 +236,8 @@ def global_norm(
         if recorder is not None:
             return recorder.norm(tree, plain_of(tree, backend), name)
         with taking_part(opening.workers) as part:
+            if part is not None:
+                part.asked(clip_norm=None)
             held = backend.hold(tree.leaves, tree.path, writable=False)
             queue = backend.queue(held) if part is None else None
             if queue is not None:

@@ -8,7 +8,6 @@ Nothing is done where no parameter is marked.
 from __future__ import annotations
 
 import gc
-import sys
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -28,7 +27,8 @@ class Shards(NamedTuple):
 
 def module() -> Any:
     """Where their class is defined; None where nobody has imported it."""
-    return sys.modules.get("torch.distributed.fsdp._flat_param")
+    # By attributes, for torch.compile, which would look at every module in sys.modules.
+    return getattr(getattr(dist, "fsdp", None), "_flat_param", None)
 
 
 def shards(parameters: Sequence[Any]) -> Shards | None:
@@ -46,10 +46,11 @@ def shards(parameters: Sequence[Any]) -> Shards | None:
     sharding = [owner for owner in owners if _is_sharded(owner)]
     if not sharding:
         return None
-    if any(owner._training_state.name == "SUMMON_FULL_PARAMS" for owner in sharding):
+    summoned = any(owner._training_state.name == "SUMMON_FULL_PARAMS" for owner in sharding)
+    if summoned or any(map(_has_whole_gradient, sharding)):
         raise RuntimeError(
-            "within FullyShardedDataParallel.summon_full_params gradients may be parts or whole; "
-            "clip before or after it"
+            "within FullyShardedDataParallel.summon_full_params, and after a backward pass within "
+            "no_sync(), gradients may be parts or whole; clip after a backward pass without them"
         )
     if any(owner._fsdp_extension is not None for owner in sharding):
         raise ValueError(
@@ -88,6 +89,13 @@ def _held(handles: Iterable[Any]) -> Iterator[tuple[int, Any]]:
         flat = handle.flat_param
         for each in (flat, *(flat._params or ()), *(flat._shared_params or ())):
             yield id(each), handle
+
+
+def _has_whole_gradient(handle: Any) -> bool:
+    """If the gradient of a sharded parameter has not been reduced to a shard."""
+    flat = handle.flat_param
+    whole, shard = flat._unpadded_unsharded_size.numel(), flat._sharded_size.numel()
+    return flat.grad is not None and flat.grad.numel() >= whole > shard
 
 
 def _is_sharded(handle: Any) -> bool:

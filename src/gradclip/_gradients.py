@@ -88,8 +88,18 @@ class Gradients:
         self.wide = self.wide or gradient.dtype in backend.WIDE
 
     def held(self) -> Any:
-        """Their memory."""
-        return backend.hold(self.tensors, self.path, writable=True)
+        """Their memory.
+
+        Raises:
+            NotImplementedError: they have none, or what is done to them is written down.
+        """
+        held = backend.hold(self.tensors, self.path, writable=True)
+        if held.unread is not None:
+            raise NotImplementedError(
+                f"{self.path(0)} is meta, fake or traced, of which an attached clipper can know no "
+                "norm; gradclip.torch.clip_grad_norm_ before step() takes it"
+            )
+        return held
 
     def path(self, number: int) -> str:
         """What an error calls one of them."""

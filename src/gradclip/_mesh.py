@@ -7,7 +7,6 @@ replica, which is counted by one of those that have it; or a term of a sum, whic
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,7 +26,7 @@ Ranks = tuple[int, ...]
 
 def spread_by() -> Any:
     """The class of DTensors; None where nobody has imported it, which takes most of a second."""
-    return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+    return getattr(getattr(dist, "tensor", None), "DTensor", None)
 
 
 class Ring(NamedTuple):
@@ -145,8 +144,8 @@ def _spread(leaves: Sequence[Any]) -> tuple[list[DeviceMesh], _flat.Shards | Non
     return list(distinct.values()), _flat.shards(leaves) if is_flat else None
 
 
-def is_of_fakes() -> bool:
-    """If the processes are those of PyTorch's ``fake`` backend, of which only this one is there."""
+def is_fake() -> bool:
+    """If processes are only made believe, as where the memory of many is estimated in one."""
     return dist.is_available() and dist.is_initialized() and dist.get_backend() == "fake"
 
 

@@ -171,7 +171,8 @@ class _ExactGlobalNorm:
     def load_own_variables(self, store: Any) -> None:
         """Take over what was saved, also from Keras's own optimizer, which keeps no norms.
 
-        Before it is built an optimizer has nowhere to put the norms; they wait until it is.
+        An optimizer without other variables has nowhere to put the norms before it is built; they
+        wait until it is.
         """
         norms = getattr(self, "_norms", None)
         others = [each for each in self.variables if each is not norms]
@@ -338,12 +339,12 @@ class GlobalNorm(keras.callbacks.Callback):  # type: ignore[misc]
             ``global_clipnorm``, or a ``clipnorm`` beside it, by which Keras clips instead.
 
     >>> import keras, numpy as np
-        >>> model = keras.Sequential([keras.layers.Dense(1, "linear", False, "zeros")])
-        >>> model.compile(exact(keras.optimizers.SGD)(1.0, global_clipnorm=1.0), "mse")
-        >>> x, y = np.array([[3.0, 4.0]]), np.array([[0.5]])
-        >>> history = model.fit(x, y, callbacks=[GlobalNorm()], verbose=0).history
-        >>> print(history["global_norm"], history["clipped"])
-        [5.0] [1.0]
+    >>> model = keras.Sequential([keras.layers.Dense(1, "linear", False, "zeros")])
+    >>> model.compile(exact(keras.optimizers.SGD)(1.0, global_clipnorm=1.0), "mse")
+    >>> x, y = np.array([[3.0, 4.0]]), np.array([[0.5]])
+    >>> history = model.fit(x, y, callbacks=[GlobalNorm()], verbose=0).history
+    >>> print(history["global_norm"], history["clipped"])
+    [5.0] [1.0]
     """
 
     def set_model(self, model: Any) -> None:

@@ -37,17 +37,15 @@ estimated under `patch`. docs/numerics.md has what else traces a clip.
 
 from __future__ import annotations
 
-import functools
 import math
 import types
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 from torch.nn import utils
 
 from gradclip import _clip
@@ -76,7 +74,6 @@ __all__ = [
 ]
 
 attach = Clipper
-F = TypeVar("F", bound=Callable[..., Any])
 
 
 def clip_grad_norm_(
@@ -282,43 +279,66 @@ def _listed(given: Tensor | Iterable[Tensor] | Named, called: str, seen: list[Te
     Raises:
         TypeError: what is given holds no tensors, or others than those meant.
     """
-    if isinstance(given, Tensor):
-        given = [given]
-    if isinstance(given, Mapping | torch.nn.ParameterDict):
-        values = list(given.values())
-        if called == "parameters" and values and not any(map(_may_have_gradient, values)):
-            raise TypeError(_no_tensors(given, called))  # a state_dict: weights, no parameters
-        given = given.items()
-    no_list = isinstance(given, torch.nn.Module | torch.optim.Optimizer | str)
-    if no_list and not isinstance(given, torch.nn.ParameterList):
-        raise TypeError(_no_tensors(given, called))
+    if isinstance(given, _MAPPINGS):
+        seen.extend(given.values())
+        known = called != "parameters" or any(map(_may_have_gradient, seen))
+        if not known and seen and all(isinstance(each, Tensor) for each in seen):
+            raise TypeError(_no_tensors(given, called))
+        return _Listed(seen, called, list(map(str, given)))
+    if isinstance(given, _HOLDERS):
+        seen.extend(_tensors_in(given))  # which tell who is to hear of an error
+        if not hasattr(given, "__iter__") or not all(isinstance(x, Tensor) for x in given):
+            raise TypeError(_no_tensors(given, called))
+        seen.clear()
     try:
-        items: Any = iter(given)
+        items: Any = iter([given] if isinstance(given, Tensor) else given)
     except TypeError:
         raise TypeError(_no_tensors(given, called)) from None
+    if isinstance(given, str):
+        raise TypeError(_no_tensors(given, called))
     names = None
     try:
         seen.extend(items)
     finally:
         pairs: Any = seen
-        if pairs and all(type(pair) is tuple and len(pair) == 2 for pair in pairs):
-            names = [str(name) for name, _ in pairs]
+        if pairs and all(map(_is_named, pairs)):
+            names = [name for name, _ in pairs]
             seen[:] = [tensor for _, tensor in pairs]
     return _Listed(seen, called, names)
 
 
+_HOLDERS = (torch.nn.Module, torch.optim.Optimizer)
+_MAPPINGS = (dict, Mapping, torch.nn.ParameterDict)
+
+
+def _is_named(pair: Any) -> bool:
+    return type(pair) is tuple and len(pair) == 2 and isinstance(pair[0], str)
+
+
+def _tensors_in(holder: Any) -> list[Any]:
+    """The parameters that a model or an optimizer holds."""
+    if isinstance(holder, torch.optim.Optimizer):
+        return [parameter for group in holder.param_groups for parameter in group["params"]]
+    return list(holder.parameters())
+
+
 def _may_have_gradient(tensor: Any) -> bool:
-    known = isinstance(tensor, Tensor)
-    return isinstance(tensor, torch.nn.Parameter) or (known and tensor.requires_grad)
+    """If it is no weight of a ``state_dict``."""
+    if isinstance(tensor, torch.nn.Parameter):
+        return True
+    return isinstance(tensor, Tensor) and (tensor.requires_grad or tensor.grad is not None)
 
 
 def _no_tensors(given: Any, called: str) -> str:
+    what = type(given).__name__
+    if isinstance(given, _MAPPINGS):
+        what += " of tensors that have no gradients, as a state_dict is"
     hint = f"{called} are tensors, as model.parameters() gives them"
     if called == "tensors":
         hint = "tensors are [p.grad for p in model.parameters() if p.grad is not None], or others"
     if isinstance(given, torch.optim.Optimizer):
         hint += "; gradclip.torch.attach takes an optimizer"
-    return f"{called} is {type(given).__name__}; {hint}"
+    return f"{called} is {what}; {hint}"
 
 
 def _gradients(given: _Listed) -> list[Tensor]:
@@ -345,26 +365,16 @@ def _path_of_gradient(given: _Listed, place: int) -> str:
 
 
 def _order(norm_type: Any) -> float:
-    order = float(norm_type)
+    try:
+        order = float(norm_type)
+    except (TypeError, ValueError):
+        raise TypeError(f"norm_type is {norm_type!r}; it must be a number") from None
     if not order > 0:
         raise ValueError(f"norm_type is {norm_type!r}; it must be above 0 (inf: the largest |x|)")
     return order
 
 
 # ---- the flow ----
-
-
-def _looked_away_from(function: F) -> F:
-    """Have torch.compile not look into a function where it has broken a graph."""
-    hidden = _disable_dynamo(function)
-    looks = torch._C._dynamo.eval_frame.get_eval_frame_callback
-
-    @functools.wraps(function)
-    def run(*args: Any, **options: Any) -> Any:
-        is_looked_into = torch.compiler.is_compiling() or looks() is not None
-        return (hidden if is_looked_into else function)(*args, **options)
-
-    return cast(F, run)
 
 
 def _measured(
@@ -397,7 +407,7 @@ def _measured_of_order(held: Any, order: float, part: Joint | None) -> _clip.Mea
     return _clip.Measured(backend.norm_of_order(every.tolist(), order, wide=wide), wide)
 
 
-@_looked_away_from
+@backend.looked_away_from
 def _total_norm(
     tensors: list[Tensor],
     path: Callable[[int], str],
@@ -428,7 +438,7 @@ def _total_norm(
         return backend.scalar(found.norm, held, wide=found.wide)
 
 
-@_looked_away_from
+@backend.looked_away_from
 def _clip_grads_(
     grads: list[Tensor],
     path: Callable[[int], str],
@@ -466,7 +476,7 @@ def _clip_grads_(
         return backend.scalar(found.norm, held, wide=found.wide)
 
 
-@_looked_away_from
+@backend.looked_away_from
 def _clip_grads_with_norm_(
     grads: list[Tensor], path: Callable[[int], str], max_norm: Any, total_norm: Any
 ) -> None:

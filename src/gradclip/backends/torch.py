@@ -12,6 +12,7 @@ import functools
 import importlib
 import importlib.util
 import math
+import operator
 import os
 import shutil
 import sys
@@ -20,11 +21,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from operator import is_
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
@@ -68,6 +70,22 @@ class Held(NamedTuple):
     writable: bool = False
     there: _device.Leaves | None = None  # in a device's memory, if Triton's kernels reach all
     unread: Any = None  # `_operations.Leaves`, where there are no numbers to be read
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def looked_away_from(function: F) -> F:
+    """Have torch.compile not look into a function where it has broken a graph."""
+    hidden = _disable_dynamo(function)
+    looks = torch._C._dynamo.eval_frame.get_eval_frame_callback
+
+    @functools.wraps(function)
+    def run(*args: Any, **options: Any) -> Any:
+        is_looked_into = torch.compiler.is_compiling() or looks() is not None
+        return (hidden if is_looked_into else function)(*args, **options)
+
+    return cast(F, run)
 
 
 # ---- the backend ----
@@ -436,14 +454,20 @@ def _check_dtype(tensor: Tensor, path: Callable[[], str]) -> None:
 
 def _check_unrecorded(leaves: Sequence[Any], path: Callable[[int], str]) -> None:
     """Refuse to write to parameters, which are no gradients, and to what a graph has read."""
+    if _are_plain(leaves) and not any(map(_requires_grad, leaves)):
+        return
     for place, leaf in enumerate(leaves):
         tensor = leaf.values if isinstance(leaf, IndexedSlices) else leaf
         if getattr(tensor, "requires_grad", False):
             raise TypeError(
-                f"{path(place)} requires a gradient, and weights are no gradients: those of "
-                "parameters are clipped by gradclip.torch.clip_grad_norm_. To write to this tensor "
-                "itself use torch.no_grad(); clip_by_global_norm returns new ones"
+                f"{path(place)} requires a gradient, and autograd would not see that it changes. "
+                "Weights are no gradients: those of parameters are clipped by "
+                "gradclip.torch.clip_grad_norm_. To write to this tensor itself use "
+                "torch.no_grad(); clip_by_global_norm returns new ones"
             )
+
+
+_requires_grad = operator.attrgetter("requires_grad")
 
 
 def _needed(values: Tensor) -> int:
@@ -996,21 +1020,15 @@ def workers(leaves: Sequence[Any], group: Any) -> Workers | None:
         NotImplementedError: what would be asked of the workers is written down, to be run later.
     """
     if group is not None or _mesh.any_spread(leaves):
-        _check_not_traced()
-        # Memory is estimated in a world of which no other worker is there.
-        if _mesh.is_of_fakes() and any(map(_has_no_memory, _mesh.locals_of(leaves))):
-            return None
-    return _workers(leaves, group)
+        return _workers(leaves, group)
+    ring = _mesh.ring_of_leaves(leaves)  # of parameters that FSDP1 has sharded
+    return None if ring is None or _are_estimated(leaves) else ring
 
 
-def _check_not_traced() -> None:
-    if is_written_down() or is_functionalized():
-        raise NotImplementedError(
-            "a clip over several workers cannot be traced; clip outside of what is traced"
-        )
-
-
+@looked_away_from
 def _workers(leaves: Sequence[Any], group: Any) -> Workers | None:
+    if _are_estimated(leaves):
+        return None
     if group is None:
         return _mesh.ring_of_leaves(leaves)
     if type(group).__module__.partition(".")[0] == "mpi4py":
@@ -1020,6 +1038,21 @@ def _workers(leaves: Sequence[Any], group: Any) -> Workers | None:
     ring = _mesh.ring_of(group)
     _mesh.check_meshes(leaves, ring)
     return ring
+
+
+def _are_estimated(leaves: Sequence[Any]) -> bool:
+    """If it is only asked what memory a step takes: without numbers there are none to add up."""
+    _check_not_traced()
+    here = _mesh.locals_of(leaves)
+    fake = any(isinstance(leaf, FakeTensor) for leaf in here)
+    return fake or (_mesh.is_fake() and any(map(_has_no_memory, here)))
+
+
+def _check_not_traced() -> None:
+    if is_written_down() or is_functionalized():
+        raise NotImplementedError(
+            "a clip over several workers cannot be traced; clip outside of what is traced"
+        )
 
 
 def everyone(leaves: Sequence[Any]) -> Workers | None:

@@ -163,10 +163,11 @@ def _open(path: Path) -> TensorFile:
             return Flat(path)
         case ".npz":
             return Zip(path)
-    raise ValueError(
-        "is of another format; gradclip reads .npy, .npz, .safetensors "
-        "and .safetensors.index.json files"
-    )
+    with open_regular(path):  # what is not there, or is no file, is told first
+        raise ValueError(
+            "is of another format; gradclip reads .npy, .npz, .safetensors "
+            "and .safetensors.index.json files"
+        )
 
 
 def _shards(path: Path) -> Iterator[TensorFile]:

@@ -25,8 +25,9 @@ except ModuleNotFoundError:
 except ImportError as _error:
     _why_numpy = f"cannot be loaded ({_error})"
 else:
-    _fault = _cpu.fault()
-    if _fault is not None:
+    if not hasattr(_cpu, "fault"):
+        _why_numpy = "is of an older gradclip"
+    elif (_fault := _cpu.fault()) is not None:
         _why_numpy = f"gets {_fault} wrong on this machine"
 if _why_numpy is not None:
     _cpu = None  # type: ignore[assignment]
