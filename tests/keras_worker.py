@@ -971,9 +971,9 @@ def test_gradients_are_not_modified() -> None:
 
 
 @on_torch
-def test_a_tensor_without_memory_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^grads\[0\] has no memory \(device meta\)$"):
-        SGD(global_clipnorm=1.0)._clip_gradients([torch.ones(2, device="meta")])
+def test_a_tensor_without_memory_beside_others_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^grads\[1\] has no memory \(device meta\)$"):
+        SGD(global_clipnorm=1.0)._clip_gradients([torch.ones(2), torch.ones(2, device="meta")])
 
 
 # ---- every optimizer at once ----

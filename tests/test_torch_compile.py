@@ -344,6 +344,14 @@ def test_what_breaks_the_graph_is_clipped_nevertheless(function: Callable[[Any],
     assert flat(torch.compile(function, backend="aot_eager")(x)) == flat(function(x))
 
 
+@pytest.mark.parametrize("function", BROKEN.values(), ids=BROKEN)
+def test_what_breaks_the_graph_beside_jax(
+    function: Callable[[Any], Any], framework: Callable[[str], Any]
+) -> None:
+    framework("jax")  # which is asked about what may be a container of its own
+    test_what_breaks_the_graph_is_clipped_nevertheless(function)
+
+
 def test_an_error_of_what_breaks_the_graph_is_the_one_without_a_compiler() -> None:
     def text(value: Any) -> Any:
         return gradclip.clip_by_global_norm([value, "no"], 1.0)

@@ -116,9 +116,10 @@ _NEVER_NESTS = ("jaxlib", "numpy", "tensorflow", "torch")
 
 def _is_nest_of_jax(node: Any) -> bool:
     """If a node that optree takes for a leaf is a container that is registered with JAX."""
-    # JAX warns of an iterator.
     known = _module(node).partition(".")[0] in _NEVER_NESTS
-    if node is None or known or isinstance(node, Iterator):
+    plain = isinstance(node, str | bytes | int | float | complex)
+    # JAX warns of an iterator.
+    if known or plain or _is_leaf(node) or isinstance(node, Iterator):
         return False
     trees = sys.modules.get("jax.tree_util")
     return trees is not None and not trees.all_leaves([node], is_leaf=_is_leaf)
