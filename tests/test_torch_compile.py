@@ -6,6 +6,7 @@ And what has memory of another kind than it seems: inference tensors, lazy copie
 from __future__ import annotations
 
 import collections
+import gc
 import itertools
 import math
 import re
@@ -397,6 +398,34 @@ def test_arrays_are_clipped_while_another_thread_imports_pytorch(
     assert gradclip.global_norm([np.float32([3, 4])]) == 5
 
 
+@pytest.fixture
+def _imports_at_any_time(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Modules come while the compiler works: whenever garbage is collected."""
+    modules = dict(sys.modules)
+    monkeypatch.setattr(sys, "modules", modules)
+
+    def come(*_: Any) -> None:
+        modules[f"come.{len(modules)}"] = type(sys)("come")
+
+    thresholds = gc.get_threshold()
+    gc.callbacks.append(come)
+    gc.set_threshold(200)
+    yield
+    gc.set_threshold(*thresholds)
+    gc.callbacks.remove(come)
+
+
+@pytest.mark.usefixtures("_imports_at_any_time")
+def test_modules_may_come_while_a_clip_is_compiled() -> None:
+    weight = weight_of(torch.tensor([3.0, 4.0]))
+
+    def step() -> Any:
+        norm = gtorch.clip_grad_norm_([weight], 2.5)
+        return norm, gtorch.get_total_norm([weight.grad]), gradclip.global_norm((weight.grad, None))
+
+    assert whole(step)() == (5, 2.5, 2.5)
+
+
 # ---- what is written down ----
 
 
@@ -638,6 +667,71 @@ def test_memory_that_some_have_and_some_have_not() -> None:
     with raises(ValueError, "t_list[1] has no memory (device meta)"):
         gradclip.clip_by_global_norm([there.requires_grad_(), meta], 1.0)
     assert there.tolist() == [3, 3, 3]
+
+
+@pytest.fixture
+def world() -> Iterator[Any]:
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    yield torch.distributed.group.WORLD
+    torch.distributed.destroy_process_group()
+
+
+def test_what_others_wait_for_has_memory(world: Any) -> None:
+    there, meta = weight_of(torch.tensor([3.0, 4.0])), torch.ones(3, device="meta")
+    frozen = torch.nn.Parameter(meta)
+    assert gtorch.clip_grad_norm_([frozen, there], 2.5, group=world) == 5
+    assert there.grad.tolist() == [1.5, 2]
+    frozen.grad = meta
+    for order in (2.0, 1.0):
+        with raises(ValueError, "parameters[0].grad has no memory (device meta)"):
+            gtorch.clip_grad_norm_([frozen], 2.5, order, group=world)
+        with raises(ValueError, "tensors[0] has no memory (device meta)"):
+            gtorch.get_total_norm([meta], order, group=world)
+    for options in ({}, {"use_norm": 5.0}):
+        for clip in (gradclip.clip_by_global_norm, gradclip.clip_by_global_norm_):
+            with raises(ValueError, "t_list[0] has no memory (device meta)"):
+                clip([meta], 2.5, group=world, **options)
+    with raises(ValueError, "t_list[0] has no memory (device meta)"):
+        gradclip.global_norm([meta], group=world)
+    text = "a clip over several workers cannot be traced; clip outside of what is traced"
+    for trace in (make_fx, torch.func.functionalize):
+        with raises(NotImplementedError, text):
+            trace(lambda x: gradclip.global_norm([x], group=world))(torch.ones(2))
+
+
+@pytest.mark.slow
+def test_a_clip_over_workers_breaks_the_graph_and_works(world: Any) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (1,))
+
+    def step(weight: Any, group: Any) -> Any:
+        norm = gtorch.clip_grad_norm_([weight], 2.5, group=group)
+        gradclip.clip_by_global_norm_([weight.grad], 2.0, group=group)
+        again = gtorch.get_total_norm([weight.grad], group=group)
+        return norm, again, gradclip.clip_by_global_norm([weight.grad], 1.0, group=group)[1]
+
+    for spread in (False, True):
+        weights = [torch.nn.Parameter(torch.zeros(2)) for _ in range(2)]
+        grads = [torch.tensor([3.0, 4.0]) for _ in range(2)]
+        if spread:
+            weights = [torch.nn.Parameter(distribute_tensor(x, mesh, [Shard(0)])) for x in weights]
+            grads = [distribute_tensor(x, mesh, [Shard(0)]) for x in grads]
+        for weight, grad in zip(weights, grads, strict=True):
+            weight.grad = grad
+        group = None if spread else world
+        torch._dynamo.reset()
+        found = torch.compile(step, backend="aot_eager")(weights[0], group)
+        assert (
+            flat(found)
+            == flat(step(weights[1], group))
+            == flat(tuple(map(torch.tensor, (5.0, 2.0, 2.0))))
+        )
+        local = [x.grad.to_local() if spread else x.grad for x in weights]
+        assert flat(local[0]) == flat(local[1])
 
 
 @pytest.mark.slow

@@ -511,6 +511,7 @@ def _decided(
     else:
         found = Measured(given)
         if part is not None:
+            backend.check_there(held)
             part.meet()  # for an error of another, and for one that has not been given it
     return found, decided(
         backend,

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import importlib
 import os
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
+from gradclip import _loaded
 from gradclip._protocol import Backend
 from gradclip._sparse import IndexedSlices
 from gradclip._tree import Tree
@@ -63,9 +63,10 @@ def backend_of_group(group: Any) -> Backend | None:
 def is_compiled(t_list: Any) -> bool:
     """If the compiler of PyTorch looks into a call, and no operation of ours has made it."""
     # While another thread imports PyTorch not all of it is there; its compiler comes last.
-    if sys.modules.get("torch._dynamo") is None or type(t_list) is Tree:
+    if _loaded.dynamo is None or type(t_list) is Tree:
         return False
-    torch = sys.modules["torch"]
+    import torch
+
     # Where it has broken a graph it looks into each function that is called next.
     looks = torch._C._dynamo.eval_frame.get_eval_frame_callback
     return torch.compiler.is_compiling() or looks() is not None

@@ -8,7 +8,6 @@ Nothing is done where no parameter is marked.
 from __future__ import annotations
 
 import gc
-import sys
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -28,7 +27,8 @@ class Shards(NamedTuple):
 
 def module() -> Any:
     """Where their class is defined; None where nobody has imported it."""
-    return sys.modules.get("torch.distributed.fsdp._flat_param")
+    # By attributes, for torch.compile, which would look at every module in sys.modules.
+    return getattr(getattr(dist, "fsdp", None), "_flat_param", None)
 
 
 def shards(parameters: Sequence[Any]) -> Shards | None:

@@ -159,6 +159,11 @@ def queue(held: Held) -> None:
     del held
 
 
+def check_there(held: Held) -> None:
+    """Nothing: what the host holds is in its memory."""
+    del held
+
+
 def written(leaves: Sequence[Any]) -> None:
     """Nothing: no queue writes to the host's memory."""
 

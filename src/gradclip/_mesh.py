@@ -7,7 +7,6 @@ replica, which is counted by one of those that have it; or a term of a sum, whic
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,7 +26,7 @@ Ranks = tuple[int, ...]
 
 def spread_by() -> Any:
     """The class of DTensors; None where nobody has imported it, which takes most of a second."""
-    return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+    return getattr(getattr(dist, "tensor", None), "DTensor", None)
 
 
 class Ring(NamedTuple):

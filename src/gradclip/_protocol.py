@@ -94,6 +94,13 @@ class Backend(Protocol):
     def queue(self, held: Any) -> Queue | None:
         """Who clips in the memory of a device, if that is where the leaves are."""
 
+    def check_there(self, held: Any) -> None:
+        """Hold leaves against what the other workers of a group count on.
+
+        Raises:
+            ValueError: they have no memory.
+        """
+
     def written(self, leaves: Sequence[Any]) -> None:
         """Have the framework know that a queue may have written to leaves."""
 

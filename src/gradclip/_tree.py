@@ -116,13 +116,13 @@ _NEVER_NESTS = ("jaxlib", "numpy", "tensorflow", "torch")
 
 def _is_nest_of_jax(node: Any) -> bool:
     """If a node that optree takes for a leaf is a container that is registered with JAX."""
-    trees = sys.modules.get("jax.tree_util")
     known = _module(node).partition(".")[0] in _NEVER_NESTS
     plain = isinstance(node, str | bytes | int | float | complex)
     # JAX warns of an iterator.
-    if trees is None or known or plain or _is_leaf(node) or isinstance(node, Iterator):
+    if known or plain or _is_leaf(node) or isinstance(node, Iterator):
         return False
-    return not trees.all_leaves([node], is_leaf=_is_leaf)
+    trees = sys.modules.get("jax.tree_util")
+    return trees is not None and not trees.all_leaves([node], is_leaf=_is_leaf)
 
 
 def _is_nothing(leaf: Any) -> bool:

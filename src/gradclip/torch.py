@@ -37,17 +37,15 @@ estimated under `patch`. docs/numerics.md has what else traces a clip.
 
 from __future__ import annotations
 
-import functools
 import math
 import types
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 from torch.nn import utils
 
 from gradclip import _clip
@@ -76,7 +74,6 @@ __all__ = [
 ]
 
 attach = Clipper
-F = TypeVar("F", bound=Callable[..., Any])
 
 
 def clip_grad_norm_(
@@ -380,19 +377,6 @@ def _order(norm_type: Any) -> float:
 # ---- the flow ----
 
 
-def _looked_away_from(function: F) -> F:
-    """Have torch.compile not look into a function where it has broken a graph."""
-    hidden = _disable_dynamo(function)
-    looks = torch._C._dynamo.eval_frame.get_eval_frame_callback
-
-    @functools.wraps(function)
-    def run(*args: Any, **options: Any) -> Any:
-        is_looked_into = torch.compiler.is_compiling() or looks() is not None
-        return (hidden if is_looked_into else function)(*args, **options)
-
-    return cast(F, run)
-
-
 def _measured(
     held: Any, order: float, error_if_nonfinite: bool, part: Joint | None
 ) -> _clip.Measured:
@@ -423,7 +407,7 @@ def _measured_of_order(held: Any, order: float, part: Joint | None) -> _clip.Mea
     return _clip.Measured(backend.norm_of_order(every.tolist(), order, wide=wide), wide)
 
 
-@_looked_away_from
+@backend.looked_away_from
 def _total_norm(
     tensors: list[Tensor],
     path: Callable[[int], str],
@@ -435,7 +419,7 @@ def _total_norm(
         if part is not None:
             part.asked(norm_type=order, error_if_nonfinite=error_if_nonfinite)
         held = backend.hold(tensors, path, writable=False)
-        if held.unread is not None:
+        if held.unread is not None and part is None:
             norm = _total_norm_op(held.leaves, order, error_if_nonfinite)
             return _asked(norm, error_if_nonfinite)
         if len(once := backend.distinct(tensors)) < len(tensors):
@@ -454,7 +438,7 @@ def _total_norm(
         return backend.scalar(found.norm, held, wide=found.wide)
 
 
-@_looked_away_from
+@backend.looked_away_from
 def _clip_grads_(
     grads: list[Tensor],
     path: Callable[[int], str],
@@ -469,7 +453,7 @@ def _clip_grads_(
             check_on_nonfinite(on_nonfinite)
         max_norm, _ = _clip.limits_read(max_norm, None, "max_norm")
         held = backend.hold(grads, path, writable=True)
-        if held.unread is not None:
+        if held.unread is not None and part is None:
             backend.check_not_functionalized()
             limit, _ = _clip.limits_there(held.unread, max_norm, None, "max_norm")
             policy = (on_nonfinite or "", error_if_nonfinite)
@@ -492,7 +476,7 @@ def _clip_grads_(
         return backend.scalar(found.norm, held, wide=found.wide)
 
 
-@_looked_away_from
+@backend.looked_away_from
 def _clip_grads_with_norm_(
     grads: list[Tensor], path: Callable[[int], str], max_norm: Any, total_norm: Any
 ) -> None:

@@ -29,7 +29,7 @@ from gradclip.kernels import cpu, traced, xla
 from gradclip.kernels.jax import LOWER, Operations, pushed_forward, rows_of
 
 measure, total, share = _host.measure, _host.total, _host.share
-queue, written = _host.queue, _host.written
+queue, written, check_there = _host.queue, _host.written, _host.check_there
 
 _ACCEPTED = "float16, bfloat16, float8, float32, float64 and complex arrays"
 _OPS = Operations()

@@ -16,7 +16,7 @@ from gradclip._sparse import IndexedSlices, check_rows, merged_rows
 from gradclip._workers import Workers, workers_of
 
 measure, total, share = _host.measure, _host.total, _host.share
-queue, written = _host.queue, _host.written
+queue, written, check_there = _host.queue, _host.written, _host.check_there
 scalar, scale_ = _host.scalar, _host.scale_
 
 _ACCEPTED = "float16, bfloat16, float8, float32, float64 and complex arrays"

@@ -31,7 +31,7 @@ from gradclip.kernels.cpu import ieee_arithmetic
 from gradclip.kernels.tensorflow import Operations, grouped, pulled_back
 
 measure, total, share = _host.measure, _host.total, _host.share
-queue, written = _host.queue, _host.written
+queue, written, check_there = _host.queue, _host.written, _host.check_there
 
 _ACCEPTED = "float16, bfloat16, float8, float32, float64 and complex tensors"
 _Slices = (tf.IndexedSlices, IndexedSlices)

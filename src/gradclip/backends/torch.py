@@ -21,11 +21,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from operator import is_
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
@@ -69,6 +70,22 @@ class Held(NamedTuple):
     writable: bool = False
     there: _device.Leaves | None = None  # in a device's memory, if Triton's kernels reach all
     unread: Any = None  # `_operations.Leaves`, where there are no numbers to be read
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def looked_away_from(function: F) -> F:
+    """Have torch.compile not look into a function where it has broken a graph."""
+    hidden = _disable_dynamo(function)
+    looks = torch._C._dynamo.eval_frame.get_eval_frame_callback
+
+    @functools.wraps(function)
+    def run(*args: Any, **options: Any) -> Any:
+        is_looked_into = torch.compiler.is_compiling() or looks() is not None
+        return (hidden if is_looked_into else function)(*args, **options)
+
+    return cast(F, run)
 
 
 # ---- the backend ----
@@ -115,6 +132,17 @@ def hold(leaves: Sequence[Any], path: Callable[[int], str], *, writable: bool) -
 def queue(held: Held) -> Any:
     """Who clips in the memory of a device, if that is where the leaves are; or where none is."""
     return held.unread or held.there
+
+
+def check_there(held: Held) -> None:
+    """Hold leaves against what the other workers of a group count on.
+
+    Raises:
+        ValueError: they have no memory.
+    """
+    if held.unread is not None:
+        device = held.leaves[0].device
+        raise ValueError(f"{held.unread.path(0)} has no memory (device {device})")
 
 
 def written(leaves: Sequence[Any]) -> None:
@@ -243,8 +271,10 @@ def counted(held: Held, joint: Joint) -> Held:
     """What this worker counts of the leaves: not what another counts.
 
     Raises:
+        ValueError: leaves have no memory, and another worker waits for what is in it.
         RuntimeError: another worker has failed, and terms are to be added up.
     """
+    check_there(held)
     if not isinstance(joint.workers, _mesh.Ring):
         return held
     leaves = held.leaves if held.spread is None else held.spread
@@ -990,25 +1020,15 @@ def workers(leaves: Sequence[Any], group: Any) -> Workers | None:
         NotImplementedError: what would be asked of the workers is written down, to be run later.
     """
     if group is not None or _mesh.any_spread(leaves):
-        here = _mesh.locals_of(leaves)
-        if is_unread(here):
-            _check_not_traced()
-            if any(isinstance(each, FakeTensor) for each in here) or _mesh.is_fake():
-                return None  # nobody has memory, so there is nothing to add up
-            raise ValueError(
-                "there is no memory to read on this worker (device meta), and others wait for it"
-            )
-    return _workers(leaves, group)
+        return _workers(leaves, group)
+    ring = _mesh.ring_of_leaves(leaves)  # of parameters that FSDP1 has sharded
+    return None if ring is None or _are_estimated(leaves) else ring
 
 
-def _check_not_traced() -> None:
-    if is_written_down() or is_functionalized():
-        raise NotImplementedError(
-            "a clip over several workers cannot be traced; clip outside of what is traced"
-        )
-
-
+@looked_away_from
 def _workers(leaves: Sequence[Any], group: Any) -> Workers | None:
+    if _are_estimated(leaves):
+        return None
     if group is None:
         return _mesh.ring_of_leaves(leaves)
     if type(group).__module__.partition(".")[0] == "mpi4py":
@@ -1018,6 +1038,21 @@ def _workers(leaves: Sequence[Any], group: Any) -> Workers | None:
     ring = _mesh.ring_of(group)
     _mesh.check_meshes(leaves, ring)
     return ring
+
+
+def _are_estimated(leaves: Sequence[Any]) -> bool:
+    """If it is only asked what memory a step takes: without numbers there are none to add up."""
+    _check_not_traced()
+    here = _mesh.locals_of(leaves)
+    fake = any(isinstance(leaf, FakeTensor) for leaf in here)
+    return fake or (_mesh.is_fake() and any(map(_has_no_memory, here)))
+
+
+def _check_not_traced() -> None:
+    if is_written_down() or is_functionalized():
+        raise NotImplementedError(
+            "a clip over several workers cannot be traced; clip outside of what is traced"
+        )
 
 
 def everyone(leaves: Sequence[Any]) -> Workers | None:
