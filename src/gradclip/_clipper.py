@@ -385,7 +385,7 @@ class Clipper:
 
     # What torch.compile would make of these depended on every number that they see.
 
-    @torch._disable_dynamo  # type: ignore[attr-defined]
+    @backend.looked_away_from
     def _before_step(
         self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -400,7 +400,7 @@ class Clipper:
         self._args = (optimizer if stand_in is None else stand_in.optimizer, *args[1:])
         return self._args, kwargs
 
-    @torch._disable_dynamo  # type: ignore[attr-defined]
+    @backend.looked_away_from
     def _after_step(self, optimizer: Any, args: tuple[Any, ...], *_: Any) -> None:
         if self._args is None or (args is not self._args and is_within_another(optimizer)):
             return  # removed; or of the base class: the step goes on

@@ -74,10 +74,11 @@ def check_on_nonfinite(on_nonfinite: Any, *, steps: bool = False) -> None:
         ValueError: it is none of them.
     """
     known = get_args(OnNonfiniteStep if steps else OnNonfinite)
-    if not isinstance(on_nonfinite, str) or on_nonfinite not in known:
+    word = on_nonfinite if isinstance(on_nonfinite, str) else None  # an array compares otherwise
+    if word not in known:
         choices = ", ".join(map(repr, known))
-        skips = isinstance(on_nonfinite, str) and on_nonfinite == "skip"
-        hint = ". There is no step to skip: gradclip.torch.attach has one" if skips else ""
+        hint = ". There is no step to skip: gradclip.torch.attach has one"
+        hint = hint if word == "skip" else ""
         raise ValueError(f"on_nonfinite is {on_nonfinite!r}; it must be one of {choices}{hint}")
 
 

@@ -35,6 +35,8 @@ except ModuleNotFoundError as error:
         name="triton",
     ) from error
 
+check_there, everyone = _host.check_there, _host.everyone
+
 _ACCEPTED = (
     "float16, bfloat16, float32, float64 and complex arrays of CuPy, and IndexedSlices of them"
 )
@@ -83,10 +85,6 @@ def workers(leaves: Sequence[Any], group: Any) -> Workers | None:  # noqa: ARG00
     return workers_of(group)
 
 
-def everyone(leaves: Sequence[Any]) -> None:
-    """Nobody: no array says who has other parts of the same gradient."""
-
-
 def hold(leaves: Sequence[Any], path: Callable[[int], str], *, writable: bool) -> Held:
     """Check the leaves and take hold of their memory.
 
@@ -116,11 +114,6 @@ def queue(held: Held) -> _device.Leaves | _Queue | None:
     if held.repeats:
         return None
     return _Queue(held) if held.there is None else held.there
-
-
-def check_there(held: Held) -> None:
-    """Nothing: an array of CuPy has memory."""
-    del held
 
 
 def written(leaves: Sequence[Any]) -> None:

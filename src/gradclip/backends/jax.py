@@ -29,7 +29,8 @@ from gradclip.kernels import cpu, traced, xla
 from gradclip.kernels.jax import LOWER, Operations, pushed_forward, rows_of
 
 measure, total, share = _host.measure, _host.total, _host.share
-queue, written, check_there = _host.queue, _host.written, _host.check_there
+queue, written = _host.queue, _host.written
+check_there, everyone = _host.check_there, _host.everyone
 
 _ACCEPTED = "float16, bfloat16, float8, float32, float64 and complex arrays"
 _OPS = Operations()
@@ -223,10 +224,6 @@ def _with_values(leaf: Any, values: Any) -> Any:
 
 def workers(leaves: Sequence[Any], group: Any) -> None:
     """Nobody here: a group of JAX is one for its recorder."""
-
-
-def everyone(leaves: Sequence[Any]) -> None:
-    """Nobody: no array says who has other parts of the same gradient."""
 
 
 def recorder(values: Sequence[Any], group: Any) -> _Recorder | None:

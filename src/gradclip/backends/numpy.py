@@ -16,7 +16,8 @@ from gradclip._sparse import IndexedSlices, check_rows, merged_rows
 from gradclip._workers import Workers, workers_of
 
 measure, total, share = _host.measure, _host.total, _host.share
-queue, written, check_there = _host.queue, _host.written, _host.check_there
+queue, written = _host.queue, _host.written
+check_there, everyone = _host.check_there, _host.everyone
 scalar, scale_ = _host.scalar, _host.scale_
 
 _ACCEPTED = "float16, bfloat16, float8, float32, float64 and complex arrays"
@@ -30,10 +31,6 @@ def recorder(values: Sequence[Any], group: Any) -> None:
 def workers(leaves: Sequence[Any], group: Any) -> Workers | None:  # noqa: ARG001
     """Who holds parts of the same gradient: a communicator of mpi4py."""
     return workers_of(group)
-
-
-def everyone(leaves: Sequence[Any]) -> None:
-    """Nobody: no array says who has other parts of the same gradient."""
 
 
 def hold(leaves: Sequence[Any], path: Callable[[int], str], *, writable: bool) -> Held:

@@ -31,7 +31,8 @@ from gradclip.kernels.cpu import ieee_arithmetic
 from gradclip.kernels.tensorflow import Operations, grouped, pulled_back
 
 measure, total, share = _host.measure, _host.total, _host.share
-queue, written, check_there = _host.queue, _host.written, _host.check_there
+queue, written = _host.queue, _host.written
+check_there, everyone = _host.check_there, _host.everyone
 
 _ACCEPTED = "float16, bfloat16, float8, float32, float64 and complex tensors"
 _Slices = (tf.IndexedSlices, IndexedSlices)
@@ -248,10 +249,6 @@ def _with_values(leaf: Any, tensor: Any) -> Any:
 
 def workers(leaves: Sequence[Any], group: Any) -> None:
     """Nobody: there is no group for tensors of TensorFlow."""
-
-
-def everyone(leaves: Sequence[Any]) -> None:
-    """Nobody: no tensor says who has other parts of the same gradient."""
 
 
 def recorder(values: Sequence[Any], group: Any) -> _Recorder | None:

@@ -610,11 +610,12 @@ def _finish(
             whole = _joined(factor, shift)
             tl.store(_float_word(factor_at, 0), tl.where(action == KEEP, 1.0, whole))
             infinite = significand == float("inf")
-            is_nan = (significand != significand) | (limit != limit)
-            if (policy == _SKIP) & (infinite | (significand != significand)):
+            is_nan = significand != significand
+            if (policy == _SKIP) & (infinite | is_nan):
                 _skip(ledger)
             elif tl.load(_at(ledger + 40, tl.float32)) == 0:
-                above = (action == SCALE) | is_nan | (infinite & (limit != float("inf")))
+                unordered = is_nan | (limit != limit)
+                above = (action == SCALE) | unordered | (infinite & (limit != float("inf")))
                 _enter(ledger, begins, above)
             divides = _folded(ledger, folds, scale, action, whole)
             action = tl.where(divides, KEEP, action)
