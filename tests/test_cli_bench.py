@@ -198,7 +198,7 @@ def test_a_rank_that_ends_is_an_error(framework: Any, monkeypatch: pytest.Monkey
 
 def test_merge_is_told_without_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     (row,) = bench._measure("merge", quick=True)
-    assert row["value"] == 1e3 * row["median_s"] > 0
+    assert row["value"] == row["median_s"] / 1e-3 > 0  # 1e3 times it may be one bit away
     row = bench._row("merge", "gradclip", 3.0, _cases.CASES["merge"].bars[0], quick=False)
     assert (row["value"], row["unit"], row["bar"], row["met"]) == (3.0, "ms", None, None)
     monkeypatch.setattr(_cases, "merge", lambda totals: merge(totals[1:]))
