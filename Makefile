@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 # An install without the C kernel succeeds too, and pip does not show why: which one there is now.
 TELL := $(BIN)/python -c "from gradclip.kernels import cpu; print('kernel:', cpu.kernel(), cpu.why_numpy() or '')"
-SOURCES := pyproject.toml setup.py $(wildcard src/gradclip/kernels/*.c src/gradclip/kernels/*.h)
+SOURCES := pyproject.toml setup.py $(wildcard src/gradclip/kernels/cpu/*.c src/gradclip/kernels/cpu/*.h)
 
 .PHONY: help demo test test-quick lint bench clean
 
@@ -30,7 +30,7 @@ bench: .venv/test ## time gradclip against others; appends to bench/results.csv,
 	$(BIN)/python bench/draw.py
 
 clean: ## remove what make has made
-	rm -rf .venv build src/*.egg-info src/gradclip/kernels/*.so demo.png jax_digits.png torch_characters.png torch_sharded.png
+	rm -rf .venv build src/*.egg-info src/gradclip/kernels/cpu/*.so demo.png jax_digits.png torch_characters.png torch_sharded.png
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

@@ -59,11 +59,12 @@ setup(
     cmdclass={"build_ext": BuildKernel},
     ext_modules=[
         Extension(
-            "gradclip.kernels._cpu",
+            "gradclip.kernels.cpu._cpu",
             sources=[
-                f"src/gradclip/kernels/{name}.c" for name in ("cpumodule", "cpu", "trial", "xla")
+                f"src/gradclip/kernels/cpu/{name}.c"
+                for name in ("cpumodule", "cpu", "trial", "xla")
             ],
-            depends=[f"src/gradclip/kernels/{name}.h" for name in ("cpu", "cpu_blocks", "xla")],
+            depends=[f"src/gradclip/kernels/cpu/{name}.h" for name in ("cpu", "cpu_blocks", "xla")],
             define_macros=[("Py_LIMITED_API", "0x030B0000")],
             extra_compile_args=FLAGS,
             extra_link_args=LINK_FLAGS,

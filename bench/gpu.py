@@ -26,7 +26,7 @@ from torch import Tensor
 import gradclip
 import gradclip.torch as gtorch
 from gradclip.cli._console import print_table
-from gradclip.kernels.devices import OPTIONS
+from gradclip.kernels.gpu.launch import OPTIONS
 
 TURNS = 15
 
@@ -311,7 +311,7 @@ def binaries(target: Any) -> Iterator[tuple[str, dict[str, Any], Any]]:
     import triton
     from triton.compiler import ASTSource
 
-    from gradclip.kernels import cuda
+    from gradclip.kernels.gpu import triton as cuda
 
     small = {"SMALL": cuda.SMALL}
     tiles = small | {"TILE": cuda.TILE}

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 ROOT = Path(__file__).parent.parent
-SOURCES = ROOT / "src/gradclip/kernels"
+SOURCES = ROOT / "src/gradclip/kernels/cpu"
 CC = sysconfig.get_config_var("CC").split()
 INCLUDE = f"-I{sysconfig.get_path('include')}"
 DEFINE = "-DPy_LIMITED_API=0x030B0000"
@@ -66,7 +66,7 @@ def install(folder: Path, **environment: str) -> list[Path]:
 
 def load_instead(library: str) -> ModuleType:
     """Put a build in the place of gradclip's own kernel, before gradclip is imported."""
-    name = "gradclip.kernels._cpu"
+    name = "gradclip.kernels.cpu._cpu"
     loader = importlib.machinery.ExtensionFileLoader(name, library)
     spec = importlib.util.spec_from_file_location(name, library, loader=loader)
     assert spec is not None

@@ -18,8 +18,8 @@ from scipy import sparse
 
 import gradclip
 from cases import Case, lay_out
-from gradclip._dispatch import backend_names
 from gradclip.cli import _files
+from gradclip.core.dispatch import backend_names
 from gradclip.kernels import cpu
 from machines import KERNELS, THREADS, machine
 
@@ -217,8 +217,8 @@ def _torch_recorded(*args: Any, **options: Any) -> Any:
 def _torch_elsewhere(*args: Any, **options: Any) -> Any:
     """As on a device that the host's kernels do not reach."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("gradclip.backends.torch._on_host", lambda _: False)
-        patched.setattr("gradclip.backends.torch._taken", lambda *_, **__: None)
+        patched.setattr("gradclip.torch.backend._on_host", lambda _: False)
+        patched.setattr("gradclip.torch.backend._taken", lambda *_, **__: None)
         return gradclip.clip_by_global_norm(*args, **options)
 
 

@@ -15,8 +15,8 @@ import pytest
 import triton
 from cupy.cuda import MemoryPointer, UnownedMemory
 
-from gradclip.kernels import cuda
-from gradclip.kernels import cupy as words
+from gradclip.cupy import gpu as words
+from gradclip.kernels.gpu import triton as cuda
 
 IS_INTERPRETED = not isinstance(cuda.measure, triton.JITFunction)
 HAS_DEVICE = cupy.cuda.is_available() and not IS_INTERPRETED
@@ -100,7 +100,7 @@ def _allocate(size: int, device: int = 0) -> MemoryPointer:
 
 
 class Memory(words.Memory):
-    """What of `gradclip.kernels.cupy.Memory` needs a driver, by NumPy."""
+    """What of `gradclip.cupy.gpu.Memory` needs a driver, by NumPy."""
 
     @property
     def processors(self) -> int:
@@ -144,7 +144,7 @@ def no_driver(stream: Stream | None = None) -> Any:
     current = Stream() if stream is None else stream
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(Memory, "now", classmethod(lambda kind, device: kind(device, current)))
-        patched.setattr("gradclip.backends.cupy.Memory", Memory)
+        patched.setattr("gradclip.cupy.backend.Memory", Memory)
         cupy.cuda.set_allocator(_allocate)
         try:
             yield

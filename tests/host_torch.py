@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from gradclip.kernels.torch import Memory
+from gradclip.torch.gpu import Memory
 
 
 class HostMemory(Memory):
@@ -45,9 +45,9 @@ class HostMemory(Memory):
 def torch_there() -> Iterator[None]:
     """Tensors of the CPU are in the memory of a device that Triton compiles for."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("gradclip.backends.torch.Memory", HostMemory)
-        patched.setattr("gradclip.backends.torch.has_triton", lambda _: True)
-        patched.setattr("gradclip.backends.torch._taken", lambda *_, **__: None)
+        patched.setattr("gradclip.torch.backend.Memory", HostMemory)
+        patched.setattr("gradclip.torch.backend.has_triton", lambda _: True)
+        patched.setattr("gradclip.torch.backend._taken", lambda *_, **__: None)
         with np.errstate(all="ignore"):  # the interpreter calculates by NumPy
             yield
 

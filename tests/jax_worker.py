@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import gradclip
-from gradclip.kernels import xla
+from gradclip.jax import xla
 
 P = PartitionSpec
 ARRAYS = [

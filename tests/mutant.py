@@ -30,7 +30,7 @@ def check_all() -> None:
         test_bits.check_every_spread(name)
         with machine(cpu.kernel(), 2):
             check(*test_bits.long_case(name))
-    for kernel in sys.modules["gradclip.kernels._cpu"].kernels():
+    for kernel in sys.modules["gradclip.kernels.cpu._cpu"].kernels():
         for name in ("float16", "bfloat16"):
             every = test_bits.cases.every_code(DTYPES[name])
             with machine(kernel, 1):

@@ -21,11 +21,12 @@ import gradclip
 import oracle
 from cases import DTYPES, NARROW, Case
 from compare import assert_norm, assert_same_bits, check, expected_of
-from gradclip import _exact, _host
 from gradclip._clip import act_, survey, together
-from gradclip._decide import Scale
-from gradclip.backends import numpy as backend
+from gradclip.core import exact
+from gradclip.core.decide import Scale
 from gradclip.kernels import cpu
+from gradclip.kernels.cpu import leaves as host_leaves
+from gradclip.numpy import backend
 from machines import KERNELS, THREADS, machine
 
 MACHINES = list(itertools.product(KERNELS, THREADS))
@@ -206,8 +207,8 @@ def test_one_huge_number_among_many_small_ones(name: str) -> None:
 
 def check_the_exact_sum(leaves: list[Any]) -> None:
     """Every bit of the sum of squares, and of the norm."""
-    exact = oracle.square_sum([x for leaf in leaves for x in oracle.parts(leaf)])
-    assert survey(leaves).square == exact << oracle.UNIT - _exact.UNIT
+    wanted = oracle.square_sum([x for leaf in leaves for x in oracle.parts(leaf)])
+    assert survey(leaves).square == wanted << oracle.UNIT - exact.UNIT
     assert_norm(gradclip.global_norm(leaves), oracle.norm(leaves)[1])
 
 
@@ -320,14 +321,14 @@ def test_a_decision_for_the_whole_is_carried_out_piece_by_piece() -> None:
     leaves = [np.float32([3, 0]), np.float64([4])]
     whole = together(survey([leaf]) for leaf in leaves)
     for leaf in leaves:
-        act_([leaf], Scale(_exact.Scaled(0.5, whole.norm.exponent - 3)))
+        act_([leaf], Scale(exact.Scaled(0.5, whole.norm.exponent - 3)))
     assert [leaf.tolist() for leaf in leaves] == [[1.5, 0], [2]]
 
 
 def test_totals_of_many_workers_merge_without_a_carry_lost() -> None:
     most = survey([np.full(4096, np.float32(3.4e38))]).total
-    assert (_exact.merge([most] * 5000) == 5000 * most).all()
-    assert _exact.square(most * 2**30) == _exact.square(most) << 30
+    assert (exact.merge([most] * 5000) == 5000 * most).all()
+    assert exact.square(most * 2**30) == exact.square(most) << 30
 
 
 def test_views_of_one_memory_count_alike_on_every_kernel() -> None:
@@ -348,10 +349,10 @@ class Spy:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.returned: list[Any] = []
-        monkeypatch.setattr(_host, "certified_norm", self)
+        monkeypatch.setattr(host_leaves, "certified_norm", self)
 
     def __call__(self, parts: Any) -> Any:
-        self.returned.append(_exact.certified_norm(parts))
+        self.returned.append(exact.certified_norm(parts))
         return self.returned[-1]
 
 
@@ -386,9 +387,9 @@ def test_the_certificate_holds_for_most_lists(monkeypatch: pytest.MonkeyPatch) -
 @given(hnp.arrays(np.float32, st.integers(0, 40), elements=st.floats(width=32)))
 def test_a_certified_norm_is_the_exact_one(values: Any) -> None:
     held = backend.hold([values], str, writable=False)
-    certified = _exact.certified_norm(cpu.sum_squares(held.memory))
-    exact = _exact.norm(backend.total(held)[0], _exact.FLOAT32)
-    assert certified is None or repr(certified) == repr(exact)
+    certified = exact.certified_norm(cpu.sum_squares(held.memory))
+    norm = exact.norm(backend.total(held)[0], exact.FLOAT32)
+    assert certified is None or repr(certified) == repr(norm)
 
 
 def blocks_hard_to_add() -> Iterator[Any]:

@@ -159,7 +159,7 @@ def test_a_kernel_that_gets_its_trial_wrong_is_not_used(
 @pytest.mark.slow
 def test_a_kernel_that_cannot_be_loaded_is_told_of(tmp_path: Path) -> None:
     copy_tree(tmp_path)
-    library = tmp_path / "src/gradclip/kernels/_cpu.abi3.so"
+    library = tmp_path / "src/gradclip/kernels/cpu/_cpu.abi3.so"
     library.write_bytes(b"of another machine")
     norms, told, kernel, xla, why = told_of(path=tmp_path / "src")
     assert (norms, kernel, xla) == ([5.0, 5.0], "numpy", False)

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from cli_files import NO_REGULAR_FILES, no_regular_file
-from gradclip._exact import merge
 from gradclip.cli import _cases, _ranks, bench, main
+from gradclip.core.exact import merge
 
 DRAW = Path(__file__).parent.parent / "bench" / "draw.py"
 OTHERS = {"NumPy loop", "PyTorch", "TensorFlow", "optax, jit"}

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 import oracle
-from gradclip import _exact
-from gradclip._dispatch import backend_names
-from gradclip._exact import Scaled
 from gradclip.cli import _referee, _systems, check, main
+from gradclip.core import exact
+from gradclip.core.dispatch import backend_names
+from gradclip.core.exact import Scaled
 
 SHORT = 10**5
 
@@ -84,23 +84,23 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def factor_one_ulp_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    from gradclip import _decide
+    from gradclip.core import decide
 
-    right = _decide.factor
+    right = decide.factor
 
     def wrong(norm: Scaled, clip_norm: float) -> Scaled:
         significand, exponent = right(norm, clip_norm)
         return Scaled(math.nextafter(significand, 0), exponent)
 
-    monkeypatch.setattr(_decide, "factor", wrong)
+    monkeypatch.setattr(decide, "factor", wrong)
 
 
 def certificate_without_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_exact, "_BOUND", 0.0)
+    monkeypatch.setattr(exact, "_BOUND", 0.0)
 
 
 def in_place_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gradclip.backends.numpy.scale_", lambda *_args: None)
+    monkeypatch.setattr("gradclip.numpy.backend.scale_", lambda *_args: None)
 
 
 @pytest.mark.usefixtures("only_numpy")
@@ -132,7 +132,7 @@ def test_fails_where_gradclip_raises(
     def broken(*_args: Any) -> Any:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("gradclip.backends.numpy.measure", broken)
+    monkeypatch.setattr("gradclip.numpy.backend.measure", broken)
     assert main(["check", "--json"]) == 1
     found = results(capsys.readouterr().out)
     assert found["3-4-5", "gradclip numpy"]["fate"] == "refused: ZeroDivisionError"
@@ -155,8 +155,8 @@ def only_jax(framework: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     ("broken", "status"),
     [
         (None, 0),
-        ("gradclip.backends.jax.scaled", 1),
-        ("gradclip.kernels.xla.carry_out", 1),
+        ("gradclip.jax.backend.scaled", 1),
+        ("gradclip.jax.xla.carry_out", 1),
     ],
 )
 def test_jax_is_judged_eager_and_under_jit(

@@ -14,7 +14,7 @@ import pytest
 import cli_files
 import gradclip
 from cli_files import run_main
-from gradclip._dispatch import backend_names
+from gradclip.core.dispatch import backend_names
 from gradclip.kernels import cpu
 
 

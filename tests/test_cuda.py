@@ -32,10 +32,11 @@ if os.environ["TRITON_INTERPRET"] == "0":
 import torch
 
 import gradclip.torch as gtorch
-from gradclip import _device, _host
-from gradclip.backends import numpy as numpy_backend
-from gradclip.backends import torch as backend
-from gradclip.kernels import cuda
+from gradclip.kernels.cpu import leaves as host_leaves
+from gradclip.kernels.gpu import leaves as gpu_leaves
+from gradclip.kernels.gpu import triton as cuda
+from gradclip.numpy import backend as numpy_backend
+from gradclip.torch import backend
 from host_torch import HostMemory, Moving, torch_there
 
 NAMES = ["float16", "bfloat16", "float32", "complex64", "float64", "complex128"]
@@ -47,7 +48,7 @@ ALL = [DTYPES[name] for name in NAMES]
 def _there() -> Iterator[None]:
     with torch_there():
         yield
-    for scratch in _device._scratch.values():
+    for scratch in gpu_leaves._scratch.values():
         assert not scratch[:1].any(), "the ticket of the next call"
         assert not scratch[8:160].any(), "the total of the next call"
 
@@ -244,7 +245,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> type[Counted]:
     monkeypatch.setattr(backend, "Memory", Counted)
     Counted.launched.clear()
     Counted.sent_rows.clear()
-    _device._tables.clear()
+    gpu_leaves._tables.clear()
     return Counted
 
 
@@ -360,7 +361,7 @@ def test_chunks_cover_every_element_once_and_long_ones_are_aligned(programs: int
         at += -at % 16 + int(rng.integers(9)) * int(item[kind])
         spans.append((at, length, kind))
         at += length * 8 + 64
-    rows, size = _device.chunked(np.array(spans, np.int64), programs)
+    rows, size = gpu_leaves.chunked(np.array(spans, np.int64), programs)
     assert size % cuda.TILE == 0
     assert rows[:, 1].max() <= size
     assert (rows[:, 1] > 0).all()
@@ -479,16 +480,16 @@ def test_a_share_is_the_exact_total() -> None:
         held = backend.hold(leaves, str, writable=False)
         if held.there is None:
             continue
-        wanted, *_ = _host.total(numpy_backend.hold(case.values, str, writable=False))
+        wanted, *_ = host_leaves.total(numpy_backend.hold(case.values, str, writable=False))
         found = held.there.total()
-        assert gradclip._exact.square(found) == gradclip._exact.square(wanted)
+        assert gradclip.core.exact.square(found) == gradclip.core.exact.square(wanted)
         assert found[-2:].tolist() == wanted[-2:].tolist()
 
 
 def test_a_factor_that_the_host_knows() -> None:
     leaf = torch.tensor([3.0, 4.0])
     held = backend.hold([leaf], str, writable=True)
-    backend.scale_(held, gradclip._exact.Scaled.of(0.25))
+    backend.scale_(held, gradclip.core.exact.Scaled.of(0.25))
     assert leaf.tolist() == [0.75, 1.0]
 
 
@@ -728,10 +729,10 @@ def check_wide_spread() -> None:
         held = backend.hold(
             [_torch_tensor(wide_values(name, 500, binades=60))], str, writable=False
         )
-        wanted, *_ = _host.total(
+        wanted, *_ = host_leaves.total(
             numpy_backend.hold([wide_values(name, 500, binades=60)], str, writable=False)
         )
-        assert gradclip._exact.square(held.there.total()) == gradclip._exact.square(wanted)
+        assert gradclip.core.exact.square(held.there.total()) == gradclip.core.exact.square(wanted)
 
 
 def check_bfloat16_ties() -> None:
@@ -783,9 +784,9 @@ def test_a_mutation_of_the_kernels_is_seen(name: str, tmp_path: Path) -> None:
     old, new, noticing = MUTATIONS[name]
     noticing()
     kernels = mutated(tmp_path / "mutated_cuda.py", old, new)
-    with mock.patch.object(_device, "cuda", kernels), pytest.raises(AssertionError):
+    with mock.patch.object(gpu_leaves, "cuda", kernels), pytest.raises(AssertionError):
         twice(noticing)
-    _device._scratch.clear()
+    gpu_leaves._scratch.clear()
 
 
 def twice(noticing: Callable[[], None]) -> None:

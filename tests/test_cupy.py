@@ -21,8 +21,8 @@ from compare import assert_leaves, assert_norm, assert_same_bits, expected_of
 from conftest import version
 from gradclip import IndexedSlices, clip_by_global_norm, clip_by_global_norm_, global_norm
 from gradclip._clip import act_, survey
-from gradclip._decide import Fill, Scale
-from gradclip._exact import Scaled
+from gradclip.core.decide import Fill, Scale
+from gradclip.core.exact import Scaled
 from host import run_python
 
 if version("cupy") is None or version("triton") is None:
@@ -31,9 +31,9 @@ if version("cupy") is None or version("triton") is None:
 import cupy
 
 import host_cupy
-from gradclip.backends import cupy as backend
-from gradclip.kernels import cupy as kernels
-from gradclip.kernels.devices import Reserve
+from gradclip.cupy import backend
+from gradclip.cupy import gpu as kernels
+from gradclip.kernels.gpu.launch import Reserve
 from host_cupy import lay_out, make, read
 
 NAMES = ["float16", "bfloat16", "float32", "float64", "complex64", "complex128"]
@@ -390,23 +390,27 @@ VALUES = [
 
 @pytest.mark.parametrize("more", [[], [np.float64([1e-300, 1e300])]], ids=["narrow", "wide"])
 def test_the_functions_of_the_protocol_are_those_of_numpy_s(more: list[Any]) -> None:
-    from gradclip.backends import numpy
+    from gradclip.numpy import backend as numpy_backend
 
     values = [*VALUES, *more]
-    held, other = hold(values), numpy.hold(values, str, writable=False)
-    assert backend.measure(held) == numpy.measure(other)
+    held, other = hold(values), numpy_backend.hold(values, str, writable=False)
+    assert backend.measure(held) == numpy_backend.measure(other)
     assert gradclip._clip.survey(list(map(make, values))).norm == survey(values).norm
-    found, wanted = backend.total(held), numpy.total(other)
+    found, wanted = backend.total(held), numpy_backend.total(other)
     assert found[1:] == wanted[1:]
     factor = Scaled(0.7, -5)
-    for new, old in zip(backend.scaled(held, factor), numpy.scaled(other, factor), strict=True):
+    for new, old in zip(
+        backend.scaled(held, factor), numpy_backend.scaled(other, factor), strict=True
+    ):
         assert_same_bits(read(new), old, nan_payload=True)
     for value in (math.nan, 0.0):
-        for new, old in zip(backend.filled(held, value), numpy.filled(other, value), strict=True):
+        for new, old in zip(
+            backend.filled(held, value), numpy_backend.filled(other, value), strict=True
+        ):
             assert_same_bits(read(new), old, nan_payload=False)
     assert_all_as(backend.copied(held), values)
     norm = backend.measure(held)
-    assert_norm(read(backend.scalar(norm, held))[()], numpy.scalar(norm, other))
+    assert_norm(read(backend.scalar(norm, held))[()], numpy_backend.scalar(norm, other))
     assert_norm(read(backend.scalar(norm, held, wide=True))[()], np.float64(float(norm)))
 
 

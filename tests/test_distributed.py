@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 
 from conftest import version
-from gradclip import _exact, _workers
-from gradclip._workers import Joint
+from gradclip.core import exact, workers
+from gradclip.core.workers import Joint
 from ranks import run_ranks
 
 needs_torch = pytest.mark.skipif(version("torch") is None, reason="torch is not installed")
@@ -109,11 +109,9 @@ def test_totals_of_any_number_of_workers_add_up_without_overflow(dtype: str, cou
             assert vectors[-1].nbytes == 1088
             assert 0 <= vectors[-1][:-3].min() <= vectors[-1][:-3].max() < 2**32
         for order in (vectors, vectors[::-1]):
-            found, wide = Joint(Recorded(order)).norm(_exact.total_of(), wide=False)
+            found, wide = Joint(Recorded(order)).norm(exact.total_of(), wide=False)
             assert wide == (dtype == "float64")
-            assert found == _exact.norm(
-                total_of(values), _exact.FLOAT64 if wide else _exact.FLOAT32
-            )
+            assert found == exact.norm(total_of(values), exact.FLOAT64 if wide else exact.FLOAT32)
 
 
 def test_2_to_31_workers_do_not_overflow() -> None:
@@ -182,14 +180,14 @@ def test_what_is_gathered_of_more_workers_than_fit_beside_the_flags(size: int) -
 def test_the_digest_of_what_was_asked_for_leaves_the_norm_as_it_is() -> None:
     """Of the least numbers there are, whose squares begin right above it."""
     values = [np.full(3, 5e-324), np.full(1, 2**-1022 * 1.5), np.zeros(0)]
-    assert all(int(total_of(each)[0]) & _workers._FREE == 0 for each in values)
+    assert all(int(total_of(each)[0]) & workers._FREE == 0 for each in values)
 
     def call(joint: Joint) -> Any:
         joint.asked(clip_norm=1.0)
         return joint.norm(total_of(values[joint.workers.rank]), wide=True)
 
     whole = total_of(np.concatenate(values))
-    assert Circle(3).run(call) == [(_exact.norm(whole, _exact.FLOAT64), True)] * 3
+    assert Circle(3).run(call) == [(exact.norm(whole, exact.FLOAT64), True)] * 3
 
 
 def test_workers_that_are_asked_for_different_things_are_told() -> None:
@@ -238,12 +236,12 @@ def test_one_that_fails_hands_in_that_it_has() -> None:
     worker = Recorded([])
     with pytest.raises(ZeroDivisionError), Joint(worker):
         raise ZeroDivisionError
-    assert [int(each[-1]) for each in worker.handed_in] == [_workers._FLAG]
+    assert [int(each[-1]) for each in worker.handed_in] == [workers._FLAG]
     text = (
         "1 of 1 workers failed before their norms were added up; the reason is in the error of "
         "each. Nothing has been written"
     )
     other = Recorded(worker.handed_in)
     with pytest.raises(RuntimeError, match=f"^{text}$"), Joint(other) as joint:
-        joint.norm(_exact.total_of(), wide=False)
+        joint.norm(exact.total_of(), wide=False)
     assert len(other.handed_in) == 1

@@ -21,7 +21,7 @@ import gradclip
 from cases import DTYPES, exact_ties, near_midpoints, random_case_of_shapes
 from compare import assert_norm, assert_same_bits, expected_of
 from conftest import _jax_array, version
-from gradclip import _exact
+from gradclip.core import exact
 from gradclip.kernels import cpu
 from host import run_python
 from machines import KERNELS, machine
@@ -33,7 +33,8 @@ import jax.numpy as jnp
 from jax.experimental.serialize_executable import serialize
 from jax.experimental.sparse import BCOO
 
-from gradclip.kernels import traced, xla
+from gradclip.jax import xla
+from gradclip.kernels import traced
 
 NATIVE = ["float16", "bfloat16", "float32", "float64", "complex64", "complex128"]
 
@@ -224,14 +225,14 @@ def test_the_root_of_a_total_is_rounded_once(way: str, wide: bool) -> None:
         if way == "operations":
             patched.setattr(xla, "_one_device_sees_all", lambda _: False)
         numbers = jax.jit(functools.partial(xla._root.bind, wide=wide))(np.stack(totals))[0]
-    to = _exact.FLOAT64 if wide else _exact.FLOAT32
+    to = exact.FLOAT64 if wide else exact.FLOAT32
     for total, (significand, exponent, inf, nan) in zip(totals, np.asarray(numbers), strict=True):
-        wanted = _exact.norm(total_of(total), to)
+        wanted = exact.norm(total_of(total), to)
         assert (inf, nan) == (math.isinf(wanted.significand), math.isnan(wanted.significand))
         if not wanted.significand:
             assert not significand
         elif math.isfinite(wanted.significand):
-            got = _exact.Scaled.of(float(significand))
+            got = exact.Scaled.of(float(significand))
             assert got._replace(exponent=got.exponent + int(exponent)) == wanted
 
 
@@ -243,7 +244,7 @@ def words_of(square: int) -> Any:
 
 def total_of(words: Any) -> Any:
     """The same as totals are outside."""
-    return np.concatenate([words[: _exact.WORDS], words[-2:]])
+    return np.concatenate([words[: exact.WORDS], words[-2:]])
 
 
 @pytest.mark.parametrize("x64", [False, True])

@@ -20,19 +20,21 @@ from builds import build
 from cases import Case
 from compare import check
 from conftest import simple
-from gradclip import _clip, _decide, _exact, _host, clip_by_global_norm
-from gradclip._decide import Fill, Scale
-from gradclip._exact import FLOAT64, Scaled
-from gradclip.backends import numpy as backend
+from gradclip import _clip, clip_by_global_norm
+from gradclip.core import decide, exact
+from gradclip.core.decide import Fill, Scale
+from gradclip.core.exact import FLOAT64, Scaled
 from gradclip.kernels import cpu
+from gradclip.kernels.cpu import leaves as host_leaves
+from gradclip.numpy import backend
 from host import HAS_MXCSR, flush_to_zero, run_python
 
 # ---- mutations of the Python code ----
 
-true_factor, true_root, true_decide = _decide.factor, _exact.root, _decide.decide
+true_factor, true_root, true_decide = decide.factor, exact.root, decide.decide
 NO_NUMBER = "True; it must be a real number"
 true_take = cpu.take
-true_total_of, true_measure = _exact.total_of, backend.measure
+true_total_of, true_measure = exact.total_of, backend.measure
 
 
 def take_as_if_only_to_read(arrays: Any, decode: Any, *, writable: bool) -> Any:
@@ -74,7 +76,7 @@ def root_with_ties_away(integer: int, unit: int, to: Any) -> Scaled:
 
 def root_rounded_twice(integer: int, unit: int, to: Any) -> Scaled:
     once = true_root(integer, unit, FLOAT64)
-    return once if to == FLOAT64 else _exact._round24(float(once))
+    return once if to == FLOAT64 else exact._round24(float(once))
 
 
 def measure_with_the_limit_of_the_dtype(held: Any) -> Scaled:
@@ -83,7 +85,7 @@ def measure_with_the_limit_of_the_dtype(held: Any) -> Scaled:
 
 def decide_to_multiply_by_one(norm: Scaled, *limits: Any) -> Any:
     action = true_decide(norm, *limits)
-    return Scale(Scaled(0.5, 1)) if action == _decide.Keep() else action
+    return Scale(Scaled(0.5, 1)) if action == decide.Keep() else action
 
 
 def decide_to_keep_at_nearly_the_limit(norm: Scaled, clip_norm: float, policy: Any) -> Any:
@@ -158,25 +160,25 @@ def check_flush_to_zero() -> None:
 
 
 MUTATIONS: dict[str, tuple[Any, str, Any, Callable[[], None]]] = {
-    "factor one ulp up": (_decide, "factor", factor_one_ulp_up, check_random_float64),
+    "factor one ulp up": (decide, "factor", factor_one_ulp_up, check_random_float64),
     "factor one ulp of float32 up": (
-        _decide,
+        decide,
         "factor",
         factor_one_single_ulp_up,
         check_random_float32,
     ),
-    "eps added to the norm": (_decide, "factor", factor_with_eps, check_random_float64),
-    "factor in float32": (_decide, "factor", factor_in_single_precision, check_random_float64),
+    "eps added to the norm": (decide, "factor", factor_with_eps, check_random_float64),
+    "factor in float32": (decide, "factor", factor_in_single_precision, check_random_float64),
     "factor as a float64": (
-        _decide,
+        decide,
         "factor",
         factor_with_the_limit_of_float64,
         check_tiny_factor,
     ),
-    "total one unit up": (_host, "total_of", total_one_unit_up, check_ties),
-    "ties away from zero": (_exact, "root", root_with_ties_away, check_ties),
-    "root rounded twice": (_exact, "root", root_rounded_twice, check_midpoints),
-    "certificate without a bound": (_exact, "_BOUND", 0.0, check_midpoints),
+    "total one unit up": (host_leaves, "total_of", total_one_unit_up, check_ties),
+    "ties away from zero": (exact, "root", root_with_ties_away, check_ties),
+    "root rounded twice": (exact, "root", root_rounded_twice, check_midpoints),
+    "certificate without a bound": (exact, "_BOUND", 0.0, check_midpoints),
     "norm with the limit of its dtype": (
         backend,
         "measure",
@@ -206,7 +208,7 @@ MUTATIONS: dict[str, tuple[Any, str, Any, Callable[[], None]]] = {
         partial(test_spec.test_a_clip_norm_that_is_not_above_zero, -1, clip_by_global_norm),
     ),
     "true is a number": (
-        _decide,
+        decide,
         "_real",
         lambda _, value: float(value),
         partial(test_spec.test_a_wrong_clip_norm, True, TypeError, NO_NUMBER, clip_by_global_norm),

@@ -31,9 +31,9 @@ import tensorflow as tf
 from tensorflow.python.saved_model.save_context import save_context
 
 import gradclip.tensorflow as gtf
-from gradclip.backends import tensorflow as backend
-from gradclip.kernels import tensorflow as kernel
 from gradclip.kernels import traced
+from gradclip.tensorflow import backend
+from gradclip.tensorflow import derivative as kernel
 
 XLA = pytest.param("xla", marks=pytest.mark.slow)  # compiling takes seconds
 MODES = ["eager", "graph", XLA]

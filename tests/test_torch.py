@@ -24,7 +24,7 @@ if version("torch") is None:
 import torch
 
 import gradclip.torch as gtorch
-from gradclip.backends import torch as backend
+from gradclip.torch import backend
 from host_torch import Moving
 
 DTYPES = {name: dtype for name, dtype in (NARROW | WIDE).items() if hasattr(torch, name)}

@@ -9,7 +9,7 @@
 """
 
 from gradclip._clip import clip_by_global_norm, clip_by_global_norm_, global_norm
-from gradclip._sparse import IndexedSlices
+from gradclip.core.sparse import IndexedSlices
 
 __all__ = ["IndexedSlices", "clip_by_global_norm", "clip_by_global_norm_", "global_norm"]
 __version__ = "0.1.0"

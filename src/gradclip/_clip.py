@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from gradclip._decide import (
+from gradclip.core.decide import (
     Action,
     Fill,
     Keep,
@@ -20,17 +20,17 @@ from gradclip._decide import (
     check_use_norm,
     decide,
 )
-from gradclip._dispatch import (
+from gradclip.core.dispatch import (
     backend_of,
     backend_of_group,
     backends_of,
     is_compiled,
     is_defined_by_framework,
 )
-from gradclip._exact import FLOAT32, FLOAT64, Scaled, Total, counts, merge, norm, square
-from gradclip._protocol import Backend, Plain, Queue
-from gradclip._tree import Tree, flatten
-from gradclip._workers import Joint, Workers
+from gradclip.core.exact import FLOAT32, FLOAT64, Scaled, Total, counts, merge, norm, square
+from gradclip.core.protocol import Backend, Plain, Queue
+from gradclip.core.tree import Tree, flatten
+from gradclip.core.workers import Joint, Workers
 from gradclip.kernels.cpu import ieee_arithmetic
 
 
@@ -98,9 +98,9 @@ def clip_by_global_norm(
     [array([1.5]), array([2.])] 5.0
     """
     if is_compiled(t_list):
-        from gradclip import _compiled
+        from gradclip.torch import compiled
 
-        return _compiled.clip_by_global_norm(t_list, clip_norm, use_norm, on_nonfinite, group)
+        return compiled.clip_by_global_norm(t_list, clip_norm, use_norm, on_nonfinite, group)
     return clipped(t_list, clip_norm, use_norm, name, on_nonfinite=on_nonfinite, group=group)
 
 
@@ -178,9 +178,9 @@ def clip_by_global_norm_(
     5.0 [1.5 2. ]
     """
     if is_compiled(t_list):
-        from gradclip import _compiled
+        from gradclip.torch import compiled
 
-        return _compiled.clip_by_global_norm_(t_list, clip_norm, use_norm, on_nonfinite, group)
+        return compiled.clip_by_global_norm_(t_list, clip_norm, use_norm, on_nonfinite, group)
     with ieee_arithmetic():
         with Opening(group) as opening:
             tree, backend = _opened(t_list, group, opening)
@@ -226,9 +226,9 @@ def global_norm(
     5.0
     """
     if is_compiled(t_list):
-        from gradclip import _compiled
+        from gradclip.torch import compiled
 
-        return _compiled.global_norm(t_list, group)
+        return compiled.global_norm(t_list, group)
     with ieee_arithmetic():
         with Opening(group) as opening:
             tree, backend = _opened(t_list, group, opening)

@@ -35,8 +35,8 @@ import keras
 import numpy as np
 
 from gradclip._clip import clipped
-from gradclip._decide import check_clip_norm
-from gradclip._patch import Patch
+from gradclip.core.decide import check_clip_norm
+from gradclip.core.patch import Patch
 
 __all__ = ["GlobalNorm", "exact"]
 

@@ -54,9 +54,9 @@ from jax.core import Tracer
 from jax.experimental.sparse import JAXSparse
 
 from gradclip import _clip
-from gradclip._decide import OnNonfinite, check_clip_norm, check_on_nonfinite, check_use_norm
-from gradclip._sparse import IndexedSlices
-from gradclip.kernels.xla import varying_alike
+from gradclip.core.decide import OnNonfinite, check_clip_norm, check_on_nonfinite, check_use_norm
+from gradclip.core.sparse import IndexedSlices
+from gradclip.jax.xla import varying_alike
 
 __all__ = ["ClipByGlobalNormState", "clip_by_global_norm", "per_example_global_norm_clip"]
 

@@ -11,9 +11,9 @@ import numpy as np
 
 from gradclip import clip_by_global_norm_, global_norm
 from gradclip._clip import survey
-from gradclip._exact import FLOAT32, Total, merge, norm, normalised
 from gradclip.cli import _contenders, _ranks, _training
 from gradclip.cli._contenders import Arrays, Call
+from gradclip.core.exact import FLOAT32, Total, merge, norm, normalised
 from gradclip.kernels.cpu import threads
 
 LARGE, HALF = 400_000_000, 200_000_000

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gradclip import IndexedSlices, clip_by_global_norm, clip_by_global_norm_
-from gradclip._dispatch import backend_names
 from gradclip.cli._referee import Array, Leaf
+from gradclip.core.dispatch import backend_names
 
 # A list and a limit in, the clipped list and its norm out, as a framework has them.
 RawClip = Callable[[list[Any], float], tuple[list[Any], Any]]

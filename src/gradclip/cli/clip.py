@@ -22,7 +22,6 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from gradclip._clip import act_
-from gradclip._decide import Action, Fill, Keep, Raise, Scale, check_clip_norm, decide
 from gradclip.cli._console import CliError, print_json, printable, progress
 from gradclip.cli._files import (
     Bytes,
@@ -38,6 +37,7 @@ from gradclip.cli._headers import Tensor
 from gradclip.cli._regular import other
 from gradclip.cli._whole import appearing, created, to_disk
 from gradclip.cli.norm import Measured, Row, amount, combined, described, figures, measure
+from gradclip.core.decide import Action, Fill, Keep, Raise, Scale, check_clip_norm, decide
 
 EXAMPLE = "gradclip clip gradients.safetensors --clip-norm 1.0 -o clipped.safetensors"
 

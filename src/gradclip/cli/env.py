@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import gradclip
-from gradclip._dispatch import backend_names
 from gradclip.cli._console import CliError, print_json, print_table
+from gradclip.core.dispatch import backend_names
 from gradclip.kernels import cpu
 
 EXAMPLE = "gradclip env --json"
@@ -96,7 +96,7 @@ def _processor() -> str:
 def _kernels() -> list[str]:
     if cpu.kernel() == "numpy":
         return ["numpy"]
-    from gradclip.kernels import _cpu
+    import gradclip.kernels.cpu._cpu as _cpu  # noqa: PLR0402
 
     return [*_cpu.kernels()]
 

@@ -1,1 +1,0 @@
-"""One file per framework; its name is what registers it."""

@@ -1,0 +1,277 @@
+"""Primitives of JAX: the norm, an exact total, its root, scaling.
+
+On the CPU XLA calls the C kernel for them: one operation for many leaves, since what XLA needs to
+compile grows with the number of operations. Where XLA itself divides arrays among devices, and on
+other devices, each becomes the operations of `traced`, which XLA can divide and compile anywhere.
+
+All are called with float64 enabled. With a ``batch``, each array has so many members along its
+first axis, and each member is a list of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
+from jax.interpreters.xla import apply_primitive
+from jax.sharding import NamedSharding, PartitionSpec
+
+from gradclip.jax.operations import Operations
+from gradclip.kernels import cpu, traced
+
+# As in xla.h.
+KEEP, SCALE, NAN, ZERO = range(4)
+_TOTAL, _NUMBER = 146, 4
+
+# XLA needs time that grows with the third power of how many arrays one call writes in place: 15 s
+# for 2000, nothing to speak of for so many.
+_SCALED_AT_ONCE = 64
+
+_NATIVE = {"float16", "bfloat16", "float32", "float64", "complex64", "complex128"}
+_OPS = Operations()
+
+Arrays = Sequence[Any]
+
+
+def norm(xs: Arrays, *, wide: bool) -> traced.Number:
+    """The norm of arrays, rounded to float64 if it is ``wide``, else to float32."""
+    if not xs:
+        return traced.norm_of(_OPS, [], wide=wide)
+    (number,) = _norm.bind(*varying_alike(xs), wide=wide, batch=None)
+    return _number(number)
+
+
+def total(xs: Arrays) -> Any:
+    """The exact sum of squares of arrays, as words that add up."""
+    if not xs:
+        return jnp.zeros(_TOTAL, "int64")
+    (words,) = _total.bind(*varying_alike(xs), batch=None)
+    return words
+
+
+def root(words: Any, *, wide: bool) -> traced.Number:
+    """The norm of a sum of totals."""
+    (number,) = _root.bind(words, wide=wide)
+    return _number(number)
+
+
+def carry_out(xs: Arrays, action: Any, factor: traced.Number) -> list[Any]:
+    """New arrays: as the action says, the old ones, scaled, all NaN or all zero."""
+    decision = jnp.stack([jnp.asarray(part, "int64") for part in (action, *factor[:2])])
+    # Those that vary alike go together: what is the same on all devices is to stay so.
+    alike: dict[Any, list[int]] = {}
+    for place, x in enumerate(xs):
+        alike.setdefault(jax.typeof(x).mat.varying, []).append(place)
+    new = list(xs)
+    for places in alike.values():
+        for begin in range(0, len(places), _SCALED_AT_ONCE):
+            chunk = places[begin : begin + _SCALED_AT_ONCE]
+            operands = varying_alike([decision, *(xs[place] for place in chunk)])
+            for place, x in zip(chunk, _carry_out.bind(*operands, batch=None), strict=True):
+                new[place] = x
+    return new
+
+
+def _number(words: Any) -> traced.Number:
+    return traced.Number(words[0], words[1], words[2] > 0, words[3] > 0)
+
+
+def varying_alike(xs: Arrays) -> list[Any]:
+    """Arrays that all vary along the same axes of a mesh, as shard_map wants it said."""
+    axes = [jax.typeof(x).mat.varying for x in xs]
+    every = frozenset().union(*axes)
+    if all(each == every for each in axes):
+        return list(xs)
+    return [
+        lax.pcast(x, tuple(every - each), to="varying") if every - each else x
+        for x, each in zip(xs, axes, strict=True)
+    ]
+
+
+# ---- by the operations of XLA ----
+
+
+def _real(xs: Arrays) -> list[Any]:
+    return traced.addends(_OPS, [(x, None) for x in xs])
+
+
+def _packed(number: traced.Number) -> Any:
+    return jnp.stack([jnp.asarray(part, "int64") for part in number])
+
+
+def _members(function: Callable[..., Any], batch: int | None) -> Callable[..., Any]:
+    return function if batch is None else jax.vmap(function)
+
+
+def _norm_by_operations(*xs: Any, wide: bool, batch: int | None) -> list[Any]:
+    with jax.enable_x64(True):
+        members = _members(lambda *xs: _packed(traced.norm_of(_OPS, _real(xs), wide=wide)), batch)
+        return [members(*xs)]
+
+
+def _total_by_operations(*xs: Any, batch: int | None) -> list[Any]:
+    with jax.enable_x64(True):
+        members = _members(lambda *xs: traced.total(_OPS, _real(xs)), batch)
+        return [members(*xs)]
+
+
+def _root_by_operations(words: Any, *, wide: bool) -> list[Any]:
+    with jax.enable_x64(True):
+        function = lambda words: _packed(traced.root(_OPS, words, wide=wide))  # noqa: E731
+        for _ in range(words.ndim - 1):
+            function = jax.vmap(function)
+        return [function(words)]
+
+
+def _carried_out_by_operations(decision: Any, *xs: Any, batch: int | None) -> list[Any]:
+    def one(decision: Any, *xs: Any) -> list[Any]:
+        action, *factor = decision
+        number = traced.Number(factor[0], factor[1], False, False)
+
+        def new(x: Any) -> Any:
+            if jnp.iscomplexobj(x):
+                return lax.complex(new(x.real), new(x.imag))
+            # Among bits, since XLA makes one NaN of all; but not of bfloat16, whose last subnormal
+            # numbers it would then flush on the CPU.
+            to = x.dtype if x.dtype == "bfloat16" else np.dtype(f"uint{8 * x.dtype.itemsize}")
+            nan, zero = np.array([math.nan, 0.0]).astype(x.dtype).view(to)
+            filled = jnp.where(action == NAN, nan, zero)
+            found = jnp.where(action == KEEP, lax.bitcast_convert_type(x, to), filled)
+            scaled = lax.bitcast_convert_type(traced.scaled(_OPS, x, number), to)
+            return lax.bitcast_convert_type(jnp.where(action == SCALE, scaled, found), x.dtype)
+
+        return [new(x) for x in xs]
+
+    with jax.enable_x64(True):
+        return _members(one, batch)(decision, *xs)
+
+
+# ---- by the C kernel ----
+
+# At once, so that programs compiled elsewhere and saved find them.
+for _name, _handler in cpu.xla_handlers().items():
+    jax.ffi.register_ffi_target(_name, _handler, platform="cpu")
+
+
+def _one_device_sees_all(context: Any) -> bool:
+    """If the code is that of one device, and not to be divided among several by XLA."""
+    axes = context.module_context.axis_context
+    if hasattr(axes, "manual_axes"):
+        return set(axes.manual_axes) == set(axes.mesh.axis_names) or axes.mesh.size == 1
+    return getattr(axes, "num_devices", 1) == 1
+
+
+def _lowered(by_operations: Callable[..., list[Any]]) -> Callable[..., Any]:
+    """The operations, with it left to XLA how they are sharded, also where the caller's are not."""
+    rule = mlir.lower_fun(by_operations, multiple_results=True)
+
+    def lower(context: Any, *operands: Any, **params: Any) -> Any:
+        avals = [
+            [jax.core.ShapedArray(aval.shape, aval.dtype) for aval in avals]
+            for avals in (context.avals_in, context.avals_out)
+        ]
+        return rule(context.replace(avals_in=avals[0], avals_out=avals[1]), *operands, **params)
+
+    return lower
+
+
+def _lowering(
+    target: str, by_operations: Callable[..., list[Any]], *, in_place: bool
+) -> Callable[..., Any]:
+    otherwise = _lowered(by_operations)
+
+    def lower(context: Any, *operands: Any, **params: Any) -> Any:
+        avals = context.avals_in
+        native = all(str(aval.dtype) in _NATIVE for aval in avals if aval.dtype != "int64")
+        if not (native and _one_device_sees_all(context)):
+            return otherwise(context, *operands, **params)
+        if target not in cpu.xla_handlers():
+            cpu.warn_once()
+            return otherwise(context, *operands, **params)
+        # What is not needed any more is scaled where it lies; the rest XLA copies first.
+        aliases = {i + 1: i for i in range(len(operands) - 1)} if in_place else {}
+        rule = jax.ffi.ffi_lowering(target, operand_output_aliases=aliases)
+        values = {name: 1 if value is None else value for name, value in params.items()}
+        return rule(context, *operands, **{name: np.int64(x) for name, x in values.items()})
+
+    return lower
+
+
+# ---- the primitives ----
+
+
+def _like(aval: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+    """What is known of an array of a shape and dtype, wherever another is."""
+    sharding = NamedSharding(aval.sharding.mesh, PartitionSpec(*[None] * len(shape)))
+    return aval.update(shape=shape, dtype=np.dtype(dtype), weak_type=False, sharding=sharding)
+
+
+def _small_result(length: int) -> Callable[..., list[Any]]:
+    def evaluate(*avals: Any, batch: int | None, **_: Any) -> list[Any]:
+        lead = () if batch is None else (batch,)
+        return [_like(avals[0], (*lead, length), "int64")]
+
+    return evaluate
+
+
+def _root_result(words: Any, **_: Any) -> list[Any]:
+    return [_like(words, (*words.shape[:-1], _NUMBER), "int64")]
+
+
+def _carried_out_results(_: Any, *avals: Any, **__: Any) -> list[Any]:
+    return list(avals)
+
+
+def _primitive(
+    name: str,
+    result: Callable[..., list[Any]],
+    by_operations: Callable[..., list[Any]],
+    *,
+    in_place: bool = False,
+) -> Primitive:
+    primitive = Primitive(f"gradclip_{name}")
+    primitive.multiple_results = True
+    primitive.def_abstract_eval(result)
+
+    primitive.def_impl(partial(apply_primitive, primitive))
+    mlir.register_lowering(primitive, _lowered(by_operations))
+    on_cpu = _lowering(f"gradclip_{name}", by_operations, in_place=in_place)
+    mlir.register_lowering(primitive, on_cpu, platform="cpu")
+    return primitive
+
+
+def _batched(primitive: Primitive, xs: Arrays, dims: Sequence[Any], **params: Any) -> Any:
+    """Members of a batch of lists; a batch of batches is one larger batch."""
+    size = next(x.shape[d] for x, d in zip(xs, dims, strict=True) if d is not None)
+    xs = [batching.bdim_at_front(x, d, size) for x, d in zip(xs, dims, strict=True)]
+    inner = params.pop("batch")
+    if inner is None:
+        return primitive.bind(*xs, batch=size, **params), [0] * _count(primitive, xs)
+    flat = [x.reshape(size * inner, *x.shape[2:]) for x in xs]
+    new = primitive.bind(*flat, batch=size * inner, **params)
+    return [x.reshape(size, inner, *x.shape[1:]) for x in new], [0] * len(new)
+
+
+def _count(primitive: Primitive, xs: Arrays) -> int:
+    return len(xs) - 1 if primitive is _carry_out else 1
+
+
+def _root_batched(xs: Arrays, dims: Sequence[Any], **params: Any) -> Any:
+    return _root.bind(jnp.moveaxis(xs[0], dims[0], 0), **params), [0]
+
+
+_norm = _primitive("norm", _small_result(_NUMBER), _norm_by_operations)
+_total = _primitive("total", _small_result(_TOTAL), _total_by_operations)
+_root = _primitive("root", _root_result, _root_by_operations)
+_carry_out = _primitive("scale", _carried_out_results, _carried_out_by_operations, in_place=True)
+for _each in (_norm, _total, _carry_out):
+    batching.primitive_batchers[_each] = partial(_batched, _each)
+batching.primitive_batchers[_root] = _root_batched

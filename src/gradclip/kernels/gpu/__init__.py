@@ -1,0 +1,1 @@
+"""Loops over a GPU's memory, in Triton."""

@@ -1,0 +1,257 @@
+"""Leaves in a device's memory: measured, decided about and scaled there, while the host goes on.
+
+A backend says where its leaves lie, and gives what `Memory` asks for; the rest is here.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from gradclip.core.exact import Scaled, Total, total_of
+from gradclip.kernels.gpu import triton as cuda
+
+Words = npt.NDArray[np.int64]
+
+# Elements of a chunk, a multiple of a tile: as many as leave each program so many chunks.
+_MOST, _CHUNKS_PER_PROGRAM = 1 << 16, 64
+_ITEM = np.array([4, 8, 2, 2])  # bytes of an element, by its kind
+_ALIGNED = 16
+
+
+class Memory(Protocol):
+    """What is asked of a framework about one device, and the stream that it is working on."""
+
+    @property
+    def key(self) -> Hashable:
+        """Of the device and the stream: what one call has left is good for the next of the same."""
+
+    @property
+    def processors(self) -> int:
+        """How many of them the device has."""
+
+    @property
+    def is_capturing(self) -> bool:
+        """If what is launched is only recorded, to be run again and again."""
+
+    def zeros(self, words: int) -> Any:
+        """Memory of so many words of 8 bytes, all 0."""
+
+    def sent(self, words: Words, *, again: bool) -> Any:
+        """A copy on the device, made without waiting for it; ``again`` whenever it is replayed."""
+
+    def received(self, buffer: Any) -> Words:
+        """A copy on the host, once the device has come so far."""
+
+    def scalar(self, *, wide: bool) -> Any:
+        """A new array of shape (): float64 if it is ``wide``, else float32."""
+
+    def locate(self, value: Any) -> tuple[bool, int] | None:
+        """If a scalar in this memory is float64, and its address; None for anything else."""
+
+    def address(self, buffer: Any) -> int:
+        """Where such memory begins."""
+
+    def launch(self, kernel: Any, programs: int, args: tuple[int, ...], **constants: int) -> None:
+        """Have a kernel of `kernels.cuda` run after all that has been launched before."""
+
+
+class Ledger(NamedTuple):
+    """What `measure` is told of an optimizer: addresses, of which 0 is none; see there."""
+
+    words: int = 0
+    factor: int = 0
+    begins: int = 0
+    folds: int = 0
+    scale: int = 0
+    found_inf: int = 0
+
+
+_NO_LEDGER = Ledger()
+
+
+class _Table(NamedTuple):
+    buffer: Any
+    chunks: int
+    depth: int  # tiles that a program of `measure` reads at the most
+
+
+class Leaves(NamedTuple):
+    """Elements in the memory of one device."""
+
+    memory: Memory
+    spans: bytes  # of each leaf its address, number of elements and kind, as int64
+    wide: bool  # if one of them is float64
+
+    def knows(self, value: Any) -> bool:
+        """If a limit need not be read by the host, since it is on the device."""
+        return self.memory.locate(value) is not None
+
+    def clip_(
+        self,
+        limit: Any,
+        policy: str,
+        *,
+        given: Any = None,
+        ledger: Ledger = _NO_LEDGER,
+        norm: Any = None,
+        check: Callable[[Any], None] | None = None,
+    ) -> Any:
+        """Clip where the leaves lie; the norm, as a new scalar on the device or in ``norm``.
+
+        ``limit``, and the norm if it is ``given``, are floats or what this device `knows`.
+        ``check`` is shown the norm before anything is written, and may raise.
+        """
+        memory = self.memory
+        norm = memory.scalar(wide=self.wide) if norm is None else norm
+        limits = (*self._scalar(limit), *self._scalar(given))
+        with _prepared(self) as (table, scratch):
+            args = (memory.address(norm), *limits, cuda.POLICIES[policy], *ledger)
+            self._measure(table, scratch, args, nothing=given is not None)
+            if check is not None:
+                check(norm)
+            self._rewrite(table, scratch, (-1, 0, 0))
+        return norm
+
+    def norm(self) -> Any:
+        """The global norm, as a new scalar on the device."""
+        norm = self.memory.scalar(wide=self.wide)
+        with _prepared(self) as (table, scratch):
+            only = (*self._scalar(np.inf), *self._scalar(None), cuda.POLICIES["keep"], *_NO_LEDGER)
+            self._measure(table, scratch, (self.memory.address(norm), *only))
+        return norm
+
+    def scale_(self, factor: Scaled) -> None:
+        """Multiply every element where it lies."""
+        _, significand = self._scalar(factor.significand)
+        with _prepared(self) as (table, scratch):
+            self._rewrite(table, scratch, (cuda.SCALE.value, significand, factor.exponent))
+
+    def share(self) -> Any:
+        """The exact total, as 136 words on the device, carried: to be added up by integers."""
+        memory = self.memory
+        vector = memory.zeros(len(total_of()))
+        with _prepared(self) as (table, scratch):
+            args = (memory.address(table.buffer), table.chunks, scratch, memory.address(vector))
+            memory.launch(
+                cuda.share, _programs(memory, table.chunks, cuda.MEASURES), args, SMALL=cuda.SMALL
+            )
+        return vector
+
+    def total(self) -> Total:
+        """The exact total, once the device has come so far."""
+        return self.memory.received(self.share())
+
+    def _scalar(self, value: Any) -> tuple[int, int]:
+        """What the kernels take for a number: where it is, and its bits or its address."""
+        if value is None:
+            return cuda.NONE, 0
+        found = self.memory.locate(value)
+        if found is None:
+            return cuda.BITS, int(np.float64(value).view(np.int64))
+        wide, address = found
+        return cuda.AT_F64 if wide else cuda.AT_F32, address
+
+    def _measure(
+        self, table: _Table, scratch: int, args: tuple[int, ...], *, nothing: bool = False
+    ) -> None:
+        chunks = 0 if nothing else table.chunks
+        self.memory.launch(
+            cuda.measure,
+            _programs(self.memory, chunks, cuda.MEASURES),
+            (self.memory.address(table.buffer), chunks, table.depth, scratch, *args),
+            WIDE=self.wide,
+            TILE=cuda.TILE,
+            SMALL=cuda.SMALL,
+            PROGRAMS=cuda.MOST_PROGRAMS,
+        )
+
+    def _rewrite(self, table: _Table, scratch: int, args: tuple[int, ...]) -> None:
+        self.memory.launch(
+            cuda.rewrite,
+            _programs(self.memory, table.chunks, cuda.REWRITES),
+            (self.memory.address(table.buffer), table.chunks, scratch, *args),
+            TILE=cuda.TILE,
+            SMALL=cuda.SMALL,
+        )
+
+
+# ---- what stays on the device from one call to the next ----
+
+# Two launches share the scratch of their stream, and no third may come between them.
+_lock = threading.RLock()
+_tables: OrderedDict[Hashable, _Table] = OrderedDict()
+_scratch: dict[Hashable, Any] = {}
+_MOST_TABLES = 8
+
+
+@contextmanager
+def _prepared(leaves: Leaves) -> Iterator[tuple[_Table, int]]:
+    """The table of the leaves' chunks, and scratch: sent only where they are not there already.
+
+    What is being captured runs whenever it is replayed, perhaps on another stream, and has both to
+    itself.
+    """
+    memory = leaves.memory
+    with _lock:
+        if memory.is_capturing:
+            scratch = memory.zeros(cuda.SCRATCH)
+            yield _table(leaves, again=True), memory.address(scratch)
+            return
+        place = memory.key
+        if place not in _scratch:
+            _scratch[place] = memory.zeros(cuda.SCRATCH)
+        key = place, leaves.spans
+        if key not in _tables:
+            _tables[key] = _table(leaves, again=False)
+            if len(_tables) > _MOST_TABLES:
+                _tables.popitem(last=False)
+        _tables.move_to_end(key)
+        yield _tables[key], memory.address(_scratch[place])
+
+
+def _table(leaves: Leaves, *, again: bool) -> _Table:
+    spans = np.frombuffer(leaves.spans, np.int64).reshape(-1, 3)
+    most = _programs(leaves.memory, cuda.MOST_PROGRAMS, cuda.MEASURES)
+    rows, size = chunked(spans, most)
+    programs = _programs(leaves.memory, len(rows), cuda.MEASURES)
+    depth = -(-len(rows) // programs) * (size // cuda.TILE + cuda.TILE // cuda.SMALL)
+    return _Table(leaves.memory.sent(rows.ravel(), again=again), len(rows), depth)
+
+
+def _programs(memory: Memory, chunks: int, per_processor: int) -> int:
+    """How many programs to launch: as many as run at once, if there are chunks for them."""
+    return max(min(per_processor * memory.processors, cuda.MOST_PROGRAMS, chunks), 1)
+
+
+def chunked(spans: Words, programs: int) -> tuple[Words, int]:
+    """Cut spans of memory into chunks, and how many elements the longest may have.
+
+    Where a chunk has a whole tile of some kernel it begins at a multiple of 16 bytes: a span that
+    does not is cut where the first one is.
+    """
+    address, length, kind = spans[spans[:, 1] > 0].T
+    item = _ITEM[kind]
+    head = np.minimum(-address % _ALIGNED // item, length)
+    cut = (head > 0) & (length >= cuda.SMALL)
+    heads = np.stack([address, head, kind], 1)[cut]
+    head = np.where(cut, head, 0)
+    address, length = address + head * item, length - head
+
+    wanted = int(length.sum()) // (programs * _CHUNKS_PER_PROGRAM) // cuda.TILE * cuda.TILE
+    size = min(max(wanted, cuda.TILE), _MOST)
+    count = -(-length // size)
+    leaf = np.repeat(np.arange(len(count)), count)
+    place = np.arange(len(leaf)) - np.repeat(np.cumsum(count) - count, count)
+    rows = [
+        address[leaf] + place * size * item[leaf],
+        np.minimum(length[leaf] - place * size, size),
+        kind[leaf],
+    ]
+    return np.concatenate([heads, np.stack(rows, 1)]).astype(np.int64), size

@@ -1,0 +1,82 @@
+"""The public functions where ``torch.compile`` or ``torch.export`` follows them: by operations.
+
+What no operation takes breaks a graph: tensors with gradients that are to be clipped in place,
+sparse leaves and subclasses of tensors, a group, a nest without leaves. It is clipped where it is
+run, as is what is called where a graph has been broken before. Only imported where there is
+something to compile, for what compiles takes long to import.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, ValuesView
+from typing import Any
+
+import torch
+
+from gradclip import _clip
+from gradclip.core.decide import OnNonfinite, check_on_nonfinite
+from gradclip.core.tree import Tree, flatten
+from gradclip.torch import backend, library
+
+
+def clip_by_global_norm(
+    t_list: Any, clip_norm: Any, use_norm: Any, on_nonfinite: OnNonfinite, group: Any
+) -> tuple[Any, Any]:
+    """`gradclip.clip_by_global_norm`."""
+    options = {"on_nonfinite": on_nonfinite, "group": group}
+    if not torch.compiler.is_compiling():
+        return _outside(_clip.clip_by_global_norm, t_list, clip_norm, use_norm, **options)
+    t_list = _read_once(t_list)
+    tree = _taken_whole(t_list, group)
+    if tree is None:
+        return _outside(_clip.clip_by_global_norm, t_list, clip_norm, use_norm, **options)
+    check_on_nonfinite(on_nonfinite)
+    norm, _, leaves = library.clip(tree.leaves, tree.path, clip_norm, use_norm, on_nonfinite)
+    return tree.rebuild(leaves), norm
+
+
+def clip_by_global_norm_(
+    t_list: Any, clip_norm: Any, use_norm: Any, on_nonfinite: OnNonfinite, group: Any
+) -> Any:
+    """`gradclip.clip_by_global_norm_`."""
+    options = {"on_nonfinite": on_nonfinite, "group": group}
+    if not torch.compiler.is_compiling():
+        return _outside(_clip.clip_by_global_norm_, t_list, clip_norm, use_norm, **options)
+    t_list = _read_once(t_list)
+    tree = _taken_whole(t_list, group)
+    if tree is None or (torch.is_grad_enabled() and any(x.requires_grad for x in tree.leaves)):
+        return _outside(_clip.clip_by_global_norm_, t_list, clip_norm, use_norm, **options)
+    check_on_nonfinite(on_nonfinite)
+    return library.clip_(tree.leaves, tree.path, clip_norm, use_norm, on_nonfinite)
+
+
+def global_norm(t_list: Any, group: Any) -> Any:
+    """`gradclip.global_norm`."""
+    if not torch.compiler.is_compiling():
+        return _outside(_clip.global_norm, t_list, group=group)
+    t_list = _read_once(t_list)
+    tree = _taken_whole(t_list, group)
+    if tree is None:
+        return _outside(_clip.global_norm, t_list, group=group)
+    return library.norm(tree.leaves, tree.path)
+
+
+def _read_once(t_list: Any) -> Any:
+    return list(t_list) if isinstance(t_list, Iterator | ValuesView) else t_list
+
+
+def _taken_whole(t_list: Any, group: Any) -> Tree | None:
+    """A nest taken apart, if its leaves are what an operation takes."""
+    tree = flatten(t_list)
+    if group is not None or not tree.leaves or not all(map(backend.is_operand, tree.leaves)):
+        return None
+    backend.check_dtypes(tree.leaves, tree.path)
+    return tree
+
+
+def _run(function: Callable[..., Any], t_list: Any, *limits: Any, **options: Any) -> Any:
+    # A nest that has been taken apart is followed no more: torch.export heeds no `disable`.
+    return function(flatten(t_list), *limits, **options)
+
+
+_outside = torch.compiler.disable(_run)

@@ -1,0 +1,292 @@
+"""PyTorch's process groups, device meshes and DTensors: who the workers are, and what each counts.
+
+A DTensor says by its placements what a worker holds of it: a shard, which is counted where it is; a
+replica, which is counted by one of those that have it; or a term of a sum, which is added up first.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gradclip.core.exact import Total
+from gradclip.torch import flat
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
+
+Ranks = tuple[int, ...]
+
+
+def spread_by() -> Any:
+    """The class of DTensors; None where nobody has imported it, which takes most of a second."""
+    return getattr(getattr(dist, "tensor", None), "DTensor", None)
+
+
+class Ring(NamedTuple):
+    """The workers of a process group."""
+
+    group: Any
+    ranks: Ranks  # of all processes, those that are in it
+    parts: bool  # if what is not spread by a mesh is a part of its own on each, and no replica
+    whole: Sequence[Tensor] = ()  # parameters of which each has the whole gradient all the same
+
+    @property
+    def rank(self) -> int:
+        """Of this process, in the group."""
+        return int(dist.get_rank(self.group))
+
+    @property
+    def size(self) -> int:
+        """How many there are."""
+        return len(self.ranks)
+
+    def sum(self, vector: Any) -> Total:
+        """By all_reduce, where the group's backend can: on the CPU, else on its device.
+
+        Not where the vector is: that of another worker may be elsewhere, and all have to meet.
+        """
+        kinds = {device.type for device in self.group._device_types}
+        tensor = torch.as_tensor(vector).to("cpu" if "cpu" in kinds else kinds.pop())
+        dist.all_reduce(tensor, group=self.group)
+        result: Total = tensor.cpu().numpy()
+        return result
+
+
+def ring_of(group: Any) -> Ring:
+    """The workers of a ProcessGroup or DeviceMesh that a user names: each holds parts of its own.
+
+    Raises:
+        TypeError: it is neither.
+        ValueError: this process is not in it.
+    """
+    if hasattr(group, "mesh_dim_names"):
+        return _ring(_ranks(group), parts=True)
+    if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            f"group is {group!r}; for tensors it is a ProcessGroup, a DeviceMesh or a communicator "
+            "of mpi4py"
+        )
+    if dist.get_rank(group) < 0:
+        raise ValueError("this process is not in the group")
+    return Ring(group, tuple(dist.get_process_group_ranks(group)), True)
+
+
+def check_meshes(leaves: Sequence[Any], ring: Ring) -> None:
+    """Hold the meshes of DTensors against the workers that are to take part.
+
+    Raises:
+        ValueError: one has other ranks, which would not know of the norm.
+    """
+    kind = spread_by()
+    for leaf in leaves:
+        if kind is not None and isinstance(leaf, kind):
+            ranks = _ranks(leaf._spec.mesh)
+            if not set(ranks) <= set(ring.ranks):
+                raise ValueError(
+                    f"the group has the ranks {ring.ranks}, and a DTensor lies on {ranks}; name a "
+                    "group that has all of them"
+                )
+
+
+def ring_of_leaves(leaves: Sequence[Any]) -> Ring | None:
+    """The workers over which DTensors, or parameters of FSDP1, are spread; None if none is.
+
+    Those of the mesh that has the ranks of all others, or else of what these were cut from.
+    """
+    meshes, shards = _spread(leaves)
+    if shards is not None and meshes:
+        raise ValueError(
+            "parameters are sharded by FullyShardedDataParallel, and others beside them are "
+            "DTensors; say by `group` who takes part"
+        )
+    if shards is not None:
+        ranks = tuple(dist.get_process_group_ranks(shards.group))
+        return Ring(shards.group, ranks, True, shards.whole)
+    if not meshes:
+        return None
+    every = set(map(_ranks, meshes))
+    if not _has_all(max(every, key=len), every):
+        every = {_ranks(root) for root in map(_root, meshes)}
+    widest = max(every, key=len)
+    if not _has_all(widest, every):
+        raise ValueError(
+            f"DTensors are on meshes of the ranks {sorted(every)}, none of which has all; say by "
+            "`group` who takes part"
+        )
+    return _ring(widest, parts=False)
+
+
+def ring_of_all(leaves: Sequence[Any]) -> Ring | None:
+    """All processes, if one of the leaves is spread over all: then no other leaf brings more."""
+    meshes, shards = _spread(leaves)
+    every = set(map(_ranks, meshes))
+    if shards is not None:
+        every.add(tuple(dist.get_process_group_ranks(shards.group)))
+    whole = max(every, key=len, default=())
+    is_all = every and len(whole) == dist.get_world_size()
+    return _ring(whole, parts=False) if is_all else None
+
+
+def _spread(leaves: Sequence[Any]) -> tuple[list[DeviceMesh], flat.Shards | None]:
+    """The meshes of DTensors, and what there is of FSDP1: of both only where somebody has any."""
+    kind, is_flat = spread_by(), flat.module() is not None
+    if (kind is None and not is_flat) or not (dist.is_available() and dist.is_initialized()):
+        return [], None
+    meshes = [] if kind is None else [leaf._spec.mesh for leaf in leaves if isinstance(leaf, kind)]
+    distinct = {id(mesh): mesh for mesh in meshes}
+    return list(distinct.values()), flat.shards(leaves) if is_flat else None
+
+
+def is_fake() -> bool:
+    """If processes are only made believe, as where the memory of many is estimated in one."""
+    return dist.is_available() and dist.is_initialized() and dist.get_backend() == "fake"
+
+
+def any_spread(leaves: Sequence[Any]) -> bool:
+    """If a leaf is a DTensor."""
+    kind = spread_by()
+    return kind is not None and any(isinstance(leaf, kind) for leaf in leaves)
+
+
+def local(leaf: Any) -> Any:
+    """What this process holds of a leaf."""
+    return locals_of([leaf])[0]
+
+
+def like(leaf: Any, values: Tensor) -> Any:
+    """A leaf that is spread as another, with other elements here."""
+    if not any_spread([leaf]):
+        return values
+    return spread_by().from_local(
+        values,
+        leaf.device_mesh,
+        leaf.placements,
+        run_check=False,
+        shape=leaf.shape,
+        stride=leaf.stride(),
+    )
+
+
+def locals_of(leaves: Sequence[Any]) -> list[Any]:
+    """What this process holds of leaves."""
+    kind = spread_by()
+    if kind is None:
+        return list(leaves)
+    found = [leaf._local_tensor if isinstance(leaf, kind) else leaf for leaf in leaves]
+    return [each if type(each) is Tensor else _arrived(each) for each in found]
+
+
+def _arrived(tensor: Any) -> Any:
+    """A tensor that is no longer waited for."""
+    return tensor if type(tensor) is Tensor or not hasattr(tensor, "wait") else tensor.wait()
+
+
+def any_terms(leaves: Sequence[Any]) -> bool:
+    """If a leaf is a DTensor that is to be added up first.
+
+    Raises:
+        TypeError: a DTensor is a product of what the processes hold, which no factor scales.
+    """
+    kind = spread_by()
+    if kind is None:
+        return False
+    placed = [leaf._spec.placements for leaf in leaves if isinstance(leaf, kind)]
+    # There may be thousands of leaves, but of few types of placement.
+    by_type = {type(each): each for every in placed for each in every}
+    if not any(each.is_partial() for each in by_type.values()):
+        return False
+    terms = {each for every in placed for each in every if each.is_partial()}
+    if any(each.reduce_op == "product" for each in terms):
+        raise TypeError("a DTensor is Partial('product'); gradclip clips sums")
+    return True
+
+
+def counted(leaves: Sequence[Any], ring: Ring) -> list[Any]:
+    """What this process adds of the leaves to the sum of squares of all."""
+    kind = spread_by()
+    meshes = {
+        id(leaf._spec.mesh): leaf._spec.mesh
+        for leaf in leaves
+        if kind is not None and isinstance(leaf, kind)
+    }
+    every = {_ranks(mesh) for mesh in meshes.values()}
+    whole = {id(parameter.grad) for parameter in ring.whole}
+    found = []
+    known: dict[Any, tuple[bool, bool]] = {}  # one question per mesh and kinds of placement
+    for leaf in leaves:
+        if kind is not None and isinstance(leaf, kind):
+            spec = leaf._spec
+            key = (id(spec.mesh), *map(type, spec.placements))
+            answer = known.get(key)
+            if answer is None:
+                is_sum = any(each.is_partial() for each in spec.placements)
+                answer = known[key] = is_sum, _is_first(leaf, ring, every)
+            is_sum, is_first = answer
+            local = (_added_up(leaf) if is_sum else leaf)._local_tensor
+            if is_first:
+                found.append(local if type(local) is Tensor else _arrived(local))
+        elif (ring.parts and id(leaf) not in whole) or ring.rank == 0:
+            found.append(leaf)
+    return found
+
+
+def _added_up(leaf: DTensor) -> DTensor:
+    """A DTensor whose terms have been added up."""
+    from torch.distributed.tensor import Replicate
+
+    whole = [Replicate() if each.is_partial() else each for each in leaf.placements]
+    with torch.no_grad():
+        added_up: DTensor = leaf.redistribute(placements=whole)
+    return added_up
+
+
+def _is_first(leaf: DTensor, ring: Ring, every: Iterable[Ranks]) -> bool:
+    """If of all that hold the same elements this process is the one that counts them."""
+    place = leaf.device_mesh.get_coordinate()
+    if place is None:
+        return False
+    among = zip(place, leaf.placements, strict=True)
+    if any(at > 0 for at, each in among if each.is_replicate() or each.is_partial()):
+        return False
+    # A mesh that is cut from one that other leaves are on has its like there, with the same
+    # elements. Where no group is named all of the ranks are such a one.
+    ranks = _ranks(leaf.device_mesh)
+    around = [each for each in every if set(ranks) <= set(each)] if ring.parts else [ring.ranks]
+    widest: Ranks = max(around, key=len)
+    return min(widest) in ranks
+
+
+@functools.lru_cache(maxsize=64)
+def _ranks(mesh: DeviceMesh) -> Ranks:
+    return tuple(sorted(mesh.mesh.flatten().tolist()))
+
+
+def _root(mesh: DeviceMesh) -> DeviceMesh:
+    root: DeviceMesh = mesh._get_root_mesh()
+    return root
+
+
+def _has_all(ranks: Ranks, every: Iterable[Ranks]) -> bool:
+    return all(set(each) <= set(ranks) for each in every)
+
+
+_groups: dict[Ranks, tuple[Any, Any]] = {}  # made for a world, and which
+
+
+def _ring(ranks: Ranks, *, parts: bool) -> Ring:
+    """The workers of these ranks, in one group whatever the mesh that has led to them."""
+    world = dist.group.WORLD
+    if dist.get_rank() not in ranks:
+        raise ValueError(f"this process is rank {dist.get_rank()}, and not in the mesh of {ranks}")
+    if ranks == tuple(range(dist.get_world_size())):
+        return Ring(world, ranks, parts)
+    if ranks not in _groups or _groups[ranks][0] is not world:
+        _groups[ranks] = world, dist.new_group(list(ranks), use_local_synchronization=True)
+    return Ring(_groups[ranks][1], ranks, parts)
