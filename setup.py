@@ -6,6 +6,8 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
+FOLDER = Path("src/gradclip/kernels/cpu")
+
 # They come after those in CFLAGS, and the last one counts: what would change the arithmetic there
 # is undone here. Each is known to GCC and to Clang; an unknown one would be an error.
 FLAGS = [
@@ -24,6 +26,8 @@ FLAGS = [
     "-ffp-contract=off",
     "-fno-trapping-math",
     "-fno-math-errno",
+    # What the files have from each other is no business of other libraries.
+    "-fvisibility=hidden",
 ]
 # CFLAGS are the linker's too, and by any of these it would add code that has the whole process
 # flush subnormal numbers from the import on.
@@ -60,11 +64,8 @@ setup(
     ext_modules=[
         Extension(
             "gradclip.kernels.cpu._cpu",
-            sources=[
-                f"src/gradclip/kernels/cpu/{name}.c"
-                for name in ("cpumodule", "cpu", "trial", "xla")
-            ],
-            depends=[f"src/gradclip/kernels/cpu/{name}.h" for name in ("cpu", "cpu_blocks", "xla")],
+            sources=sorted(map(str, FOLDER.glob("*.c"))),
+            depends=sorted(map(str, FOLDER.glob("*.h"))),
             define_macros=[("Py_LIMITED_API", "0x030B0000")],
             extra_compile_args=FLAGS,
             extra_link_args=LINK_FLAGS,

@@ -19,7 +19,7 @@ INCLUDE = f"-I{sysconfig.get_path('include')}"
 DEFINE = "-DPy_LIMITED_API=0x030B0000"
 FLAGS = (
     *("-shared", "-fPIC", "-std=c11", "-O1", "-g", "-fopenmp-simd", "-w"),
-    *("-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"),
+    *("-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno", "-fvisibility=hidden"),
     DEFINE,
 )
 

@@ -36,7 +36,7 @@ def test_strict_compilers_have_nothing_to_complain_of(compiler: list[str]) -> No
 
 
 def test_what_a_newer_compiler_takes_for_an_error_would_be_seen(tmp_path: Path) -> None:
-    pointer = ("cpu.c", "int64_t length, void *room,\n", "int64_t length, char *room,\n")
+    pointer = ("scale.c", "const uint8_t *recode, void *out)", "const uint8_t *recode, char *out)")
     write_sources(tmp_path, pointer)
     assert "incompatible-pointer-types" in complaints(CC, tmp_path)
 

@@ -298,29 +298,29 @@ def test_a_mutation_is_seen(name: str) -> None:
 # ---- mutations of the C code ----
 
 C_MUTATIONS = {
-    "a wider window for float32": ("cpu.c", "F32_SPREAD = 26", "F32_SPREAD = 60"),
-    "a wider window for float64": ("cpu.c", "F64_SPREAD = 22", "F64_SPREAD = 40"),
-    "no carry": ("cpu.c", "words[j + 1] += up;", ""),
+    "a wider window for float32": ("exact.c", "F32_SPREAD = 26", "F32_SPREAD = 60"),
+    "a wider window for float64": ("exact.c", "F64_SPREAD = 22", "F64_SPREAD = 40"),
+    "no carry": ("exact.c", "words[j + 1] += up;", ""),
     "no low part": (
-        "cpu.c",
+        "sums.c",
         "sum->low += (sum->high - (high - part)) + (block - part);",
         "(void)part;",
     ),
-    "a wrong low part": ("cpu.c", "+ (block - part);", "- (block - part);"),
+    "a wrong low part": ("sums.c", "+ (block - part);", "- (block - part);"),
     "blocks across chunks": (
-        "cpu.c",
+        "walk.c",
         "if (length > walk->end - walk->at) length = walk->end - walk->at;",
         "",
     ),
     "no tail": ("cpu_blocks.h", "i < n; i++", "i < (n & ~1); i++"),
-    "bfloat16 ties away": ("cpu.c", "bits + 0x7fff + (bits >> 16 & 1)", "bits + 0x8000"),
-    "float16 ties away": ("cpu.c", "+ 0xfff + (magnitude >> 13 & 1)", "+ 0x1000"),
-    "bytes not swapped": ("cpu.c", "leaf->swap ? size - 1 - b : b", "b"),
-    "a stream without its end": ("cpu.c", "memcpy(to + head, from + head, bytes - head);", ""),
-    "scaled twice": ("cpumodule.c", "leaves[place->leaf].size = 0;", ";"),
-    "inf counted as NaN": ("cpu.c", "+= magnitude > infinite;", "+= magnitude >= infinite;"),
+    "bfloat16 ties away": ("bits.h", "bits + 0x7fff + (bits >> 16 & 1)", "bits + 0x8000"),
+    "float16 ties away": ("bits.h", "+ 0xfff + (magnitude >> 13 & 1)", "+ 0x1000"),
+    "bytes not swapped": ("walk.c", "leaf->swap ? size - 1 - b : b", "b"),
+    "a stream without its end": ("scale.c", "memcpy(to + head, from + head, bytes - head);", ""),
+    "scaled twice": ("overlap.c", "leaves[place->leaf].size = 0;", ";"),
+    "inf counted as NaN": ("exact.c", "+= magnitude > infinite;", "+= magnitude >= infinite;"),
     "a number on the edge left out": ("cpu_blocks.h", "magnitude >= from", "magnitude > from"),
-    "a power of two left out": ("cpu.c", "blocks->scale_f64(out, n, factor->shift, out);", ""),
+    "a power of two left out": ("scale.c", "blocks->scale_f64(out, n, factor->shift, out);", ""),
 }
 
 # What the kernel's own trial, when it is loaded, is not there to see: how memory is walked, and one

@@ -53,8 +53,8 @@ def test_sanitizers_find_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("file", "sound", "broken", "found"),
     [
-        ("cpu.c", "if (length > most) length = most;", "(void)most;", "stack-buffer-overflow"),
-        ("cpumodule.c", "(uintptr_t)leaf->data % (uintptr_t)item == 0", "1", "misaligned"),
+        ("walk.c", "if (length > most) length = most;", "(void)most;", "stack-buffer-overflow"),
+        ("layout.c", "(uintptr_t)leaf->data % (uintptr_t)item == 0", "1", "misaligned"),
     ],
     ids=["blocks without end", "reads unaligned"],
 )

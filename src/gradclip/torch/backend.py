@@ -636,7 +636,7 @@ def _taken(tensors: Sequence[Any], *, writable: bool) -> cpu.Leaves | None:
     """The memory of plain tensors, by PyTorch's C interface; None where one needs care."""
     if _is_transformed() or is_written_down() or cpu.kernel() == "numpy" or not _c_interface():
         return None
-    return cpu.take_tensors(tensors, writable=writable)
+    return cpu.take_handles(tensors, writable=writable)
 
 
 # ---- in the memory of a device that Triton compiles for ----
@@ -713,7 +713,7 @@ def _spans(
     if cpu.kernel() != "numpy" and _c_interface():
         number = -1 if device.type == "cpu" else _cuda_number()
         place = number, device.index or 0
-        memory = cpu.take_tensors(tensors, writable=writable, device=place)
+        memory = cpu.take_handles(tensors, writable=writable, device=place)
         spans = None if memory is None else memory.spans()
         if memory is None or spans is None:
             return None
@@ -831,7 +831,7 @@ def _c_interface() -> bool:
     for name in ("GOMP_parallel", "omp_get_max_threads"):
         addresses.append(_address(getattr(shim, name)) if hasattr(shim, name) else 0)
     numbers = [number() for number in functions[len(_FUNCTIONS) :]]
-    cpu.use_torch(tuple(addresses), (*numbers, place), Tensor)
+    cpu.use_handles(tuple(addresses), (*numbers, place), Tensor)
     return True
 
 

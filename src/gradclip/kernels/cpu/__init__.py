@@ -1,6 +1,6 @@
 """Arrays in this machine's memory: sums of squares and scaling, on several threads.
 
-The walks are written twice, in C (`cpu.c`) and in NumPy (`plain.py`), and give the same bits.
+The walks are written twice, in C (`cpu.h`) and in NumPy (`plain.py`), and give the same bits.
 """
 
 from __future__ import annotations
@@ -109,23 +109,26 @@ def take(arrays: list[Any], decode: list[bytes | None] | None, *, writable: bool
     return _cpu.take(arrays, writable, decode)
 
 
-def use_torch(functions: tuple[int, ...], numbers: tuple[int, ...], tensor: type) -> None:
-    """Tell the C kernel where PyTorch's C interface is."""
-    assert _cpu is not None, "the C kernel is in use"
-    _cpu.use_torch(functions, numbers, tensor)
+def use_handles(functions: tuple[int, ...], numbers: tuple[int, ...], of: type) -> None:
+    """Tell the C kernel by which C functions objects of a type say where their memory is.
 
-
-def take_tensors(
-    tensors: Sequence[Any], *, writable: bool, device: tuple[int, int] = (-1, 0)
-) -> Leaves | None:
-    """Hold the memory of PyTorch's tensors, or None where one of them needs care.
-
-    Only after `use_torch`, and only objects of type torch.Tensor, or of a type that adds no memory
-    of its own to it. ``device`` is PyTorch's number of its type and its index: of others than the
-    CPU only `spans` can be asked.
+    Each of those takes a handle, which points into such an object. `handles.c` has their order.
     """
     assert _cpu is not None, "the C kernel is in use"
-    return _cpu.take_tensors(tensors, writable, *device)
+    _cpu.use_handles(functions, numbers, of)
+
+
+def take_handles(
+    objects: Sequence[Any], *, writable: bool, device: tuple[int, int] = (-1, 0)
+) -> Leaves | None:
+    """Hold the memory of objects that have handles, or None where one of them needs care.
+
+    Only after `use_handles`, and only objects of the type it was told, or of one that adds no
+    memory of its own to it. ``device`` is the functions' number of its type and its index: of
+    others than the CPU only `spans` can be asked.
+    """
+    assert _cpu is not None, "the C kernel is in use"
+    return _cpu.take_handles(objects, writable, *device)
 
 
 _warned = False

@@ -1,4 +1,4 @@
-"""The walks of `cpu.c` in NumPy, for where no C compiler is found: the same bits, slower."""
+"""The walks of `cpu.h` in NumPy, for where no C compiler is found: the same bits, slower."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-/* The arithmetic of cpu.c tried on numbers of which the results are known, when it is loaded.
+/* The arithmetic of the walks tried on numbers of which the results are known, when it is loaded.
  *
  * A compiler's flags, or a fault in it, can make floats behave unlike IEEE 754. What is expected is
  * made of integers here, or stands here as bits, and bits are compared. */
-#include <fenv.h>
 #include <string.h>
 
 #include "cpu.h"
+#include "ieee.h"
 
 enum { LENGTH = 133 }; /* numbers of a trial: whole vectors of any kernel, and some more */
 
@@ -74,13 +74,11 @@ static void add_square(int64_t *words, const format_t *format, uint64_t field, u
 }
 
 static void exact_words(const leaf_t *leaf, int64_t *words) {
-    enum { AT = (NARROW_UNIT - WIDE_UNIT) / 32 };
     list_t list = list_of(leaf);
     total_t total;
     exact_squares(&list, &total);
-    memcpy(words, total.wide, sizeof total.wide);
-    for (int j = 0; j < NARROW_WORDS; j++) words[AT + j] += total.narrow[j];
-    for (int j = 0; j < COUNTS; j++) words[WIDE_WORDS + j] += total.narrow[NARROW_WORDS + j];
+    memset(words, 0, (WIDE_WORDS + COUNTS) * sizeof *words);
+    add_total(&total, words, words + WIDE_WORDS);
 }
 
 /* Numbers of few exponents, or of all that there are, subnormal ones too. */
@@ -245,8 +243,7 @@ static const char *first_fault(void) {
 
 const char *trial_fault(void) {
     fenv_t saved;
-    fegetenv(&saved);
-    fesetenv(FE_DFL_ENV);
+    set_ieee(&saved);
     const char *fault = first_fault();
     fesetenv(&saved);
     return fault;

@@ -1,0 +1,265 @@
+#define PY_SSIZE_T_CLEAN
+#include "leaves.h"
+
+#include <stdlib.h>
+
+#include "team.h"
+
+static PyObject *leaves_type;
+
+/* ---- coming and going ---- */
+
+Leaves *new_leaves(Py_ssize_t count) {
+    PyTypeObject *type = (PyTypeObject *)leaves_type;
+    allocfunc allocate = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
+    Leaves *self = (Leaves *)allocate(type, 0);
+    if (!self) return NULL;
+    self->leaves = calloc((size_t)count + 1, sizeof *self->leaves);
+    if (self->leaves) return self;
+    Py_DECREF(self);
+    PyErr_NoMemory();
+    return NULL;
+}
+
+int lay_out_leaves(Leaves *self, const array_t *arrays, Py_ssize_t count, int writable) {
+    size_t dimensions = 0;
+    for (Py_ssize_t i = 0; i < count; i++) dimensions += 2 * ((size_t)arrays[i].ndim + 1);
+    int64_t *geometry = self->geometry = malloc((dimensions + 1) * sizeof *geometry);
+    if (!geometry) return NO_MEMORY;
+    for (Py_ssize_t i = 0; i < count; i++) {
+        if (lay_out(&arrays[i], &self->leaves[i], writable, geometry) < 0) return NEEDS_CARE;
+        geometry += 2 * (arrays[i].ndim + 1);
+    }
+    self->crowded = writable ? drop_repeats(self->leaves, count) : 0;
+    if (self->crowded < 0) return NO_MEMORY;
+    return list_leaves(&self->list, self->leaves, count) < 0 ? NEEDS_CARE : 0;
+}
+
+PyObject *give(Leaves *self, int outcome) {
+    if (!outcome) return (PyObject *)self;
+    Py_DECREF((PyObject *)self);
+    if (outcome == NEEDS_CARE) Py_RETURN_NONE;
+    if (outcome == NO_MEMORY) PyErr_NoMemory();
+    return NULL;
+}
+
+static void leaves_dealloc(Leaves *self) {
+    PyTypeObject *type = Py_TYPE((PyObject *)self);
+    for (Py_ssize_t i = 0; i < self->held; i++) PyBuffer_Release(&self->buffers[i]);
+    free(self->buffers);
+    Py_XDECREF(self->objects);
+    free(self->geometry);
+    free(self->leaves);
+    Py_XDECREF(self->decode);
+    freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
+    release(self);
+    Py_DECREF(type);
+}
+
+/* ---- walks ---- */
+
+static PyObject *leaves_rewind(Leaves *self, PyObject *unused) {
+    (void)unused;
+    atomic_store(&self->list.cursor, 0);
+    Py_RETURN_NONE;
+}
+
+PyObject *list_sums(const sum_t *sums, int shares) {
+    PyObject *list = PyList_New(0);
+    for (int i = 0; list && i < shares; i++)
+        append(&list, Py_BuildValue("ddOO", sums[i].high, sums[i].low,
+                                    sums[i].has_inf ? Py_True : Py_False,
+                                    sums[i].has_nan ? Py_True : Py_False));
+    return list;
+}
+
+static PyObject *leaves_sum_squares(Leaves *self, PyObject *args) {
+    int threads;
+    if (!PyArg_ParseTuple(args, "i", &threads)) return NULL;
+    sum_t *sums = calloc((size_t)threads, sizeof *sums);
+    if (!sums) return PyErr_NoMemory();
+    job_t job = {.list = &self->list, .sums = sums};
+    int shares = walk_together(sum_share, &job, threads);
+    PyObject *list = list_sums(sums, shares);
+    free(sums);
+    return list;
+}
+
+static PyObject *leaves_exact_squares(Leaves *self, PyObject *args) {
+    int threads;
+    if (!PyArg_ParseTuple(args, "i", &threads)) return NULL;
+    total_t *totals = calloc((size_t)threads, sizeof *totals);
+    if (!totals) return PyErr_NoMemory();
+    job_t job = {.list = &self->list, .totals = totals};
+    int shares = walk_together(exact_share, &job, threads);
+    PyObject *list = PyList_New(0);
+    for (int i = 0; list && i < shares; i++)
+        append(&list,
+               Py_BuildValue("y#y#d", (const char *)totals[i].narrow,
+                             (Py_ssize_t)sizeof totals[i].narrow, (const char *)totals[i].wide,
+                             (Py_ssize_t)sizeof totals[i].wide, totals[i].largest));
+    free(totals);
+    return list;
+}
+
+static int have_same_layout(const list_t *a, const list_t *b) {
+    if (a->count != b->count) return 0;
+    for (int64_t i = 0; i < a->count; i++)
+        if (a->leaves[i].size != b->leaves[i].size || a->leaves[i].kind != b->leaves[i].kind)
+            return 0;
+    return 1;
+}
+
+/* The new bytes for each leaf of codes, from a list; NULL with an error. To be freed. */
+static const uint8_t **read_tables(const list_t *list, PyObject *tables) {
+    const uint8_t **recode = calloc((size_t)list->count + 1, sizeof *recode);
+    if (!recode) PyErr_NoMemory();
+    for (int64_t i = 0; recode && i < list->count; i++) {
+        if (list->leaves[i].kind != BYTE || !list->leaves[i].size) continue;
+        char *bytes;
+        Py_ssize_t size;
+        PyObject *table = PyList_Check(tables) ? PyList_GetItem(tables, i) : NULL;
+        if (!table || PyBytes_AsStringAndSize(table, &bytes, &size) < 0 || size != 256) {
+            if (!PyErr_Occurred())
+                PyErr_SetString(PyExc_ValueError, "a uint8 leaf needs a table of 256 bytes");
+            free(recode);
+            return NULL;
+        }
+        recode[i] = (const uint8_t *)bytes;
+    }
+    return recode;
+}
+
+static PyObject *leaves_scale(Leaves *self, PyObject *args) {
+    PyObject *source, *tables;
+    double significand;
+    long long exponent;
+    int threads;
+    if (!PyArg_ParseTuple(args, "OdLOi", &source, &significand, &exponent, &tables, &threads))
+        return NULL;
+    if (Py_TYPE(source) != (PyTypeObject *)leaves_type) {
+        PyErr_SetString(PyExc_TypeError, "source must be Leaves");
+        return NULL;
+    }
+    const list_t *from = &((Leaves *)source)->list;
+    if (!have_same_layout(from, &self->list)) {
+        PyErr_SetString(PyExc_ValueError, "source and target differ in layout");
+        return NULL;
+    }
+    const uint8_t **recode = read_tables(&self->list, tables);
+    if (!recode) return NULL;
+    factor_t factor = factor_of(significand, exponent);
+    job_t job = {.list = &self->list, .source = from, .factor = &factor, .recode = recode};
+    walk_together(scale_share, &job, threads);
+    free(recode);
+    Py_RETURN_NONE;
+}
+
+/* ---- where leaves lie ---- */
+
+/* Where each leaf lies: its address, how many numbers it has, and their kind. */
+static PyObject *leaves_spans(Leaves *self, PyObject *unused) {
+    (void)unused;
+    Py_ssize_t count = (Py_ssize_t)self->list.count;
+    for (Py_ssize_t i = 0; i < count; i++)
+        if (self->leaves[i].size && (self->leaves[i].ndim || self->leaves[i].swap)) Py_RETURN_NONE;
+    int64_t *spans = malloc((size_t)(3 * count + 1) * sizeof *spans);
+    if (!spans) return PyErr_NoMemory();
+    for (Py_ssize_t i = 0; i < count; i++) {
+        spans[3 * i] = (int64_t)(uintptr_t)self->leaves[i].data;
+        spans[3 * i + 1] = self->leaves[i].size;
+        spans[3 * i + 2] = self->leaves[i].kind;
+    }
+    PyObject *bytes = PyBytes_FromStringAndSize((char *)spans, 24 * count);
+    free(spans);
+    return bytes;
+}
+
+/* The dimensions of a leaf, outermost first: pairs of a stride in bytes and a length. */
+static PyObject *steps_of(const leaf_t *leaf) {
+    int ndim = leaf->ndim ? leaf->ndim : 1;
+    PyObject *steps = PyTuple_New(ndim);
+    for (int d = 0; steps && d < ndim; d++) {
+        long long stride = leaf->ndim ? leaf->strides[d] : item_size(leaf->kind);
+        long long length = leaf->ndim ? leaf->shape[d] : leaf->size;
+        PyObject *step = Py_BuildValue("LL", stride, length);
+        if (!step || PyTuple_SetItem(steps, d, step) < 0) Py_CLEAR(steps);
+    }
+    return steps;
+}
+
+static PyObject *leaves_crowded(Leaves *self, PyObject *unused) {
+    (void)unused;
+    if (!self->crowded) Py_RETURN_NONE;
+    PyObject *list = PyList_New(0);
+    for (int64_t i = 0; list && i < self->list.count; i++) {
+        const leaf_t *leaf = &self->leaves[i];
+        if (!leaf->size) continue;
+        PyObject *steps = steps_of(leaf);
+        append(&list, steps ? Py_BuildValue("LKLN", (long long)i,
+                                            (unsigned long long)(uintptr_t)leaf->data,
+                                            (long long)item_size(leaf->kind), steps)
+                            : NULL);
+    }
+    return list;
+}
+
+/* ---- the type ---- */
+
+static PyObject *leaves_get_nbytes(Leaves *self, void *unused) {
+    (void)unused;
+    return PyLong_FromUnsignedLongLong(bytes_of(&self->list));
+}
+
+static PyObject *leaves_get_has_f64(Leaves *self, void *unused) {
+    (void)unused;
+    return PyBool_FromLong(self->list.has_f64);
+}
+
+static PyObject *leaves_get_team_size(Leaves *self, void *unused) {
+    (void)unused;
+    return PyLong_FromLong(self->objects ? team_size() : 1);
+}
+
+static PyMethodDef leaves_methods[] = {
+    {"crowded", (PyCFunction)leaves_crowded, METH_NOARGS,
+     "crowded(): None; or, where leaves to be written reach into each other's memory, of each that\n"
+     "has elements its number, address, bytes of an element, and (stride, length) of dimensions."},
+    {"spans", (PyCFunction)leaves_spans, METH_NOARGS,
+     "spans(): of each leaf its address, size and kind, as int64; None if one is not in one run."},
+    {"rewind", (PyCFunction)leaves_rewind, METH_NOARGS,
+     "Start over: call it before the threads of each walk."},
+    {"sum_squares", (PyCFunction)leaves_sum_squares, METH_VARARGS,
+     "sum_squares(threads): shares in float64, each (high, low, has_inf, has_nan)."},
+    {"exact_squares", (PyCFunction)leaves_exact_squares, METH_VARARGS,
+     "exact_squares(threads): shares, each (narrow words, wide words, largest finite |x|)."},
+    {"scale", (PyCFunction)leaves_scale, METH_VARARGS,
+     "scale(source, significand, exponent, recode, threads): write shares."},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyGetSetDef leaves_getset[] = {
+    {"team_size", (getter)leaves_get_team_size, NULL, "Threads that a walk may use.", NULL},
+    {"nbytes", (getter)leaves_get_nbytes, NULL, "Bytes of all leaves.", NULL},
+    {"has_f64", (getter)leaves_get_has_f64, NULL, "If a leaf is float64 or complex128.", NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
+
+static PyType_Slot leaves_slots[] = {
+    {Py_tp_dealloc, leaves_dealloc},
+    {Py_tp_methods, leaves_methods},
+    {Py_tp_getset, leaves_getset},
+    {0, NULL},
+};
+
+static PyType_Spec leaves_spec = {
+    .name = "gradclip.kernels.cpu._cpu.Leaves",
+    .basicsize = sizeof(Leaves),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+    .slots = leaves_slots,
+};
+
+int add_leaves_type(PyObject *module) {
+    leaves_type = PyType_FromSpec(&leaves_spec);
+    return PyModule_AddObjectRef(module, "Leaves", leaves_type);
+}

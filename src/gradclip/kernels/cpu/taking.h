@@ -1,0 +1,21 @@
+/* What Python calls to have memory held, and what Watch reads of an object that has a handle. */
+#ifndef GRADCLIP_TAKING_H
+#define GRADCLIP_TAKING_H
+
+#include "leaves.h"
+
+extern const char take_doc[], use_handles_doc[], take_handles_doc[];
+PyObject *take(PyObject *module, PyObject *args);
+PyObject *use_handles(PyObject *module, PyObject *args);
+PyObject *take_handles(PyObject *module, PyObject *args);
+
+/* If an object has a handle and is of no type derived from the one that has. */
+int has_handle(PyObject *object);
+
+/* Of an object that has: 0 and the array, or -1 if its elements do not lie in this memory. */
+int read_host_memory(PyObject *object, array_t *array, leaf_t *leaf);
+
+/* Where its elements are; NULL if there is no telling. */
+const char *address_of(PyObject *object);
+
+#endif
