@@ -308,7 +308,7 @@ C_MUTATIONS = {
     ),
     "a wrong low part": ("sums.c", "+ (block - part);", "- (block - part);"),
     "blocks across chunks": (
-        "walk.c",
+        "walk.h",
         "if (length > walk->end - walk->at) length = walk->end - walk->at;",
         "",
     ),

@@ -53,7 +53,7 @@ def test_sanitizers_find_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("file", "sound", "broken", "found"),
     [
-        ("walk.c", "if (length > most) length = most;", "(void)most;", "stack-buffer-overflow"),
+        ("walk.h", "if (length > most) length = most;", "(void)most;", "stack-buffer-overflow"),
         ("layout.c", "(uintptr_t)leaf->data % (uintptr_t)item == 0", "1", "misaligned"),
     ],
     ids=["blocks without end", "reads unaligned"],

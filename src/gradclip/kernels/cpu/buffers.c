@@ -34,7 +34,7 @@ static int read_format(const char *format, kind_t *kind, int *parts, int *swap) 
 static int hold_buffers(Leaves *self, PyObject *arrays, int writable) {
     Py_ssize_t count = PyList_Size(arrays);
     int flags = PyBUF_STRIDES | PyBUF_FORMAT | (writable ? PyBUF_WRITABLE : 0);
-    self->buffers = calloc((size_t)count + 1, sizeof *self->buffers);
+    self->buffers = malloc(((size_t)count + 1) * sizeof *self->buffers);
     if (!self->buffers) return NO_MEMORY;
     for (Py_ssize_t i = 0; i < count; i++) {
         PyObject *array = PyList_GetItem(arrays, i);
@@ -61,19 +61,28 @@ static int read_table(PyObject *table, leaf_t *leaf) {
     return 0;
 }
 
-static int read_buffers(Leaves *self, array_t *arrays) {
-    for (Py_ssize_t i = 0; i < self->held; i++) {
-        const Py_buffer *buffer = &self->buffers[i];
-        leaf_t *leaf = &self->leaves[i];
-        int parts;
-        if (read_format(buffer->format, &leaf->kind, &parts, &leaf->swap) < 0) return NEEDS_CARE;
-        if ((leaf->kind == BF16 || leaf->kind == BYTE) && !self->decode) return NEEDS_CARE;
-        if (leaf->kind == BYTE && read_table(PyTuple_GetItem(self->decode, i), leaf) < 0)
-            return FAILED;
-        arrays[i] =
-            (array_t){buffer->buf, parts, buffer->ndim, buffer->shape, buffer->strides, 1};
+/* The array in a buffer, and the kind of its leaf. */
+static int read_buffer(Leaves *self, Py_ssize_t i, array_t *array) {
+    const Py_buffer *buffer = &self->buffers[i];
+    leaf_t *leaf = &self->leaves[i];
+    int parts;
+    if (read_format(buffer->format, &leaf->kind, &parts, &leaf->swap) < 0) return NEEDS_CARE;
+    *array = (array_t){buffer->buf, parts, buffer->ndim, buffer->shape, buffer->strides, 1};
+    if (leaf->kind != BF16 && leaf->kind != BYTE) return 0;
+    if (!self->decode) return NEEDS_CARE;
+    return leaf->kind == BYTE ? read_table(PyTuple_GetItem(self->decode, i), leaf) : 0;
+}
+
+static int lay_out_buffers(Leaves *self, int writable) {
+    int64_t dimensions = 0;
+    for (Py_ssize_t i = 0; i < self->held; i++) dimensions += self->buffers[i].ndim;
+    int outcome = make_room(self, self->held, dimensions);
+    for (Py_ssize_t i = 0; i < self->held && !outcome; i++) {
+        array_t array;
+        outcome = read_buffer(self, i, &array);
+        if (!outcome) outcome = lay_out_leaf(self, i, &array, writable);
     }
-    return 0;
+    return outcome ? outcome : list_all(self, self->held, writable);
 }
 
 const char take_doc[] =
@@ -86,11 +95,11 @@ const char take_doc[] =
 "With writable, an array listed twice counts once.";
 
 PyObject *take(PyObject *module, PyObject *args) {
-    PyObject *list, *decode;
+    PyObject *arrays, *decode;
     int writable;
     (void)module;
-    if (!PyArg_ParseTuple(args, "O!pO", &PyList_Type, &list, &writable, &decode)) return NULL;
-    Py_ssize_t count = PyList_Size(list);
+    if (!PyArg_ParseTuple(args, "O!pO", &PyList_Type, &arrays, &writable, &decode)) return NULL;
+    Py_ssize_t count = PyList_Size(arrays);
     if (decode != Py_None && (!PyList_Check(decode) || PyList_Size(decode) != count)) {
         PyErr_SetString(PyExc_ValueError, "decode must be None or a list as long as arrays");
         return NULL;
@@ -99,10 +108,6 @@ PyObject *take(PyObject *module, PyObject *args) {
     if (!self) return NULL;
     self->decode = decode == Py_None ? NULL : PyList_AsTuple(decode);
     if (decode != Py_None && !self->decode) return give(self, FAILED);
-    array_t *arrays = malloc(((size_t)count + 1) * sizeof *arrays);
-    int outcome = arrays ? hold_buffers(self, list, writable) : NO_MEMORY;
-    if (!outcome) outcome = read_buffers(self, arrays);
-    if (!outcome) outcome = lay_out_leaves(self, arrays, count, writable);
-    free(arrays);
-    return give(self, outcome);
+    int outcome = hold_buffers(self, arrays, writable);
+    return give(self, outcome ? outcome : lay_out_buffers(self, writable));
 }

@@ -1,5 +1,5 @@
-/* The loops over one block of contiguous elements. targets.c includes this file once for each set of
- * instructions. Plain loops: the compiler turns them into vectors. */
+/* The loops over one block of contiguous elements. targets.c includes this file once for each set
+ * of instructions. Plain loops: the compiler turns them into vectors. */
 
 /* Sum of squares in float64, in any order: relative error below (n + 1) * 2^-53. */
 static double NAME(sum_f32)(const float *x, int n) {

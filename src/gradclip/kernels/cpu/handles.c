@@ -72,7 +72,7 @@ static int read_dtype(int32_t dtype, kind_t *kind, int *parts) {
     return 0;
 }
 
-/* 0 and the array of a handle, or -1 if its elements do not lie in its storage on the device. */
+/* 0 and the array, or -1 if its elements do not lie in its storage on the device. */
 static int read_handle(void *handle, int32_t type, int32_t index, array_t *array, leaf_t *leaf) {
     int32_t on_type, on_index = index, layout, dtype;
     int64_t *shape, *strides, offset, storage;
@@ -116,6 +116,7 @@ const char *address_of(PyObject *object) {
 
 enum { AHEAD = 8 };
 
+/* The arrays of all objects, and the kinds of their leaves. */
 static int read_handles(Leaves *self, int32_t type, int32_t index, array_t *arrays) {
     Py_ssize_t count = PyTuple_Size(self->objects);
     for (Py_ssize_t i = 0; i < count; i++) {
@@ -125,6 +126,15 @@ static int read_handles(Leaves *self, int32_t type, int32_t index, array_t *arra
         if (read_handle(handle, type, index, &arrays[i], &self->leaves[i]) < 0) return NEEDS_CARE;
     }
     return 0;
+}
+
+static int lay_out_arrays(Leaves *self, const array_t *arrays, Py_ssize_t count, int writable) {
+    int64_t dimensions = 0;
+    for (Py_ssize_t i = 0; i < count; i++) dimensions += arrays[i].ndim;
+    int outcome = make_room(self, count, dimensions);
+    for (Py_ssize_t i = 0; i < count && !outcome; i++)
+        outcome = lay_out_leaf(self, i, &arrays[i], writable);
+    return outcome ? outcome : list_all(self, count, writable);
 }
 
 const char take_handles_doc[] =
@@ -154,7 +164,7 @@ PyObject *take_handles(PyObject *module, PyObject *args) {
     self->objects = objects;
     array_t *arrays = malloc(((size_t)count + 1) * sizeof *arrays);
     int outcome = arrays ? read_handles(self, type, index, arrays) : NO_MEMORY;
-    if (!outcome) outcome = lay_out_leaves(self, arrays, count, writable);
+    if (!outcome) outcome = lay_out_arrays(self, arrays, count, writable);
     free(arrays);
     return give(self, outcome);
 }

@@ -1,4 +1,4 @@
-/* Whatever a host has set for floats, what is computed here rounds to nearest and keeps subnormals. */
+/* Whatever a host has set for floats, here they round to nearest and keep subnormals. */
 #ifndef GRADCLIP_IEEE_H
 #define GRADCLIP_IEEE_H
 

@@ -21,15 +21,19 @@ Leaves *new_leaves(Py_ssize_t count) {
     return NULL;
 }
 
-int lay_out_leaves(Leaves *self, const array_t *arrays, Py_ssize_t count, int writable) {
-    size_t dimensions = 0;
-    for (Py_ssize_t i = 0; i < count; i++) dimensions += 2 * ((size_t)arrays[i].ndim + 1);
-    int64_t *geometry = self->geometry = malloc((dimensions + 1) * sizeof *geometry);
-    if (!geometry) return NO_MEMORY;
-    for (Py_ssize_t i = 0; i < count; i++) {
-        if (lay_out(&arrays[i], &self->leaves[i], writable, geometry) < 0) return NEEDS_CARE;
-        geometry += 2 * (arrays[i].ndim + 1);
-    }
+int make_room(Leaves *self, Py_ssize_t count, int64_t dimensions) {
+    size_t numbers = 2 * ((size_t)count + (size_t)dimensions);
+    self->room = self->geometry = malloc((numbers + 1) * sizeof *self->geometry);
+    return self->geometry ? 0 : NO_MEMORY;
+}
+
+int lay_out_leaf(Leaves *self, Py_ssize_t i, const array_t *array, int writable) {
+    if (lay_out(array, &self->leaves[i], writable, self->room) < 0) return NEEDS_CARE;
+    self->room += 2 * (array->ndim + 1);
+    return 0;
+}
+
+int list_all(Leaves *self, Py_ssize_t count, int writable) {
     self->crowded = writable ? drop_repeats(self->leaves, count) : 0;
     if (self->crowded < 0) return NO_MEMORY;
     return list_leaves(&self->list, self->leaves, count) < 0 ? NEEDS_CARE : 0;

@@ -13,6 +13,7 @@ typedef struct {
     Py_ssize_t held;   /* buffers */
     PyObject *objects; /* or else a tuple of what has handles */
     int64_t *geometry; /* the shapes and strides of all leaves */
+    int64_t *room;     /* what is left of it */
     leaf_t *leaves;
     PyObject *decode;  /* keeps the tables alive that leaves point to */
     int crowded;       /* if leaves to be written reach into each other's memory */
@@ -24,9 +25,15 @@ enum { NO_MEMORY = -1, NEEDS_CARE = -2, FAILED = -3 };
 /* Leaves with room for so many, of which none is held yet; NULL with an error. */
 Leaves *new_leaves(Py_ssize_t count);
 
-/* Lay out and list as many leaves, of which the kinds are known, as there are arrays. Returns 0,
- * NO_MEMORY or NEEDS_CARE. */
-int lay_out_leaves(Leaves *self, const array_t *arrays, Py_ssize_t count, int writable);
+/* Then: room for the layouts of all arrays, which have so many dimensions together. Each of these
+ * three returns 0, NO_MEMORY or NEEDS_CARE. */
+int make_room(Leaves *self, Py_ssize_t count, int64_t dimensions);
+
+/* Then, one leaf after the other: lay out an array in a leaf of which the kind is known. */
+int lay_out_leaf(Leaves *self, Py_ssize_t i, const array_t *array, int writable);
+
+/* In the end: list them all. */
+int list_all(Leaves *self, Py_ssize_t count, int writable);
 
 /* The leaves, or what Python gets in their place; then they are let go of. */
 PyObject *give(Leaves *self, int outcome);

@@ -45,7 +45,7 @@ void sum_share(void *data, int share) {
     sum_squares(job->list, &job->sums[share]);
 }
 
-/* See certified_norm in _exact.py, which does the same for the walks that Python asks for. */
+/* See certified_norm in core/exact.py, which does the same for the walks that Python asks for. */
 static const double BOUND = (4096 + 16) * 0x1p-53;
 
 /* To the nearest float32, its largest exponent lifted, its smallest kept. */

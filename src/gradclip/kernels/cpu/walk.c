@@ -21,7 +21,7 @@ uint64_t bytes_of(const list_t *list) {
     return bytes;
 }
 
-/* ---- blocks ---- */
+/* ---- chunks ---- */
 
 static int64_t leaf_holding(const list_t *list, int64_t element) {
     int64_t low = 0, high = list->count;
@@ -35,29 +35,16 @@ static int64_t leaf_holding(const list_t *list, int64_t element) {
     return low;
 }
 
-int next_block(list_t *list, walk_t *walk) {
-    walk->new_chunk = walk->at >= walk->end;
-    if (walk->new_chunk) {
-        int64_t chunk = atomic_fetch_add(&list->cursor, 1);
-        walk->at = chunk * CHUNK;
-        if (walk->at >= list->size) return 0;
-        walk->end = list->size - walk->at < CHUNK ? list->size : walk->at + CHUNK;
-        walk->leaf = leaf_holding(list, walk->at);
-    }
-    const leaf_t *leaf = &list->leaves[walk->leaf];
-    while (walk->at - leaf->first >= leaf->size) leaf = &list->leaves[++walk->leaf];
-    walk->begin = walk->at - leaf->first;
-    int64_t length = leaf->size - walk->begin;
-    int64_t most = leaf->kind == F64 ? BLOCK_F64 : BLOCK;
-    if (length > walk->end - walk->at) length = walk->end - walk->at;
-    if (length > most) length = most;
-    walk->length = (int)length;
-    walk->at += length;
-    /* The processor reads ahead within an array, not on to the next: that is asked for here. */
-    if (length == leaf->size - walk->begin && walk->leaf + 1 < list->count)
-        for (int line = 0; line < 8; line++) __builtin_prefetch(leaf[1].data + 64 * line);
+int next_chunk(list_t *list, walk_t *walk) {
+    int64_t chunk = atomic_fetch_add(&list->cursor, 1);
+    walk->at = chunk * CHUNK;
+    if (walk->at >= list->size) return 0;
+    walk->end = list->size - walk->at < CHUNK ? list->size : walk->at + CHUNK;
+    walk->leaf = leaf_holding(list, walk->at);
     return 1;
 }
+
+/* ---- elements ---- */
 
 /* Copy elements between a contiguous block and their places in a strided leaf. */
 static void move_strided(const leaf_t *leaf, int64_t begin, int64_t length, void *room,
@@ -89,24 +76,20 @@ static void move_strided(const leaf_t *leaf, int64_t begin, int64_t length, void
     }
 }
 
-const void *fetch(const leaf_t *leaf, int64_t begin, int length, void *room) {
-    if (!leaf->ndim) return leaf->data + begin * item_size(leaf->kind);
+void load(const leaf_t *leaf, int64_t begin, int length, void *room) {
     move_strided(leaf, begin, length, room, 0);
-    return room;
-}
-
-const float *fetch_f32(const leaf_t *leaf, int64_t begin, int length, void *room, float *out) {
-    const void *x = fetch(leaf, begin, length, room);
-    switch (leaf->kind) {
-    case F16: blocks->load_f16(x, length, out); return out;
-    case BF16: blocks->load_bf16(x, length, out); return out;
-    case BYTE:
-        for (int i = 0; i < length; i++) out[i] = leaf->decode[((const uint8_t *)x)[i]];
-        return out;
-    default: return x;
-    }
 }
 
 void store(const leaf_t *leaf, int64_t begin, int length, void *room) {
     move_strided(leaf, begin, length, room, 1);
+}
+
+const float *widen(const leaf_t *leaf, const void *x, int length, float *out) {
+    if (leaf->kind == F16)
+        blocks->load_f16(x, length, out);
+    else if (leaf->kind == BF16)
+        blocks->load_bf16(x, length, out);
+    else
+        for (int i = 0; i < length; i++) out[i] = leaf->decode[((const uint8_t *)x)[i]];
+    return out;
 }

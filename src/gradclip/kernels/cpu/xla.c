@@ -1,4 +1,4 @@
-/* What XLA calls on the CPU, by its foreign function interface: exact totals, their roots, scaling. */
+/* What XLA calls on the CPU, by its foreign function interface: totals, roots, scaling. */
 #include "xla.h"
 
 #include <math.h>

@@ -1,4 +1,4 @@
-/* Handlers for XLA's foreign function interface; `kernels/jax.py` registers them. */
+/* Handlers for XLA's foreign function interface; `jax/xla.py` registers them. */
 #ifndef GRADCLIP_XLA_H
 #define GRADCLIP_XLA_H
 

@@ -1,5 +1,5 @@
-/* XLA's foreign function interface, as xla/ffi/api/c_api.h describes it, up to the last field that is
- * read here. Each structure says its own size, so that later ones may be longer. */
+/* XLA's foreign function interface, as xla/ffi/api/c_api.h describes it, up to the last field that
+ * is read here. Each structure says its own size, so that later ones may be longer. */
 #ifndef GRADCLIP_XLA_API_H
 #define GRADCLIP_XLA_API_H
 
