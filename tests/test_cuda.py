@@ -8,9 +8,8 @@ import json
 import math
 import os
 import re
-import sys
+import shutil
 from collections.abc import Callable, Iterator
-from importlib import util
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -654,7 +653,7 @@ os.environ["TRITON_INTERPRET"] = "0"
 sys.path.insert(0, sys.argv[1])
 import gpu
 from triton.backends.compiler import GPUTarget
-from gradclip.kernels import cuda
+from gradclip.kernels.gpu import triton as cuda
 for kernel in (cuda.measure, cuda.share, cuda.rewrite):  # else some calls would compile anew
     passed = [each for each in kernel.params if not each.is_constexpr]
     assert all(each.annotation_type == "i64" and each.do_not_specialize for each in passed)
@@ -692,18 +691,19 @@ def test_the_checks_that_a_device_is_to_pass_before_it_is_timed(
 # ---- mutations ----
 
 
-def mutated(path: Path, old: str, new: str) -> Any:
-    """The kernels, of another source."""
-    source = Path(cuda.__file__).read_text()
-    assert source.count(old) == 1
-    path.write_text(source.replace(old, new))
-    spec = util.spec_from_file_location("mutated_cuda", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = util.module_from_spec(spec)
-    sys.modules["mutated_cuda"] = module
-    spec.loader.exec_module(module)
-    return module
+def mutated(folder: Path, old: str, new: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The kernels, of another source: a copy of the folder that they and their parts are in."""
+    name = f"mutated_{folder.name}"
+    package = shutil.copytree(Path(cuda.__file__).parent, folder / name)
+    found = 0
+    for file in package.rglob("*.py"):
+        source = file.read_text()
+        found += source.count(old)
+        source = source.replace("from gradclip.kernels.gpu.", f"from {name}.")
+        file.write_text(source.replace(old, new))
+    assert found == 1
+    monkeypatch.syspath_prepend(folder)
+    return importlib.import_module(f"{name}.triton")
 
 
 def check_midpoints() -> None:
@@ -752,7 +752,7 @@ MUTATIONS = {
         check_midpoints,
     ),
     "the ticket not reset": (
-        "    if last:\n        tl.store(_word(scratch, _TICKET), tl.full([], 0, tl.int64))\n",
+        "    if last:\n        tl.store(int64_at(scratch, TICKET), tl.full([], 0, tl.int64))\n",
         "",
         check_two_calls,
     ),
@@ -770,7 +770,7 @@ MUTATIONS = {
         check_bfloat16_ties,
     ),
     "the total not cleared": (
-        "    tl.store(_word(total, words), tl.zeros([256], tl.int64), mask=words < _WORDS + 2)\n",
+        "    tl.store(int64_at(total, words), tl.zeros([256], tl.int64), mask=words < WORDS + 2)\n",
         "",
         check_wide_spread,
     ),
@@ -780,10 +780,12 @@ MUTATIONS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MUTATIONS)
-def test_a_mutation_of_the_kernels_is_seen(name: str, tmp_path: Path) -> None:
+def test_a_mutation_of_the_kernels_is_seen(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     old, new, noticing = MUTATIONS[name]
     noticing()
-    kernels = mutated(tmp_path / "mutated_cuda.py", old, new)
+    kernels = mutated(tmp_path, old, new, monkeypatch)
     with mock.patch.object(gpu_leaves, "cuda", kernels), pytest.raises(AssertionError):
         twice(noticing)
     gpu_leaves._scratch.clear()

@@ -570,8 +570,8 @@ LAUNCHED = """
     import contextlib
     from types import SimpleNamespace
     import cupy
-    from gradclip.kernels import cuda
-    from gradclip.kernels import cupy as kernels
+    from gradclip.cupy import gpu as kernels
+    from gradclip.kernels.gpu import triton as cuda
 
     calls = []
 

@@ -34,7 +34,7 @@ from jax.experimental.serialize_executable import serialize
 from jax.experimental.sparse import BCOO
 
 from gradclip.jax import xla
-from gradclip.kernels import traced
+from gradclip.kernels.traced import norms
 
 NATIVE = ["float16", "bfloat16", "float32", "float64", "complex64", "complex128"]
 
@@ -190,7 +190,7 @@ def test_large_arrays_on_xla_s_own_threads() -> None:
 def test_xla_adds_rows_up_before_columns(shape: tuple[int, ...]) -> None:
     """It would make one sum of the two, in an order that the certificate does not allow for."""
     with jax.enable_x64(True):
-        certified = jax.jit(lambda x: traced._certified(xla._OPS, [x]))
+        certified = jax.jit(lambda x: norms._certified(xla._OPS, [x]))
         program = certified.lower(jnp.ones(shape, "float64")).compile().as_text()
     assert len(re.findall(r"= f64\S* reduce\(", program)) == 2
 

@@ -31,7 +31,7 @@ import tensorflow as tf
 from tensorflow.python.saved_model.save_context import save_context
 
 import gradclip.tensorflow as gtf
-from gradclip.kernels import traced
+from gradclip.kernels.traced import norms, numbers
 from gradclip.tensorflow import backend
 from gradclip.tensorflow import derivative as kernel
 
@@ -1210,7 +1210,7 @@ def test_a_patch_that_fails_half_way_leaves_nothing_behind(
 
 # ---- breaking it is seen ----
 
-true_certified = traced._certified
+true_certified = norms._certified
 
 
 def certified_without_a_bound(ops: Any, numbers: Any) -> Any:
@@ -1242,15 +1242,15 @@ def certified_without_a_bound(ops: Any, numbers: Any) -> Any:
             test_with_nothing_to_clip_the_inputs_come_back,
         ),
         pytest.param(
-            traced,
+            norms,
             "_certified",
             certified_without_a_bound,
             functools.partial(test_norms_beside_a_midpoint_under_xla, tf.float32),
             marks=pytest.mark.slow,
         ),
         pytest.param(
-            traced,
-            "_signed",
+            numbers,
+            "float64_of",
             lambda ops, codes: ops.cast(ops.bitcast(codes, "float32"), "float64"),
             functools.partial(
                 test_limits_that_are_subnormal, "xla", np.float32, 5e-41, 1e-40, [3, 4]

@@ -26,9 +26,10 @@ from gradclip.core.tree import Tree
 from gradclip.jax import xla
 from gradclip.jax.derivative import LOWER, pushed_forward, rows_of
 from gradclip.jax.operations import Operations
-from gradclip.kernels import cpu, traced
+from gradclip.kernels import cpu
 from gradclip.kernels.cpu import leaves as host_leaves
 from gradclip.kernels.cpu.leaves import Array, Held
+from gradclip.kernels.traced import norms, numbers
 
 measure, total, share = host_leaves.measure, host_leaves.total, host_leaves.share
 queue, written = host_leaves.queue, host_leaves.written
@@ -340,19 +341,19 @@ def _clip(
 ) -> tuple[Any, Any, Any, list[Any]]:
     """The norm in its dtype, as float64, as float64 times `LOWER`, and new values."""
     with jax.enable_x64(True):
-        wide = traced.is_wide(_OPS, [(x, None) for x in values])
+        wide = norms.is_wide(_OPS, [(x, None) for x in values])
         if given is None:
             number = _norm(axes, values, rows, wide=wide)
         else:
-            number = traced.number_of(_OPS, _real(given))
-        above, factor = traced.compared(_OPS, number, traced.number_of(_OPS, _real(limit)))
+            number = numbers.number_of(_OPS, _real(given))
+        above, factor = numbers.compared(_OPS, number, numbers.number_of(_OPS, _real(limit)))
         failed = {"nan": xla.NAN, "zero": xla.ZERO, "keep": xla.KEEP}[policy]
         action = jnp.where(above, jnp.where(factor.nan, xla.NAN, xla.SCALE), xla.KEEP)
         action = jnp.where(number.inf | number.nan, failed, action)
         new = xla.carry_out(values, action, factor)
         low = number._replace(exponent=number.exponent + int(math.log2(LOWER)))
         pairs = ((number, wide), (number, True), (low, True))
-        rounded = [traced.rounded(_OPS, each, wide=wide) for each, wide in pairs]
+        rounded = [numbers.rounded(_OPS, each, wide=wide) for each, wide in pairs]
         return (*rounded, new)
 
 
@@ -361,13 +362,13 @@ def _real(limit: Any) -> Any:
     return limit.astype("float64") if jnp.issubdtype(limit.dtype, np.integer) else limit
 
 
-def _norm(axes: Any, values: list[Any], rows: list[Any], *, wide: bool) -> traced.Number:
+def _norm(axes: Any, values: list[Any], rows: list[Any], *, wide: bool) -> numbers.Number:
     xs = []
     for x, places in zip(values, rows, strict=True):
         if places is None:
             xs.append(x)
         else:
-            xs += traced.addends(_OPS, [rows_of(x, places)])
+            xs += norms.addends(_OPS, [rows_of(x, places)])
     if axes is None:
         return xla.norm(xs, wide=wide)
     return xla.root(lax.psum(xla.total(xs), axes), wide=wide)

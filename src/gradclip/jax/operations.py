@@ -11,7 +11,7 @@ from jax import lax
 
 
 class Operations:
-    """See `kernels.traced.Operations`."""
+    """See `kernels.traced.operations`."""
 
     sqrt, round = staticmethod(jnp.sqrt), staticmethod(jnp.round)
     maximum, minimum = staticmethod(jnp.maximum), staticmethod(jnp.minimum)

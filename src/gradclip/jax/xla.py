@@ -25,7 +25,9 @@ from jax.interpreters.xla import apply_primitive
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gradclip.jax.operations import Operations
-from gradclip.kernels import cpu, traced
+from gradclip.kernels import cpu
+from gradclip.kernels.traced import norms, scaling, squares
+from gradclip.kernels.traced.numbers import Number
 
 # As in xla.h.
 KEEP, SCALE, NAN, ZERO = range(4)
@@ -41,10 +43,10 @@ _OPS = Operations()
 Arrays = Sequence[Any]
 
 
-def norm(xs: Arrays, *, wide: bool) -> traced.Number:
+def norm(xs: Arrays, *, wide: bool) -> Number:
     """The norm of arrays, rounded to float64 if it is ``wide``, else to float32."""
     if not xs:
-        return traced.norm_of(_OPS, [], wide=wide)
+        return norms.norm_of(_OPS, [], wide=wide)
     (number,) = _norm.bind(*varying_alike(xs), wide=wide, batch=None)
     return _number(number)
 
@@ -57,13 +59,13 @@ def total(xs: Arrays) -> Any:
     return words
 
 
-def root(words: Any, *, wide: bool) -> traced.Number:
+def root(words: Any, *, wide: bool) -> Number:
     """The norm of a sum of totals."""
     (number,) = _root.bind(words, wide=wide)
     return _number(number)
 
 
-def carry_out(xs: Arrays, action: Any, factor: traced.Number) -> list[Any]:
+def carry_out(xs: Arrays, action: Any, factor: Number) -> list[Any]:
     """New arrays: as the action says, the old ones, scaled, all NaN or all zero."""
     decision = jnp.stack([jnp.asarray(part, "int64") for part in (action, *factor[:2])])
     # Those that vary alike go together: what is the same on all devices is to stay so.
@@ -80,8 +82,8 @@ def carry_out(xs: Arrays, action: Any, factor: traced.Number) -> list[Any]:
     return new
 
 
-def _number(words: Any) -> traced.Number:
-    return traced.Number(words[0], words[1], words[2] > 0, words[3] > 0)
+def _number(words: Any) -> Number:
+    return Number(words[0], words[1], words[2] > 0, words[3] > 0)
 
 
 def varying_alike(xs: Arrays) -> list[Any]:
@@ -100,10 +102,10 @@ def varying_alike(xs: Arrays) -> list[Any]:
 
 
 def _real(xs: Arrays) -> list[Any]:
-    return traced.addends(_OPS, [(x, None) for x in xs])
+    return norms.addends(_OPS, [(x, None) for x in xs])
 
 
-def _packed(number: traced.Number) -> Any:
+def _packed(number: Number) -> Any:
     return jnp.stack([jnp.asarray(part, "int64") for part in number])
 
 
@@ -113,19 +115,19 @@ def _members(function: Callable[..., Any], batch: int | None) -> Callable[..., A
 
 def _norm_by_operations(*xs: Any, wide: bool, batch: int | None) -> list[Any]:
     with jax.enable_x64(True):
-        members = _members(lambda *xs: _packed(traced.norm_of(_OPS, _real(xs), wide=wide)), batch)
+        members = _members(lambda *xs: _packed(norms.norm_of(_OPS, _real(xs), wide=wide)), batch)
         return [members(*xs)]
 
 
 def _total_by_operations(*xs: Any, batch: int | None) -> list[Any]:
     with jax.enable_x64(True):
-        members = _members(lambda *xs: traced.total(_OPS, _real(xs)), batch)
+        members = _members(lambda *xs: squares.total(_OPS, _real(xs)), batch)
         return [members(*xs)]
 
 
 def _root_by_operations(words: Any, *, wide: bool) -> list[Any]:
     with jax.enable_x64(True):
-        function = lambda words: _packed(traced.root(_OPS, words, wide=wide))  # noqa: E731
+        function = lambda words: _packed(squares.root(_OPS, words, wide=wide))  # noqa: E731
         for _ in range(words.ndim - 1):
             function = jax.vmap(function)
         return [function(words)]
@@ -134,7 +136,7 @@ def _root_by_operations(words: Any, *, wide: bool) -> list[Any]:
 def _carried_out_by_operations(decision: Any, *xs: Any, batch: int | None) -> list[Any]:
     def one(decision: Any, *xs: Any) -> list[Any]:
         action, *factor = decision
-        number = traced.Number(factor[0], factor[1], False, False)
+        number = Number(factor[0], factor[1], False, False)
 
         def new(x: Any) -> Any:
             if jnp.iscomplexobj(x):
@@ -145,7 +147,7 @@ def _carried_out_by_operations(decision: Any, *xs: Any, batch: int | None) -> li
             nan, zero = np.array([math.nan, 0.0]).astype(x.dtype).view(to)
             filled = jnp.where(action == NAN, nan, zero)
             found = jnp.where(action == KEEP, lax.bitcast_convert_type(x, to), filled)
-            scaled = lax.bitcast_convert_type(traced.scaled(_OPS, x, number), to)
+            scaled = lax.bitcast_convert_type(scaling.scaled(_OPS, x, number), to)
             return lax.bitcast_convert_type(jnp.where(action == SCALE, scaled, found), x.dtype)
 
         return [new(x) for x in xs]

@@ -24,10 +24,10 @@ from gradclip.core.exact import Scaled
 from gradclip.core.protocol import Plain
 from gradclip.core.sparse import IndexedSlices, check_rows, merged_rows
 from gradclip.core.tree import Tree
-from gradclip.kernels import traced
 from gradclip.kernels.cpu import ieee_arithmetic
 from gradclip.kernels.cpu import leaves as host_leaves
 from gradclip.kernels.cpu.leaves import Array, Held
+from gradclip.kernels.traced.clip import clip
 from gradclip.tensorflow.derivative import grouped, pulled_back
 from gradclip.tensorflow.operations import Operations
 
@@ -420,7 +420,7 @@ class _Call(NamedTuple):
 
     def by_operations(self, tensors: Sequence[Any], limit: Any, given: Sequence[Any]) -> list[Any]:
         """The same by TensorFlow's own operations."""
-        return traced.clip(
+        return clip(
             Operations(),
             [(parts[0], parts[1] if len(parts) > 1 else None) for parts in grouped(tensors)],
             limit,

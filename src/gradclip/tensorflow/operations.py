@@ -10,7 +10,7 @@ import tensorflow as tf
 
 
 class Operations:
-    """TensorFlow's names for what `kernels.traced` asks for; see there."""
+    """TensorFlow's names for what `kernels.traced` asks for; see `operations` there."""
 
     sqrt, round = staticmethod(tf.sqrt), staticmethod(tf.round)
     sum, any, max = map(staticmethod, (tf.reduce_sum, tf.reduce_any, tf.reduce_max))

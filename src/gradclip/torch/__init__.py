@@ -512,7 +512,7 @@ def _queued_(
 ) -> Tensor:
     """Clip in a device's memory, without waiting unless a norm may have to be refused."""
     limits = _clip.limits_there(queue, max_norm, total_norm, "max_norm", "total_norm")
-    policy = on_nonfinite or "torch"
+    policy = on_nonfinite or "factor"
     norm: Tensor = _clip.queued_(backend, queue, grads, path, *limits, policy, refuse)
     return norm
 

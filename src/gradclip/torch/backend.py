@@ -37,11 +37,13 @@ from gradclip.core.protocol import Plain, Recorder
 from gradclip.core.sparse import IndexedSlices, check_rows, merged_rows
 from gradclip.core.tree import Tree
 from gradclip.core.workers import Joint, Workers, workers_of
-from gradclip.kernels import cpu, layout, traced
+from gradclip.kernels import cpu, layout
 from gradclip.kernels.cpu import leaves as host_leaves
 from gradclip.kernels.cpu.leaves import Array, Float8
 from gradclip.kernels.gpu.launch import is_run
 from gradclip.kernels.layout import Layout
+from gradclip.kernels.traced import norms, scaling, squares
+from gradclip.kernels.traced.numbers import Number
 from gradclip.torch import mesh
 from gradclip.torch.derivative import pulled_back, pushed_forward, slope
 from gradclip.torch.gpu import Memory
@@ -163,7 +165,7 @@ def measure(held: Held) -> Scaled:
     devices = {_values(leaf).device for leaf in held.leaves}
     if len(devices) > 1:
         return host_leaves.measure(_on_the_host(held))
-    norm = traced.measured(Operations(devices.pop()), list(map(_with_rows, held.leaves)))
+    norm = norms.measured(Operations(devices.pop()), list(map(_with_rows, held.leaves)))
     if norm.nan | norm.inf:
         return Scaled.of(np.nan if norm.nan else np.inf)
     significand, exponent = Scaled.of(float(norm.significand))
@@ -881,9 +883,9 @@ def _total_elsewhere(held: Held) -> Total:
     for leaf in held.leaves:
         values, rows = _with_rows(leaf)
         ops = Operations(values.device)
-        addends = traced.addends(ops, [(values, rows)])
+        addends = norms.addends(ops, [(values, rows)])
         if addends:
-            words = traced.total(ops, addends).cpu().numpy()
+            words = squares.total(ops, addends).cpu().numpy()
             found[:WORDS] += words[:WORDS]
             found[WORDS:] += words[-2:]
     return found
@@ -896,11 +898,11 @@ def _scaled_elsewhere(values: Tensor, factor: Scaled) -> Tensor:
     significand = ops.constant(int(factor.significand * 2**53), "int64")
     exponent = ops.constant(factor.exponent - 53, "int64")
     never = significand < 0
-    number = traced.Number(significand, exponent, never, never)
+    number = Number(significand, exponent, never, never)
     if values.dtype is torch.complex32:
         parts = torch.view_as_real(values.resolve_conj())
-        return torch.view_as_complex(traced.scaled(ops, parts, number))
-    return torch.empty_like(values).copy_(traced.scaled(ops, values, number))
+        return torch.view_as_complex(scaling.scaled(ops, parts, number))
+    return torch.empty_like(values).copy_(scaling.scaled(ops, values, number))
 
 
 # ---- where no number is to be read: `gradclip.torch.library` ----

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Operations:
-    """PyTorch's names for what `kernels.traced` asks for; see there."""
+    """PyTorch's names for what `kernels.traced` asks for; see `operations` there."""
 
     sqrt, round = staticmethod(torch.sqrt), staticmethod(torch.round)
     any, max = staticmethod(torch.any), staticmethod(torch.max)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-# How the kernels of `cuda` are compiled.
+# How the kernels of `triton` are compiled.
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
 
 

@@ -16,6 +16,8 @@ import numpy.typing as npt
 
 from gradclip.core.exact import Scaled, Total, total_of
 from gradclip.kernels.gpu import triton as cuda
+from gradclip.kernels.gpu.device.decision import POLICIES, SCALE
+from gradclip.kernels.gpu.device.numbers import AT_F32, AT_F64, BITS, NONE
 
 Words = npt.NDArray[np.int64]
 
@@ -59,7 +61,7 @@ class Memory(Protocol):
         """Where such memory begins."""
 
     def launch(self, kernel: Any, programs: int, args: tuple[int, ...], **constants: int) -> None:
-        """Have a kernel of `kernels.cuda` run after all that has been launched before."""
+        """Have a kernel of `kernels.gpu.triton` run after all that has been launched before."""
 
 
 class Ledger(NamedTuple):
@@ -112,7 +114,7 @@ class Leaves(NamedTuple):
         norm = memory.scalar(wide=self.wide) if norm is None else norm
         limits = (*self._scalar(limit), *self._scalar(given))
         with _prepared(self) as (table, scratch):
-            args = (memory.address(norm), *limits, cuda.POLICIES[policy], *ledger)
+            args = (memory.address(norm), *limits, POLICIES[policy], *ledger)
             self._measure(table, scratch, args, nothing=given is not None)
             if check is not None:
                 check(norm)
@@ -123,7 +125,7 @@ class Leaves(NamedTuple):
         """The global norm, as a new scalar on the device."""
         norm = self.memory.scalar(wide=self.wide)
         with _prepared(self) as (table, scratch):
-            only = (*self._scalar(np.inf), *self._scalar(None), cuda.POLICIES["keep"], *_NO_LEDGER)
+            only = (*self._scalar(np.inf), *self._scalar(None), POLICIES["keep"], *_NO_LEDGER)
             self._measure(table, scratch, (self.memory.address(norm), *only))
         return norm
 
@@ -131,7 +133,7 @@ class Leaves(NamedTuple):
         """Multiply every element where it lies."""
         _, significand = self._scalar(factor.significand)
         with _prepared(self) as (table, scratch):
-            self._rewrite(table, scratch, (cuda.SCALE.value, significand, factor.exponent))
+            self._rewrite(table, scratch, (SCALE.value, significand, factor.exponent))
 
     def share(self) -> Any:
         """The exact total, as 136 words on the device, carried: to be added up by integers."""
@@ -151,12 +153,12 @@ class Leaves(NamedTuple):
     def _scalar(self, value: Any) -> tuple[int, int]:
         """What the kernels take for a number: where it is, and its bits or its address."""
         if value is None:
-            return cuda.NONE, 0
+            return NONE, 0
         found = self.memory.locate(value)
         if found is None:
-            return cuda.BITS, int(np.float64(value).view(np.int64))
+            return BITS, int(np.float64(value).view(np.int64))
         wide, address = found
-        return cuda.AT_F64 if wide else cuda.AT_F32, address
+        return AT_F64 if wide else AT_F32, address
 
     def _measure(
         self, table: _Table, scratch: int, args: tuple[int, ...], *, nothing: bool = False

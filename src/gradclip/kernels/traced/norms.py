@@ -1,0 +1,116 @@
+"""The norm of leaves: of a sum in float64 where its error cannot matter, else of the exact one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from gradclip.core.exact import FLOAT32
+from gradclip.kernels.traced.numbers import (
+    Number,
+    codes_of,
+    float64_of,
+    is_inf,
+    is_nan,
+    normal,
+    split,
+    to_places,
+)
+from gradclip.kernels.traced.operations import Operations, real_parts
+from gradclip.kernels.traced.squares import root_of_squares
+
+_WIDE = ("float64", "complex128")
+
+
+def is_wide(ops: Operations, leaves: Sequence[tuple[Any, Any]]) -> bool:
+    """If the norm of the leaves is float64."""
+    return any(ops.dtype(values) in _WIDE for values, _ in leaves)
+
+
+def measured(ops: Operations, leaves: Sequence[tuple[Any, Any]]) -> Number:
+    """The global norm of leaves, of (values, indices or None), correctly rounded."""
+    return norm_of(ops, addends(ops, leaves), wide=is_wide(ops, leaves))
+
+
+def addends(ops: Operations, leaves: Sequence[tuple[Any, Any]]) -> list[Any]:
+    """Real arrays whose squares add up to those of the tensors that leaves stand for."""
+    found = []
+    for values, indices in leaves:
+        if 0 in (ops.shape(values) or ()):
+            continue
+        for part in real_parts(ops, values):
+            found.append(part if indices is None else _summed_rows(ops, part, indices))
+    return found
+
+
+def norm_of(ops: Operations, xs: Sequence[Any], *, wide: bool) -> Number:
+    """The norm of real arrays, rounded to float64 if it is ``wide``, else to float32."""
+    zero = ops.constant(0, "int64")
+    if not xs:
+        return Number(zero, zero, zero > 0, zero > 0)
+    every = [ops.cast(x, "float64") for x in xs]
+    if wide:
+        nan = ops.any(ops.stack([ops.any(is_nan(x)) for x in every]))
+        inf = ops.any(ops.stack([ops.any(is_inf(x)) for x in every])) & ~nan
+        significand, exponent = root_of_squares(ops, xs, wide=True)
+    else:
+        total, *certified = _certified(ops, every)
+        # No sum of squares of float32 numbers overflows float64.
+        nan, inf = is_nan(total), is_inf(total)
+        same = (certified[0] == certified[2]) & (certified[1] == certified[3])
+
+        def exactly() -> list[Any]:
+            return root_of_squares(ops, xs, wide=False)
+
+        significand, exponent = ops.cond(same | nan | inf, lambda: certified[:2], exactly)
+    return Number(*normal(ops, significand, exponent), inf, nan)
+
+
+def _certified(ops: Operations, numbers: Sequence[Any]) -> list[Any]:
+    """The sum of squares in float64, and the float32 norms at both ends of its error.
+
+    A sum of n squares in any order, each rounded once, errs by less than n u, u = 2^-53 (Higham,
+    section 4.2): by rows, then across them, n is their lengths' sum. Subnormal numbers, each of a
+    square below 2^-252, may have been flushed.
+    """
+    sums = []
+    zero = longest = flushed = ops.constant(0.0, "float64")
+    for x in numbers:
+        width, size = _width(ops.shape(x)), ops.cast(ops.size(x), "float64")
+        squares = ops.reshape(x * x, (-1, width))
+        columns = ops.sum(squares, 0)
+        # It adds zero. Without it XLA makes one sum of the two, of any order.
+        sums.append(ops.sum(columns + ops.where(columns == -1.0, columns, zero), None))
+        longest = ops.maximum(longest, size / width + width)
+        flushed = flushed + size * 2.0**-252
+    total = ops.sum(ops.stack(sums), None)
+    bound = (longest + (len(sums) + 32)) * 2.0**-53
+    ends = [total]
+    for end in (total * (1 - bound), (total + flushed) * (1 + bound)):
+        significand, exponent = split(ops, ops.bitcast(ops.sqrt(end), "int64"))
+        ends += to_places(ops, Number(significand, exponent, False, False), *FLOAT32)
+    return ends
+
+
+def _width(shape: Sequence[int | None] | None) -> int:
+    """How to cut an array into rows: adding rows up is what compilers make vectors of."""
+    if not shape:
+        return 1
+    if None not in shape:
+        size = math.prod(shape)  # type: ignore[arg-type]
+        width = min(size & -size, 4096)
+        if width >= 64:
+            return width
+    return shape[-1] or 1
+
+
+def _summed_rows(ops: Operations, values: Any, indices: Any) -> Any:
+    """The rows of slices with those of the same index added, in float64; the rest are zeros."""
+    rows = values if ops.dtype(values) == "float64" else float64_of(ops, codes_of(ops, values))
+    count = ops.size(indices)
+    order = ops.argsort(indices)
+    in_order = ops.cast(ops.take(indices, order), "int64")
+    begins = ops.cast(in_order[1:] != in_order[:-1], "int64")
+    group = ops.cumsum(ops.concat([in_order[:1] * 0, begins]))
+    return ops.segment_sum(ops.take(rows, order), group, count)
