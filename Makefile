@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 TELL := $(BIN)/python -c "from gradclip.kernels import cpu; print('kernel:', cpu.kernel(), cpu.why_numpy() or '')"
 SOURCES := pyproject.toml setup.py $(wildcard src/gradclip/kernels/cpu/*.c src/gradclip/kernels/cpu/*.h)
 
-.PHONY: help demo test test-quick lint bench clean
+.PHONY: help demo test test-quick test-long lint bench clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -14,11 +14,14 @@ help: ## show this list
 demo: .venv/demo ## train a small network with and without clipping; draws demo.png
 	$(BIN)/gradclip demo --out demo.png
 
-test: .venv/test ## all tests, with every framework
-	GRADCLIP_REQUIRE_ALL=1 $(BIN)/python -m pytest -n auto --dist worksteal
+test: .venv/test ## every property, with every framework: some minutes
+	GRADCLIP_REQUIRE_ALL=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not long"
 
-test-quick: .venv/test ## the tests that take under two minutes
-	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow"
+test-quick: .venv/test ## the tests that together take under a minute
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not long"
+
+test-long: .venv/test ## what `make test` leaves out: long counts, all mutations, many ranks
+	GRADCLIP_REQUIRE_ALL=1 $(BIN)/python -m pytest -n auto --dist worksteal -m long
 
 lint: .venv/test ## style, types
 	$(BIN)/ruff check .

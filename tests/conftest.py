@@ -92,11 +92,17 @@ def pytest_configure() -> None:
 
 
 # Their tests are each a process or several that take long: begun last, one would be waited for.
-LONG = ("test_keras.py", "test_cli_bench.py", "test_distributed.py")
+FIRST = ("test_keras.py", "test_cli_bench.py", "test_distributed.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.name not in LONG)
+    items.sort(key=lambda item: item.path.name not in FIRST)
+
+
+@pytest.fixture(params=[300, pytest.param(2000, marks=pytest.mark.long)], ids="{} lists".format)
+def lists(request: pytest.FixtureRequest) -> int:
+    """How many random lists to draw; the few are the first of the many."""
+    return int(request.param)
 
 
 @pytest.fixture

@@ -46,6 +46,8 @@ pytestmark = [
 ]
 on_tensorflow = pytest.mark.skipif(BACKEND != "tensorflow", reason="about TensorFlow")
 on_torch = pytest.mark.skipif(BACKEND != "torch", reason="about torch")
+# On the others in `make test-long`.
+first_on_tensorflow = pytest.mark.slow if BACKEND == "tensorflow" else pytest.mark.long
 on_jax = pytest.mark.skipif(BACKEND != "jax", reason="about JAX")
 
 NAMES = sorted(set(gradclip.keras.__all__) - {"GlobalNorm", "exact"})
@@ -104,7 +106,11 @@ def rows(count: int, size: int, seed: int = 0) -> np.ndarray[Any, Any]:
 # ---- bits ----
 
 
-@pytest.mark.parametrize("jit", [False, True], ids=["eager or graph", "jit"])
+@pytest.mark.parametrize(
+    "jit",
+    [False, pytest.param(True, marks=[pytest.mark.long] * (BACKEND == "torch"))],
+    ids=["eager or graph", "jit"],
+)
 def test_norm_and_update_are_those_of_numpy(jit: bool) -> None:
     x = rows(4 if jit and BACKEND == "torch" else 20, 1000)  # its compiler takes its time
     model = linear(1000, SGD(1.0, global_clipnorm=40.0), jit=jit)
@@ -687,8 +693,17 @@ def test_a_copy_of_a_built_optimizer_with_a_state_of_each_variable(module: Any) 
     assert array(variable) == pytest.approx([-1.5, -2], rel=1e-6)
 
 
-@pytest.mark.parametrize("how", ["pickle", "deepcopy"])
-@pytest.mark.parametrize("kind", [SGD, Signs, ExactMomentum], ids=["ours", "decorated", "called"])
+@pytest.mark.parametrize(
+    ("kind", "how"),
+    [
+        pytest.param(SGD, "pickle", id="ours, pickle"),
+        pytest.param(SGD, "deepcopy", id="ours, deepcopy", marks=pytest.mark.long),
+        pytest.param(Signs, "pickle", id="decorated, pickle", marks=pytest.mark.long),
+        pytest.param(Signs, "deepcopy", id="decorated, deepcopy"),
+        pytest.param(ExactMomentum, "pickle", id="called, pickle"),
+        pytest.param(ExactMomentum, "deepcopy", id="called, deepcopy", marks=pytest.mark.long),
+    ],
+)
 def test_a_copy_of_a_model_has_its_optimizer_and_counts(kind: Any, how: str) -> None:
     model = linear(4, kind(1.0, global_clipnorm=2.5))
     model.compile(model.optimizer, "mse")
@@ -741,6 +756,7 @@ def network(optimizer: Any) -> Any:
     return model
 
 
+@first_on_tensorflow
 def test_digits_saved_and_continued(tmp_path: Path) -> None:
     """The whole model saved, and its weights alone."""
     x, y = digits()

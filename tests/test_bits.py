@@ -30,8 +30,6 @@ from gradclip.numpy import backend
 from machines import KERNELS, THREADS, machine
 
 MACHINES = list(itertools.product(KERNELS, THREADS))
-LISTS = 800
-SOME_LISTS = 700
 MIXED = ["mixed", *DTYPES]
 
 
@@ -66,9 +64,9 @@ def check_at_limits(leaves: list[Any]) -> None:
 
 
 @pytest.mark.parametrize("name", MIXED)
-def test_random_lists_on_kernels_and_threads_in_turn(name: str) -> None:
+def test_random_lists_on_kernels_and_threads_in_turn(name: str, lists: int) -> None:
     for case, (kernel, threads) in zip(
-        random_cases(name, SOME_LISTS), itertools.cycle(MACHINES), strict=False
+        random_cases(name, lists), itertools.cycle(MACHINES), strict=False
     ):
         expected = expected_of(case)
         with machine(kernel, threads):
@@ -77,8 +75,8 @@ def test_random_lists_on_kernels_and_threads_in_turn(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MIXED)
-def test_random_lists_on_every_kernel(name: str) -> None:
-    for place, case in enumerate(random_cases(name, LISTS)):
+def test_random_lists_on_every_kernel(name: str, lists: int) -> None:
+    for place, case in enumerate(random_cases(name, lists)):
         expected = expected_of(case)
         for kernel in KERNELS:
             with machine(kernel, THREADS[place % len(THREADS)]):

@@ -58,9 +58,12 @@ LOAD = """
 @pytest.mark.parametrize(
     "flags",
     [
-        "-O3 -ffast-math",
         "-Ofast -flto",
-        "-O0 -funsafe-math-optimizations -ffinite-math-only -fno-signed-zeros",
+        pytest.param("-O3 -ffast-math", marks=pytest.mark.long),
+        pytest.param(
+            "-O0 -funsafe-math-optimizations -ffinite-math-only -fno-signed-zeros",
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_flags_for_other_arithmetic_are_undone(flags: str, tmp_path: Path) -> None:

@@ -22,11 +22,22 @@ DRAW = Path(__file__).parent.parent / "bench" / "draw.py"
 OTHERS = {"NumPy loop", "PyTorch", "TensorFlow", "optax, jit"}
 
 
-@pytest.mark.slow
-def test_quick_has_every_row(framework: Any) -> None:
+# One of each kind: of a process of all threads, of one thread, of its own, and beside others.
+SOME = ["norm-fp32", "exact-1-thread", "small-clip", "torch-small-keep", "merge", "first-call"]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param(SOME, marks=pytest.mark.slow, id="some"),
+        pytest.param([], marks=pytest.mark.long, id="all"),
+    ],
+)
+def test_quick_has_every_row(framework: Any, names: list[str]) -> None:
     for name in ("torch", "tensorflow", "jax", "optax"):
         framework(name)
-    command = [sys.executable, "-m", "gradclip", "bench", "--quick", "--json"]
+    chosen = ["--case", *names] if names else []
+    command = [sys.executable, "-m", "gradclip", "bench", "--quick", "--json", *chosen]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     found = json.loads(done.stdout)
@@ -38,7 +49,8 @@ def test_quick_has_every_row(framework: Any) -> None:
         assert isinstance(row["value"], float)
         assert row["bar"] is row["met"] is None
         systems.setdefault(row["case"], set()).add(row["system"])
-    assert list(systems) == list(_cases.CASES)
+    wanted = [name for name in _cases.CASES if name in (names or _cases.CASES)]
+    assert list(systems) == wanted
     norms = {"gradclip", "R", "PyTorch"}
     timed = {
         "norm-fp32": norms | {"np.linalg.norm"},
@@ -56,7 +68,7 @@ def test_quick_has_every_row(framework: Any) -> None:
     beside_torch = [name for name in systems if name.startswith(("torch-", "dtensor-"))]
     timed |= {name: {"gradclip", "PyTorch"} for name in beside_torch}
     timed |= {name: {"gradclip", "optax"} for name in systems if name.startswith("optax-")}
-    assert systems == {name: timed.get(name, {"gradclip"}) for name in _cases.CASES}
+    assert systems == {name: timed.get(name, {"gradclip"}) for name in wanted}
 
 
 def row(case: str, system: str, value: float, **more: Any) -> dict[str, Any]:
@@ -172,21 +184,35 @@ def test_a_framework_that_is_absent_has_no_rows(monkeypatch: pytest.MonkeyPatch)
         assert bench._measure(name, quick=True) == []
 
 
-@pytest.mark.slow
-def test_ranks_end_with_their_case(framework: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    framework("torch")
-    started: list[subprocess.Popen[str]] = []
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen[str]]:
+    """The ranks that a test starts."""
+    found: list[subprocess.Popen[str]] = []
     start = _ranks._started
-    monkeypatch.setattr(_ranks, "_started", lambda *at: started.append(start(*at)) or started[-1])
+    monkeypatch.setattr(_ranks, "_started", lambda *at: found.append(start(*at)) or found[-1])
+    return found
+
+
+@pytest.mark.long
+def test_ranks_end_with_their_case(framework: Any, started: list[subprocess.Popen[str]]) -> None:
+    framework("torch")
     rows = bench._measure("dtensor-100", quick=True)
     assert [row["system"] for row in rows] == ["gradclip", "PyTorch"]
     assert all(row["median_s"] > 0 for row in rows)
+    assert [process.returncode for process in started] == 2 * [-signal.SIGKILL]
+
+
+@pytest.mark.slow
+def test_ranks_end_where_their_case_is_broken_off(
+    framework: Any, started: list[subprocess.Popen[str]]
+) -> None:
+    framework("torch")
     turns = _ranks.clips_of_dtensors(5)
     assert next(turns).keys() == {"gradclip", "PyTorch"}
-    assert [process.poll() for process in started[-2:]] == [None, None]
+    assert [process.poll() for process in started] == [None, None]
     with pytest.raises(KeyboardInterrupt):
         turns.throw(KeyboardInterrupt)
-    assert [process.returncode for process in started] == 4 * [-signal.SIGKILL]
+    assert [process.returncode for process in started] == 2 * [-signal.SIGKILL]
 
 
 def test_a_rank_that_ends_is_an_error(framework: Any, monkeypatch: pytest.MonkeyPatch) -> None:

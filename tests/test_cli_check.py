@@ -176,7 +176,7 @@ def test_jax_is_judged_eager_and_under_jit(
     assert ("NOT EXACT: gradclip jax, 3-4-5: x5.0000, norm 5.0" in out) is bool(status)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_known_faults_of_others_show(framework: Any) -> None:
     for name in ("torch", "tensorflow", "jax", "optax"):
         framework(name)

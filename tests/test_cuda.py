@@ -106,10 +106,15 @@ def random_cases(seed: int, count: int) -> Iterator[Case]:
         yield case._replace(values=[np.array(values) for values in case.values])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(5))
-def test_five_hundred_random_lists(seed: int) -> None:
-    for case in random_cases(seed, 100):
+@pytest.mark.parametrize(
+    ("seed", "count"),
+    [
+        pytest.param(0, 50, marks=pytest.mark.slow),
+        *(pytest.param(seed, 100, marks=pytest.mark.long) for seed in range(5)),
+    ],
+)
+def test_many_random_lists(seed: int, count: int) -> None:
+    for case in random_cases(seed, count):
         check_in_place(case)
 
 
@@ -778,8 +783,16 @@ MUTATIONS = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", MUTATIONS)
+SOME_MUTATIONS = ("no bound", "no mask at the end", "the total not cleared")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in SOME_MUTATIONS else pytest.mark.long)
+        for name in MUTATIONS
+    ],
+)
 def test_a_mutation_of_the_kernels_is_seen(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -612,7 +612,7 @@ LAUNCHED = """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", ["80", "90"])
+@pytest.mark.parametrize("capability", ["90", pytest.param("80", marks=pytest.mark.long)])
 def test_kernels_are_compiled_and_launched_without_pytorch(capability: str) -> None:
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = run_python(LAUNCHED, capability, env=env)

@@ -35,7 +35,7 @@ needs_torch = pytest.mark.skipif(version("torch") is None, reason="torch is not 
         (2, ["splits", "engines", "flat"] + ["there"] * (version("triton") is not None), ""),
         (3, ["splits", "flat", "errors", "attached_errors", "failures"], "told\n"),
         (4, ["splits", "engines", "flat", "stages"], ""),
-        (8, ["splits"], ""),
+        pytest.param(8, ["splits"], "", marks=pytest.mark.long),
     ],
 )
 def test_process_groups_and_dtensors(count: int, functions: list[str], printed: str) -> None:
@@ -64,7 +64,7 @@ def test_mpi(count: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.long)])
 def test_a_mesh_of_jax_over_processes(count: int) -> None:
     if version("jax") is None:
         pytest.skip("jax is not installed")

@@ -111,11 +111,16 @@ def check(way: str, values: list[Any], limit: float, wanted: Any, **options: Any
 
 LISTS = [*([name] for name in DTYPES), NATIVE, list(DTYPES)]
 RANDOM = [
-    *(("eager", kernel, dtypes) for kernel in KERNELS for dtypes in LISTS),
+    # What each kernel does with random lists is in `test_bits`.
+    *(
+        pytest.param("eager", kernel, dtypes, marks=[pytest.mark.long] * (kernel != KERNELS[-1]))
+        for kernel in KERNELS
+        for dtypes in LISTS
+    ),
     # XLA's own operations, and what calls the C kernel.
     *(("operations", KERNELS[-1], dtypes) for dtypes in LISTS),
     *(
-        ("jit", kernel, dtypes)
+        pytest.param("jit", kernel, dtypes, marks=[pytest.mark.long] * (kernel != KERNELS[-1]))
         for kernel in KERNELS
         for dtypes in LISTS
         if kernel != "numpy" and set(dtypes) <= set(NATIVE)

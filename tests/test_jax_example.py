@@ -20,6 +20,7 @@ pytestmark = pytest.mark.slow
 EXAMPLE = Path(__file__).parent.parent / "examples" / "jax_digits.py"
 
 
+@pytest.mark.long
 def test_both_learn_and_the_resumed_run_is_the_same(tmp_path: Path) -> None:
     picture = tmp_path / "digits.png"
     done = run_script(EXAMPLE, tmp_path, "--quick", "--out", str(picture))
@@ -43,6 +44,7 @@ def test_both_learn_and_the_resumed_run_is_the_same(tmp_path: Path) -> None:
     assert 0 <= float(difference) < 1e-4, done.stdout
 
 
+@pytest.mark.long
 def test_a_run_that_is_not_resumed_whole_is_told(tmp_path: Path) -> None:
     code = EXAMPLE.read_text()
     forgetful = tmp_path / "forgetful.py"

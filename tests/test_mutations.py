@@ -345,8 +345,17 @@ def test_the_kernel_itself_passes(tmp_path: Path) -> None:
     assert done.stdout == "trial: None\n"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", C_MUTATIONS)
+# One of a sum, of a rounding, of a walk through memory and of what the binding does.
+SOME = ("a wrong low part", "bfloat16 ties away", "blocks across chunks", "scaled twice")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in SOME else pytest.mark.long)
+        for name in C_MUTATIONS
+    ],
+)
 def test_a_mutation_of_the_kernel_is_seen(name: str, tmp_path: Path) -> None:
     done = outcome(build(tmp_path, change=C_MUTATIONS[name]))
     assert done.returncode == mutant.SEEN, done.stderr

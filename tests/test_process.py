@@ -267,7 +267,9 @@ def resident() -> int:
 
 @on_linux
 @pytest.mark.slow
-@pytest.mark.parametrize(("number_of_threads", "calls"), [(1, 100_000), (2, 50_000)])
+@pytest.mark.parametrize(
+    ("number_of_threads", "calls"), [(2, 50_000), pytest.param(1, 100_000, marks=pytest.mark.long)]
+)
 def test_many_calls_leak_nothing(number_of_threads: int, calls: int) -> None:
     def rounds(calls: int) -> None:
         while calls > 0:
@@ -356,13 +358,12 @@ PEAK = r"""
     ("dtype", "layout"),
     [
         ("float32", "contiguous"),
-        ("float64", "contiguous"),
-        ("float16", "contiguous"),
         ("bfloat16", "contiguous"),
-        ("float8_e4m3fn", "contiguous"),
-        ("complex64", "contiguous"),
-        (">f4", "contiguous"),
         ("float32", "strided"),
+        *(
+            pytest.param(dtype, "contiguous", marks=pytest.mark.long)
+            for dtype in ("float64", "float16", "float8_e4m3fn", "complex64", ">f4")
+        ),
     ],
 )
 def test_a_call_takes_under_one_megabyte_beyond_its_outputs(dtype: str, layout: str) -> None:

@@ -37,6 +37,7 @@ from gradclip.tensorflow import derivative as kernel
 
 XLA = pytest.param("xla", marks=pytest.mark.slow)  # compiling takes seconds
 MODES = ["eager", "graph", XLA]
+RARELY_XLA = ["eager", "graph", pytest.param("xla", marks=pytest.mark.long)]
 FLOATS = [
     tf.float16,
     tf.bfloat16,
@@ -58,6 +59,15 @@ def run(mode: str, function: Callable[..., Any], *args: Any) -> Any:
     if mode != "eager":
         function = tf.function(function, jit_compile=mode == "xla", autograph=False)
     return function(*args)
+
+
+def some_under_xla(few: list[Any], rest: list[Any]) -> list[Any]:
+    """Modes and values: all of these in eager mode and in graphs, few under XLA, and at length."""
+    return [
+        *((mode, value) for mode in ("eager", "graph") for value in few + rest),
+        *(pytest.param("xla", value, marks=pytest.mark.slow) for value in few),
+        *(pytest.param("xla", value, marks=pytest.mark.long) for value in rest),
+    ]
 
 
 def numpy_of(leaves: list[Any]) -> list[Any]:
@@ -438,11 +448,12 @@ def bit_lists(dtypes: list[Any]) -> Iterator[tuple[list[Any], float]]:
                 yield values, limit * factor
 
 
-@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
-    "dtypes", [[d] for d in FLOATS] + [[tf.float32, tf.float16], FLOATS], ids=str
+    ("mode", "dtypes"),
+    some_under_xla([[tf.float32, tf.float16], FLOATS], [[dtype] for dtype in FLOATS]),
+    ids=str,
 )
-def test_bits_are_those_of_numpy(dtypes: list[Any], mode: str) -> None:
+def test_bits_are_those_of_numpy(mode: str, dtypes: list[Any]) -> None:
     for values, clip_norm in bit_lists(dtypes):
         clipped, norm = clip_in(mode)([tf.constant(x) for x in values], clip_norm)
         assert_as_numpy(clipped, norm, values, clip_norm)
@@ -470,7 +481,15 @@ def test_random_cases_against_the_oracle(dtype: Any, mode: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [tf.float16, tf.bfloat16, tf.float32, tf.float64], ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        tf.float32,
+        tf.float64,
+        *(pytest.param(dtype, marks=pytest.mark.long) for dtype in (tf.float16, tf.bfloat16)),
+    ],
+    ids=str,
+)
 def test_norms_beside_a_midpoint_under_xla(dtype: Any) -> None:
     """The certificate of float64 sums fails, and the exact sum decides."""
     measure = tf.function(gradclip.global_norm, jit_compile=True, autograph=False)
@@ -486,7 +505,9 @@ def test_norms_beside_a_midpoint_under_xla(dtype: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [tf.float32, tf.float64], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [tf.float32, pytest.param(tf.float64, marks=pytest.mark.long)], ids=str
+)
 def test_long_lists_under_xla(dtype: Any) -> None:
     rng = np.random.default_rng(4)
     values = [
@@ -570,8 +591,15 @@ def test_traced_limits_that_cannot_be_refused(mode: str) -> None:
     assert clip(x, tf.constant(5), tf.constant(10))[1][0][0].numpy().tolist() == [1.5, -2]
 
 
-@pytest.mark.parametrize("mode", ["graph", XLA])
-@pytest.mark.parametrize("shape", [[None], [None, 3], None], ids=str)
+@pytest.mark.parametrize(
+    ("mode", "shape"),
+    [
+        *(("graph", shape) for shape in ([None], [None, 3], None)),
+        pytest.param("xla", [None, 3], marks=pytest.mark.slow),
+        *(pytest.param("xla", shape, marks=pytest.mark.long) for shape in ([None], None)),
+    ],
+    ids=str,
+)
 def test_shapes_that_are_not_known_when_traced(mode: str, shape: Any) -> None:
     clip = tf.function(
         lambda x: gtf.clip_by_global_norm([x], 0.5),
@@ -758,8 +786,13 @@ def test_the_norm_of_an_embeddings_gradient_is_that_of_the_dense_tensor(mode: st
     assert clipped[0].indices.numpy().tolist() == slices.indices.numpy().tolist()
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize(
+    ("mode", "dtype"),
+    some_under_xla(
+        [tf.bfloat16, tf.complex128], [tf.float16, tf.float32, tf.float64, tf.complex64]
+    ),
+    ids=str,
+)
 def test_rows_that_share_an_index_under_every_dtype(mode: str, dtype: Any) -> None:
     rng = np.random.default_rng(2)
     rows = np.asarray(rng.standard_normal((6, 2, 3)) * 3).astype(dtype.as_numpy_dtype)
@@ -853,13 +886,17 @@ def test_gradients(mode: str, given: bool, dtype: Any, clip_norm: float) -> None
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("given", "dtype", "clip_norm"),
-    [(False, tf.float64, 2.5), (False, tf.complex128, 2.5), (True, tf.float64, 50.0)],
+    [
+        (False, tf.float64, 2.5),
+        pytest.param(False, tf.complex128, 2.5, marks=pytest.mark.long),
+        pytest.param(True, tf.float64, 50.0, marks=pytest.mark.long),
+    ],
 )
 def test_gradients_under_xla(given: bool, dtype: Any, clip_norm: float) -> None:
     check_gradients("xla", given, dtype, clip_norm)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", RARELY_XLA)
 @pytest.mark.parametrize("clip_norm", [2.5, 100.0, INF, None])
 def test_second_derivatives_of_the_norm(mode: str, clip_norm: float | None) -> None:
     def second(x: Any) -> Any:
@@ -877,7 +914,7 @@ def test_second_derivatives_of_the_norm(mode: str, clip_norm: float | None) -> N
     assert np.allclose(run(mode, second, tf.constant([3.0, 4.0])), [0.128, -0.096])
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", RARELY_XLA)
 def test_gradients_through_slices(mode: str) -> None:
     rows, indices = tf.constant([[1.0, 2], [3, -1], [0.5, 4]], tf.float64), tf.constant([2, 0, 2])
 
@@ -894,7 +931,7 @@ def test_gradients_through_slices(mode: str) -> None:
     np.testing.assert_allclose(found, gradients(plainly), rtol=1e-12)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", RARELY_XLA)
 def test_the_gradient_at_a_norm_of_zero_is_the_identity(mode: str) -> None:
     def gradient(x: Any, clip_norm: float) -> Any:
         with tf.GradientTape() as tape:
@@ -907,7 +944,7 @@ def test_the_gradient_at_a_norm_of_zero_is_the_identity(mode: str) -> None:
     assert [each.numpy().tolist() for each in found] == [[1, 2]] * 2
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", RARELY_XLA)
 def test_gradients_where_the_norm_is_not_finite(mode: str) -> None:
     policies: dict[Any, Any] = {"nan": [NAN, NAN], "zero": [0, 0], "keep": [1, 2]}
 
@@ -949,7 +986,7 @@ def test_forward_mode(mode: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("outer_compiles", [False, True])
+@pytest.mark.parametrize("outer_compiles", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_a_compiled_function_is_differentiated_from_outside(outer_compiles: bool) -> None:
     inner = tf.function(
         lambda x: gtf.clip_by_global_norm([x], 2.5)[0][0], jit_compile=True, autograph=False

@@ -873,7 +873,9 @@ def gradients() -> list[Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("compiler", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize(
+    "compiler", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.long)]
+)
 def test_compiled_without_a_graph_break(compiler: str) -> None:
     torch._dynamo.reset()
 

@@ -747,7 +747,8 @@ def test_nothing_is_kept_alive() -> None:
 
 
 @pytest.mark.slow
-def test_backward_passes_in_several_threads() -> None:
+@pytest.mark.parametrize("rounds", [3, pytest.param(20, marks=pytest.mark.long)])
+def test_backward_passes_in_several_threads(rounds: int) -> None:
     weight = torch.nn.Parameter(torch.zeros(360_000))
     optimizer = torch.optim.SGD([weight], lr=0.0)
     clipper = gtorch.attach(optimizer, 1e9)
@@ -757,7 +758,7 @@ def test_backward_passes_in_several_threads() -> None:
         for _ in range(3):
             (weight * factor).sum().backward()
 
-    for _ in range(20):
+    for _ in range(rounds):
         optimizer.zero_grad()
         threads = [threading.Thread(target=work, args=(factor,)) for factor in factors]
         for thread in threads:
@@ -901,7 +902,8 @@ def test_a_compiled_step() -> None:
 
 
 @pytest.mark.slow
-def test_a_hundred_thousand_hooks_leak_nothing() -> None:
+@pytest.mark.parametrize("calls", [10_000, pytest.param(50_000, marks=pytest.mark.long)])
+def test_hooks_leak_nothing(calls: int) -> None:
     weight = torch.nn.Parameter(torch.ones(1 << 14))
     watch = cpu.watch()
     weight.grad = torch.ones(1 << 14)
@@ -918,4 +920,4 @@ def test_a_hundred_thousand_hooks_leak_nothing() -> None:
     backend._c_interface()
     blocks(1000)
     first = blocks(1000)
-    assert blocks(50_000) - first < 500
+    assert blocks(calls) - first < 500

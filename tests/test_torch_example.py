@@ -17,6 +17,7 @@ pytestmark = pytest.mark.slow
 EXAMPLE = Path(__file__).parent.parent / "examples" / "torch_characters.py"
 
 
+@pytest.mark.long
 def test_the_three_runs_are_one(tmp_path: Path) -> None:
     picture = tmp_path / "characters.png"
     done = run_script(EXAMPLE, tmp_path, "--quick", "--out", str(picture), timeout=500)

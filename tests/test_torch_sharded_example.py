@@ -17,6 +17,7 @@ pytestmark = pytest.mark.slow
 EXAMPLE = Path(__file__).parent.parent / "examples" / "torch_sharded.py"
 
 
+@pytest.mark.long
 def test_shards_are_clipped_as_the_whole(tmp_path: Path) -> None:
     picture = tmp_path / "sharded.png"
     done = run_script(EXAMPLE, tmp_path, "--steps", "21", "--out", str(picture))

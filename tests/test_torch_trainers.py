@@ -194,8 +194,18 @@ def fit(trainer: str, model: nn.Module, scale: float) -> list[float] | None:
 # ---- patch ----
 
 
-@pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize(
+    ("trainer", "scale"),
+    [
+        pytest.param(
+            trainer,
+            scale,
+            marks=[pytest.mark.long] * (trainer == "transformers" and scale != SCALES[0]),
+        )
+        for trainer in TRAINERS
+        for scale in SCALES
+    ],
+)
 def test_patch(trainer: str, scale: float) -> None:
     torchs = [getattr(utils, name) for name in NAMES]
     ours, theirs, ours_by_hand, theirs_by_hand = (new_model(trainer) for _ in range(4))
