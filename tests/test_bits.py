@@ -186,6 +186,7 @@ def test_norms_that_are_exact_ties_go_to_even(name: str) -> None:
         check_at_limits(leaves)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DTYPES)
 def test_constants_whose_norm_sits_on_a_boundary(name: str) -> None:
     for leaves in cases.constants_on_boundaries(DTYPES[name]):

@@ -45,6 +45,7 @@ ALL = [DTYPES[name] for name in NAMES]
 
 @pytest.fixture(autouse=True)
 def _there() -> Iterator[None]:
+    _device._scratch.clear()  # what tests of CuPy have left on the same host
     with torch_there():
         yield
     for scratch in gpu_leaves._scratch.values():
@@ -118,13 +119,21 @@ def test_many_random_lists(seed: int, count: int) -> None:
         check_in_place(case)
 
 
+@pytest.mark.slow
 def test_random_lists() -> None:
     for case in random_cases(9, 10):
         check(case)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "float32",
+        "float64",
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("float16", "bfloat16")),
+    ],
+)
 def test_norms_between_two_numbers(name: str) -> None:
     """The certificate fails: one program adds up exactly."""
     rng = np.random.default_rng(3)
@@ -147,7 +156,9 @@ def wide_values(name: str, size: int, *, binades: float = 0) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["float16", "bfloat16", "float32", "float64"])
-@pytest.mark.parametrize("binades", [0, 20, 200])
+@pytest.mark.parametrize(
+    "binades", [200, *(pytest.param(binades, marks=pytest.mark.long) for binades in (0, 20))]
+)
 def test_long_leaves_of_many_tiles_and_chunks(name: str, binades: int) -> None:
     leaves = [
         wide_values(name, size, binades=binades) for size in (3 * cuda.TILE + 77, cuda.TILE, 5, 0)
@@ -478,6 +489,7 @@ def test_limits_that_are_read_are_read_before_memory_is_held() -> None:
     assert limit.old.tolist() == [16.0] * 4
 
 
+@pytest.mark.slow
 def test_a_share_is_the_exact_total() -> None:
     for case in random_cases(4, 12):
         leaves = tensors_of(case)
@@ -530,10 +542,17 @@ def trained(optimizer_of: Any, *, scaler: bool, limit: Any, policy: Any, there: 
     return books, [parameter.detach() for parameter in model.parameters()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scaler", [False, True])
 @pytest.mark.parametrize("limit", [0.1, [0.05, 0.2]])
 @pytest.mark.parametrize(
-    ("fused", "policy"), [(False, "keep"), (False, "zero"), (True, "zero"), (True, "skip")]
+    ("fused", "policy"),
+    [
+        (False, "zero"),
+        (True, "skip"),
+        pytest.param(False, "keep", marks=pytest.mark.long),
+        pytest.param(True, "zero", marks=pytest.mark.long),
+    ],
 )
 def test_attach_keeps_the_same_books_as_on_the_host(
     scaler: bool, limit: Any, fused: bool, policy: str

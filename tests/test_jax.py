@@ -111,16 +111,11 @@ def check(way: str, values: list[Any], limit: float, wanted: Any, **options: Any
 
 LISTS = [*([name] for name in DTYPES), NATIVE, list(DTYPES)]
 RANDOM = [
-    # What each kernel does with random lists is in `test_bits`.
-    *(
-        pytest.param("eager", kernel, dtypes, marks=[pytest.mark.long] * (kernel != KERNELS[-1]))
-        for kernel in KERNELS
-        for dtypes in LISTS
-    ),
+    *(("eager", kernel, dtypes) for kernel in KERNELS for dtypes in LISTS),
     # XLA's own operations, and what calls the C kernel.
     *(("operations", KERNELS[-1], dtypes) for dtypes in LISTS),
     *(
-        pytest.param("jit", kernel, dtypes, marks=[pytest.mark.long] * (kernel != KERNELS[-1]))
+        ("jit", kernel, dtypes)
         for kernel in KERNELS
         for dtypes in LISTS
         if kernel != "numpy" and set(dtypes) <= set(NATIVE)
@@ -128,14 +123,24 @@ RANDOM = [
 ]
 
 
-@pytest.mark.parametrize(("way", "kernel_name", "dtypes"), RANDOM)
-@pytest.mark.slow
-def test_random_lists(way: str, kernel_name: str, dtypes: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("way", "kernel_name", "dtypes", "count"),
+    [
+        # What all kernels do with random lists is in `test_bits`.
+        *(
+            pytest.param(*each, 12, marks=pytest.mark.slow)
+            for each in RANDOM
+            if each[1] == KERNELS[-1]
+        ),
+        *(pytest.param(*each, 40, marks=pytest.mark.long) for each in RANDOM),
+    ],
+)
+def test_random_lists(way: str, kernel_name: str, dtypes: list[str], count: int) -> None:
     rng = np.random.default_rng(len(dtypes) + 11)
     # Each leaf, and a norm that is given, make XLA compile for longer.
     alone = way == "operations" and len(dtypes) == 1
     with machine(kernel_name):
-        for _ in range(40):
+        for _ in range(count):
             shapes = SHAPES[:8] if alone else SHAPES
             case = random_case_of_shapes(rng, [DTYPES[name] for name in dtypes], shapes)
             if way == "operations" or (way == "jit" and case.on_nonfinite == "raise"):
@@ -212,6 +217,7 @@ def test_the_order_of_leaves_changes_nothing(way: str) -> None:
     assert found == {float(gradclip.global_norm(values))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("way", ["jit", "operations"])
 def test_the_root_of_a_total_is_rounded_once(way: str, wide: bool) -> None:
@@ -274,7 +280,14 @@ def test_with_and_without_x64(way: str, x64: bool) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        "bfloat16",
+        "float64",
+        *(pytest.param(dtype, marks=pytest.mark.long) for dtype in ("float16", "float32")),
+    ],
+)
 def test_subnormal_numbers_in_vectors_and_in_what_is_left_over(dtype: str) -> None:
     """What compilers make of the last few numbers of an array flushes at other places."""
     tiny = float(ml_dtypes.finfo(dtype).smallest_subnormal)

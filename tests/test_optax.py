@@ -413,6 +413,7 @@ def test_a_zero_gradient() -> None:
         assert bool(jnp.isnan(optax_traced(zeros, limit)).all()) == (limit <= 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_nan_and_inf(bad: float) -> None:
     updates = [jnp.array([3.0, bad]), jnp.array([4.0])]
@@ -667,6 +668,7 @@ def test_a_checkpoint_is_the_same_bits_and_goes_on(tmp_path: Path) -> None:
     assert_same(update(random_tree(3), again), update(random_tree(3), state))
 
 
+@pytest.mark.slow
 def test_a_gradient_through_an_update_is_finite() -> None:
     clip = door.clip_by_global_norm(1.0)
 
@@ -754,6 +756,7 @@ def test_edges_of_an_example(grads: Any, limit: float, total: list[float], numbe
     assert_same(per_example(tree, limit), expected)
 
 
+@pytest.mark.slow
 def test_each_example_is_clipped_as_one_tree_is() -> None:
     rng = np.random.default_rng(3)
     shapes = {"w": ((6, 4, 3), "float32"), "b": ((6,), "bfloat16"), "c": ((6, 2), "complex64")}
@@ -773,6 +776,7 @@ def test_each_example_is_clipped_as_one_tree_is() -> None:
     assert_same(per_example(grads, limit), (wanted, jnp.int32(number)))
 
 
+@pytest.mark.slow
 def test_the_sum_is_rounded_once() -> None:
     grads = jnp.array([1.0] + [2.0**-24] * 4)
     assert_same(per_example(grads, 1.0)[0], jnp.float32(1 + 2.0**-22))
@@ -780,6 +784,7 @@ def test_the_sum_is_rounded_once() -> None:
     assert_same(per_example(halves, 1.0)[0], jnp.bfloat16(1 + 2.0**-6))
 
 
+@pytest.mark.slow
 def test_optax_per_example_agrees_where_both_are_defined() -> None:
     rng = np.random.default_rng(4)
     grads = [jnp.asarray(rng.normal(size=shape), "float32") for shape in ((8, 3, 2), (8, 5))]

@@ -45,6 +45,7 @@ def two_threads(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- threads ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number_of_threads", [1, 2, 3])
 def test_eight_python_threads_at_once(
     number_of_threads: int, monkeypatch: pytest.MonkeyPatch

@@ -1088,6 +1088,7 @@ def test_what_cannot_be_saved_says_why(name: str, custom_gradients: bool, tmp_pa
     assert str(caught.value).partition("\n")[2] == WHY_NOT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtypes", [[tf.float32], [tf.float64, tf.bfloat16]], ids=str)
 def test_bits_of_what_is_traced_while_it_is_saved(dtypes: list[Any]) -> None:
     clip = tf.function(gradclip.clip_by_global_norm, autograph=False)

@@ -166,6 +166,7 @@ def test_both_limits_of_every_function_may_change(compiler: str) -> None:
     assert counters["stats"]["unique_graphs"] <= 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "limit",
     [1 / 3, 5e-324, 2, 2**53 + 1, math.inf, np.float64(0.3), np.float32(0.3), Fraction(1, 3)],
@@ -197,6 +198,7 @@ def test_limits_out_of_range_are_errors_when_they_are_there(limit: float) -> Non
     assert weight.grad.tolist() == [1, 1, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", ["x", True, None, 1j, [1.0]], ids=repr)
 def test_what_is_no_limit_is_an_error_where_it_is_compiled(limit: Any) -> None:
     weight = weight_of(torch.ones(3))
@@ -216,6 +218,7 @@ def test_what_is_no_limit_is_an_error_where_it_is_compiled(limit: Any) -> None:
 # ---- torch.compile: the functions for nests ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nest", NESTS.values(), ids=NESTS)
 def test_nests_are_taken_whole(nest: Callable[[Any, Any], Any]) -> None:
     def step(x: Any, y: Any) -> Any:
@@ -228,6 +231,7 @@ def test_nests_are_taken_whole(nest: Callable[[Any, Any], Any]) -> None:
     assert_as_eager(step, torch.randn(5) * 10, torch.randn(2, 3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "dtype",
     [torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.complex64],
@@ -255,8 +259,22 @@ def test_tensors_that_overlap_in_part_are_refused_when_they_are_there() -> None:
     assert x.tolist() == [1] * 5
 
 
-@pytest.mark.parametrize("policy", ["nan", "zero", "keep", "raise"])
-@pytest.mark.parametrize("value", [1.0, math.nan, math.inf])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("value", "policy"),
+    [
+        (1.0, "raise"),
+        (math.inf, "raise"),
+        (math.nan, "nan"),
+        (math.inf, "zero"),
+        (math.nan, "keep"),
+        *(pytest.param(1.0, policy, marks=pytest.mark.long) for policy in ("nan", "zero", "keep")),
+        pytest.param(math.inf, "nan", marks=pytest.mark.long),
+        pytest.param(math.nan, "zero", marks=pytest.mark.long),
+        pytest.param(math.inf, "keep", marks=pytest.mark.long),
+        pytest.param(math.nan, "raise", marks=pytest.mark.long),
+    ],
+)
 def test_policies_are_taken_whole(policy: Any, value: float) -> None:
     def clip(x: Any, y: Any) -> Any:
         return gradclip.clip_by_global_norm({"w": [x, None, y]}, 0.7, on_nonfinite=policy)
@@ -276,6 +294,7 @@ def test_policies_are_taken_whole(policy: Any, value: float) -> None:
         assert leaves[0].item() == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [1.0, torch.tensor(0.5), torch.tensor(0.5).double()], ids=repr)
 @pytest.mark.parametrize("norm", [None, 3.0, torch.tensor(9.0)], ids=repr)
 def test_numbers_and_tensors_limit_what_is_taken_whole(limit: Any, norm: Any) -> None:
@@ -338,6 +357,7 @@ BROKEN: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", BROKEN.values(), ids=BROKEN)
 def test_what_breaks_the_graph_is_clipped_nevertheless(function: Callable[[Any], Any]) -> None:
     x = torch.tensor([3.0, 4.0])
