@@ -22,8 +22,8 @@ DRAW = Path(__file__).parent.parent / "bench" / "draw.py"
 OTHERS = {"NumPy loop", "PyTorch", "TensorFlow", "optax, jit"}
 
 
-# One of each kind: of a process of all threads, of one thread, of its own, and beside others.
-SOME = ["norm-fp32", "exact-1-thread", "small-clip", "torch-small-keep", "merge", "first-call"]
+# One of each kind: in a process of all threads, of one thread, of its own, and beside another.
+SOME = ["norm-fp32", "exact-1-thread", "torch-small-keep", "merge", "first-call"]
 
 
 @pytest.mark.parametrize(

@@ -31,10 +31,17 @@ needs_torch = pytest.mark.skipif(version("torch") is None, reason="torch is not 
 @pytest.mark.parametrize(
     ("count", "functions", "printed"),
     [
-        (1, ["splits"], ""),
-        (2, ["splits", "engines", "flat"] + ["there"] * (version("triton") is not None), ""),
+        (1, ["splits", "splits_of_more_dtypes"], ""),
+        (
+            2,
+            ["splits", "splits_of_more_dtypes", "engines", "flat"]
+            + ["there"] * (version("triton") is not None),
+            "",
+        ),
         (3, ["splits", "flat", "errors", "attached_errors", "failures"], "told\n"),
         (4, ["splits", "engines", "flat", "stages"], ""),
+        pytest.param(3, ["splits_of_more_dtypes"], "", marks=pytest.mark.long),
+        pytest.param(4, ["splits_of_more_dtypes"], "", marks=pytest.mark.long),
         pytest.param(8, ["splits"], "", marks=pytest.mark.long),
     ],
 )

@@ -156,9 +156,21 @@ def test_random_lists(way: str, kernel_name: str, dtypes: list[str], count: int)
             check(way, case.values, case.clip_norm, wanted, **options)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("way", "dtype"),
+    [
+        pytest.param(
+            way,
+            dtype,
+            # XLA's own operations take the longest to compile.
+            marks=pytest.mark.long
+            if way == "operations" and dtype in ("bfloat16", "float16")
+            else pytest.mark.slow,
+        )
+        for way in WAYS
+        for dtype in ("float32", "float64", "bfloat16", "float16")
+    ],
+)
 def test_norms_between_two_numbers(dtype: str, way: str) -> None:
     """In one program, however many squares it takes: zeros make up the length."""
     rng, count = np.random.default_rng(3), 10 if way == "operations" else 40

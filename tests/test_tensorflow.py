@@ -297,9 +297,8 @@ def edge_clipped(clip: Any, clip_norm: float, mode: str) -> Callable[[Any], Any]
     )
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", EDGES)
-def test_edge_cases(name: str, mode: str) -> None:
+@pytest.mark.parametrize(("mode", "name"), some_under_xla([*EDGES][:3], [*EDGES][3:]))
+def test_edge_cases(mode: str, name: str) -> None:
     values, clip_norm, theirs, ours = EDGES[name]
 
     def call(clip: Any) -> Any:
@@ -375,7 +374,7 @@ def test_tensors_of_other_kinds(mode: str) -> None:
         run(mode, lambda: gtf.clip_by_global_norm([slices], 1.0))
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", RARELY_XLA)
 def test_random_lists_are_clipped_as_by_tensorflow(mode: str) -> None:
     """Where no edge case is, the two agree to TensorFlow's rounding."""
     rng = np.random.default_rng(1)
@@ -450,7 +449,7 @@ def bit_lists(dtypes: list[Any]) -> Iterator[tuple[list[Any], float]]:
 
 @pytest.mark.parametrize(
     ("mode", "dtypes"),
-    some_under_xla([[tf.float32, tf.float16], FLOATS], [[dtype] for dtype in FLOATS]),
+    some_under_xla([FLOATS], [*([dtype] for dtype in FLOATS), [tf.float32, tf.float16]]),
     ids=str,
 )
 def test_bits_are_those_of_numpy(mode: str, dtypes: list[Any]) -> None:
@@ -626,14 +625,20 @@ def test_operations_in_eager_mode_as_on_a_device_that_the_host_cannot_reach() ->
         )
 
 
-@pytest.mark.parametrize("mode", ["graph", XLA])
+SUBNORMAL: list[tuple[Any, ...]] = [
+    (np.float32, 5e-41, 1e-40, [3, 4]),
+    (np.float64, 1e-310, None, [3e20, 4e20]),
+    (np.float64, 5e-311, 1e-310, [3, 4]),
+    (np.float32, 1e-40, None, [3e20, 4e20]),
+]
+
+
 @pytest.mark.parametrize(
-    ("dtype", "clip_norm", "use_norm", "x"),
+    ("mode", "dtype", "clip_norm", "use_norm", "x"),
     [
-        (np.float64, 5e-311, 1e-310, [3, 4]),
-        (np.float32, 5e-41, 1e-40, [3, 4]),
-        (np.float32, 1e-40, None, [3e20, 4e20]),
-        (np.float64, 1e-310, None, [3e20, 4e20]),
+        *(("graph", *each) for each in SUBNORMAL),
+        *(pytest.param("xla", *each, marks=pytest.mark.slow) for each in SUBNORMAL[:2]),
+        *(pytest.param("xla", *each, marks=pytest.mark.long) for each in SUBNORMAL[2:]),
     ],
 )
 def test_limits_that_are_subnormal(
@@ -679,7 +684,7 @@ def test_large_tensors_where_buffers_are_memory_and_where_not(shared: bool) -> N
     assert not any(new.astype(float).any() for new in numpy_of(filled))
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", RARELY_XLA)
 def test_inputs_are_never_written(mode: str) -> None:
     """Not even by later operations, which may reuse the memory of what they are given."""
     values = np.random.default_rng(0).standard_normal(1 << 18).astype(np.float32)
@@ -1293,7 +1298,7 @@ def certified_without_a_bound(ops: Any, numbers: Any) -> Any:
             functools.partial(
                 test_limits_that_are_subnormal, "xla", np.float32, 5e-41, 1e-40, [3, 4]
             ),
-            marks=pytest.mark.slow,
+            marks=pytest.mark.long,
         ),
     ],
 )
