@@ -85,6 +85,11 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+def pytest_unconfigure() -> None:
+    """Let the interpreter tear down what frameworks consist of; some count what is left at exit."""
+    gc.unfreeze()
+
+
 def pytest_report_header() -> list[str]:
     found = [f"{name} {version(name) or 'absent: its tests are skipped'}" for name in FRAMEWORKS]
     return [
