@@ -173,9 +173,9 @@ def other_ways() -> None:
         assert {x.device for x in [*clipped, norm]} == {device}
 
 
-def run() -> None:
-    """Every way."""
-    for ways in (1, 2, 8):
+def run(*each: int) -> None:
+    """Every way to divide, among so many devices, and what else there is of several."""
+    for ways in each:
         named_shardings(ways)
         explicit_shardings(ways)
         for check_vma in (True, False):

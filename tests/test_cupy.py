@@ -76,7 +76,20 @@ def build(case: Case, *, writable: bool = False) -> list[Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("names", [*([name] for name in NAMES), NAMES, NAMES[:3]], ids="-".join)
+@pytest.mark.parametrize(
+    "names",
+    [
+        NAMES,
+        NAMES[:3],
+        ["bfloat16"],
+        ["complex128"],
+        *(
+            pytest.param([name], marks=pytest.mark.long)
+            for name in ("float16", "float32", "float64", "complex64")
+        ),
+    ],
+    ids="-".join,
+)
 def test_random_lists(names: list[str]) -> None:
     wide = any(DTYPES[name] in (np.float64, np.complex128) for name in names)
     for case in random_cases(names, 4 if wide else 12):  # of wide ones the sum is always exact

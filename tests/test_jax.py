@@ -611,11 +611,14 @@ def test_a_group_by_number(group: Any) -> None:
             function([jnp.ones(2)])
 
 
-@pytest.mark.slow
-def test_over_eight_devices() -> None:
+@pytest.mark.parametrize(
+    "ways",
+    [pytest.param("1, 2", marks=pytest.mark.slow), pytest.param("8", marks=pytest.mark.long)],
+)
+def test_over_eight_devices(ways: str) -> None:
     flags = "--xla_force_host_platform_device_count=8"
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-    ended = run_python("import jax_worker; jax_worker.run()", env=environment)
+    ended = run_python(f"import jax_worker; jax_worker.run({ways})", env=environment)
     assert (ended.stdout, ended.returncode) == ("ok\n", 0), ended.stderr
 
 
@@ -769,7 +772,9 @@ def test_rows_of_the_same_place_are_added_before_they_are_squared(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way", ["eager", "jit", pytest.param("operations", marks=pytest.mark.long)]
+)
 def test_bcoo_of_every_shape(way: str) -> None:
     """Against the dense array: batch, sparse and dense dimensions, and rows that are padding."""
     rng = np.random.default_rng(15)

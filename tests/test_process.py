@@ -304,10 +304,12 @@ def test_memory_that_python_counts_does_not_grow() -> None:
     tracemalloc.start()
     try:
         # Free lists and caches of names fill up first.
-        before, after = grown_to(1500), grown_to(300)
+        grown = np.diff([grown_to(rounds) for rounds in (1500, 300, 300, 300)])
     finally:
         tracemalloc.stop()
-    assert after - before < 10 * 3000  # fewer bytes for each call than any object has
+    # Fewer bytes for each call than any object has. What leaks does so each time; what another
+    # thread takes, to be told of the next tests, it takes once.
+    assert min(grown) < 10 * 3000
 
 
 # ---- memory ----
