@@ -45,7 +45,7 @@ ALL = [DTYPES[name] for name in NAMES]
 
 @pytest.fixture(autouse=True)
 def _there() -> Iterator[None]:
-    _device._scratch.clear()  # what tests of CuPy have left on the same host
+    gpu_leaves._scratch.clear()  # what tests of CuPy have left on the same host
     with torch_there():
         yield
     for scratch in gpu_leaves._scratch.values():

@@ -199,6 +199,7 @@ def test_a_norm_too_large_for_float32_is_no_reason_to_raise() -> None:
 # ---- memory ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", host_cupy.LAYOUTS)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_new_array_is_of_the_same_shape_and_order(name: str, layout: str) -> None:
@@ -338,6 +339,7 @@ def test_a_group_is_a_communicator() -> None:
 # ---- slices ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("indices", [[7, 2, 7, 7], [1, 2, 3, 4]], ids=["repeats", "distinct"])
 @pytest.mark.parametrize("clip_norm", [0.7, math.inf])
 @pytest.mark.parametrize("name", NAMES)

@@ -388,6 +388,7 @@ def assert_close(got: Any, wanted: Any, tolerance: float = 1e-7) -> None:
         np.testing.assert_allclose(np.asarray(one), np.asarray(other), atol=tolerance, rtol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_x64")
 @pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize("factor", [0.2, 0.999, 1.001, 5.0])
@@ -970,6 +971,7 @@ def test_without_the_c_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
             assert clip(jnp.array([3.0, 4.0]))[1] == 5
 
 
+@pytest.mark.slow
 def test_importing_gradclip_imports_no_jax() -> None:
     ended = run_python("import gradclip, sys; print('jax' in sys.modules)")
     assert (ended.stdout, ended.returncode) == ("False\n", 0), ended.stderr

@@ -385,6 +385,7 @@ def everything(optimizer: Any) -> bytes:
     return pickle.dumps((optimizer.state_dict(), optimizer.param_groups, turns))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", optimizers())
 def test_a_step_that_is_skipped_changes_nothing(make: Any) -> None:
     parameters = [torch.nn.Parameter(torch.ones(200, 200)), torch.nn.Parameter(torch.ones(3, 3))]
