@@ -17,7 +17,7 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from gradclip.cli._cases import CASES
+from gradclip.cli.bench.cases import CASES
 
 ROOT = Path(__file__).parent.parent
 OURS, OTHERS, BAR, NOTE = "#1668a8", "#c3c8ce", "#c2410c", "#4b5563"

@@ -20,9 +20,14 @@ from scipy import sparse
 import gradclip
 from cases import Case, lay_out
 from gradclip.cli import _files
-from gradclip.core.dispatch import backend_names
+from gradclip.core.rooms import backend_names
 from gradclip.kernels import cpu
+from gradclip.kernels.cpu import threads as team
 from machines import KERNELS, THREADS, machine
+from toyarrays import Array
+
+# Before the first look at the rooms: one of a framework that is in no package of ours.
+gradclip.__path__.append(str(Path(__file__).parent / "rooms"))
 
 FRAMEWORKS = {
     "numpy": "numpy",
@@ -51,6 +56,12 @@ REQUIRE_ALL = os.environ.get("GRADCLIP_REQUIRE_ALL") == "1"
 # The kernels for GPUs run in Triton's interpreter, on the memory of the CPU. With a GPU and
 # TRITON_INTERPRET=0 those of CuPy's tests run there. To be said before Triton is loaded.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def some_quick(some: list[Any], rest: list[Any]) -> list[Any]:
+    """Parameters of which `make test-quick` takes some."""
+    return [*some, *(pytest.param(each, marks=pytest.mark.slow) for each in rest)]
+
 
 # ---- frameworks ----
 
@@ -95,7 +106,7 @@ def pytest_report_header() -> list[str]:
     return [
         (
             f"gradclip {gradclip.__version__} on {sys.platform}, kernels: {', '.join(KERNELS)}; "
-            f"in use: {cpu.kernel()}, {cpu.threads()} threads"
+            f"in use: {cpu.kernel()}, {team.number()} threads"
         ),
         f"frameworks: {', '.join(found)}",
     ]
@@ -242,8 +253,8 @@ def _torch_recorded(*args: Any, **options: Any) -> Any:
 def _torch_elsewhere(*args: Any, **options: Any) -> Any:
     """As on a device that the host's kernels do not reach."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("gradclip.torch.backend._on_host", lambda _: False)
-        patched.setattr("gradclip.torch.backend._taken", lambda *_, **__: None)
+        patched.setattr("gradclip.torch.backend.on_host", lambda _: False)
+        patched.setattr("gradclip.torch.pointers.taken", lambda *_, **__: None)
         return gradclip.clip_by_global_norm(*args, **options)
 
 
@@ -327,7 +338,16 @@ def _cupy_adapter(make: Callable[[np.ndarray[Any, Any]], Any]) -> Adapter:
     return Adapter(make, _cupy_read, norm=lambda norm: _cupy_read(norm)[()])
 
 
+def _toy(values: np.ndarray[Any, Any]) -> Any:
+    return Array(bytearray(values.tobytes()), values.dtype.name, values.shape)
+
+
+def _toy_read(leaf: Any) -> np.ndarray[Any, Any]:
+    return np.frombuffer(leaf.memory, leaf.dtype).reshape(leaf.shape)
+
+
 ADAPTERS: dict[str, dict[str, Adapter]] = {
+    "toyarrays": {"toyarrays": Adapter(_toy, _toy_read, norm=lambda norm: _toy_read(norm)[()])},
     "cupy": {
         "cupy": _cupy_adapter(lambda values: _host_cupy().make(values)),
         "cupy:strided": _cupy_adapter(_cupy_strided),
@@ -391,11 +411,24 @@ ADAPTERS: dict[str, dict[str, Adapter]] = {
 }
 
 
+# Of a framework's variants one for each way that is taken is quick; XLA takes seconds to compile.
+QUICK = {"cupy", "jax", "jax:jit", "tensorflow", "tensorflow:graph", "toyarrays"}
+QUICK |= {"torch", "torch:autograd", "torch:elsewhere", *ADAPTERS["numpy"]}
+MARKS = {
+    **{
+        name: pytest.mark.slow
+        for all_of in ADAPTERS.values()
+        for name in all_of
+        if name not in QUICK
+    },
+    "tensorflow:xla-slices": pytest.mark.long,
+}
+
+
 def variants() -> list[Any]:
-    """Every variant of every file in backends/; a file without an adapter is one that fails."""
+    """Every variant of every room; one without an adapter is one that fails."""
     names = [variant for name in backend_names() for variant in ADAPTERS.get(name, [name])]
-    # XLA takes seconds to compile.
-    return [pytest.param(name, marks=[pytest.mark.slow] * (":xla" in name)) for name in names]
+    return [pytest.param(name, marks=MARKS.get(name, ())) for name in names]
 
 
 @pytest.fixture
@@ -420,8 +453,8 @@ def on_cupy(framework: Callable[[str], Any]) -> Iterator[Any]:
 def xp(request: pytest.FixtureRequest) -> Adapter:
     backend = request.param.partition(":")[0]
     if backend not in ADAPTERS:
-        pytest.fail(f"backends/{backend}.py has no adapter in {Path(__file__).name}")
-    if version(backend) is None:
+        pytest.fail(f"{backend}/backend.py has no adapter in {Path(__file__).name}")
+    if backend in FRAMEWORKS and version(backend) is None:
         pytest.skip(f"{backend} is not installed")
     if backend == "cupy":
         request.getfixturevalue("on_cupy")

@@ -64,9 +64,10 @@ def main(path, rounds, seed):
     kernel = load_instead(path)
     import gradclip
     from gradclip.kernels import cpu
+    from gradclip.kernels.cpu import threads as team
 
     os.environ["GRADCLIP_NUM_THREADS"] = "2"
-    cpu._BYTES_PER_THREAD = 1000
+    team._BYTES_PER_THREAD = 1000
     rng = np.random.default_rng(int(seed))
     for _ in range(int(rounds)):
         arrays = [random_array(rng) for _ in range(rng.integers(0, 6))]

@@ -45,9 +45,9 @@ class HostMemory(Memory):
 def torch_there() -> Iterator[None]:
     """Tensors of the CPU are in the memory of a device that Triton compiles for."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("gradclip.torch.backend.Memory", HostMemory)
-        patched.setattr("gradclip.torch.backend.has_triton", lambda _: True)
-        patched.setattr("gradclip.torch.backend._taken", lambda *_, **__: None)
+        patched.setattr("gradclip.torch.gpu.Memory", HostMemory)
+        patched.setattr("gradclip.torch.devices.has_triton", lambda _: True)
+        patched.setattr("gradclip.torch.pointers.taken", lambda *_, **__: None)
         with np.errstate(all="ignore"):  # the interpreter calculates by NumPy
             yield
 

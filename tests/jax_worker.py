@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -71,9 +72,9 @@ def explicit_shardings(ways: int) -> None:
         assert_placed_alike(result[0], placed)
 
 
-def shard_map(ways: int, check_vma: bool) -> None:
-    """Each device clips its shards by the norm of all of them; gradients are those of the whole."""
-    sharded = jax.shard_map(
+def shard_map(ways: int, check_vma: bool) -> Callable[[Any], Any]:
+    """Each device clips its shards by the norm of all of them."""
+    sharded: Callable[[Any], Any] = jax.shard_map(
         partial(clip, group="d"),
         mesh=divided(ways, AxisType.Auto),
         in_specs=P("d"),
@@ -82,6 +83,12 @@ def shard_map(ways: int, check_vma: bool) -> None:
     )
     assert_expected(sharded(ARRAYS))
     assert_expected(jax.jit(sharded)(ARRAYS))
+    return sharded
+
+
+def gradients(ways: int, check_vma: bool) -> None:
+    """Those of the whole."""
+    sharded = shard_map(ways, check_vma)
     whole = jax.grad(partial(loss, clip))(list(map(jnp.asarray, ARRAYS)))
     gradient = jax.grad(partial(loss, sharded))
     if ways < 8 or not check_vma:
@@ -173,20 +180,34 @@ def other_ways() -> None:
         assert {x.device for x in [*clipped, norm]} == {device}
 
 
+@contextmanager
+def by_operations() -> Iterator[None]:
+    jax.clear_caches()
+    with mock.patch.object(xla, "_one_device_sees_all", return_value=False):
+        yield
+
+
 def run(*each: int) -> None:
     """Every way to divide, among so many devices, and what else there is of several."""
     for ways in each:
         named_shardings(ways)
         explicit_shardings(ways)
         for check_vma in (True, False):
-            shard_map(ways, check_vma)
+            gradients(ways, check_vma)
     of_two_kinds()
     what_each_device_has()
     where_no_place_was_asked_for()
     two_axes()
     other_ways()
-    jax.clear_caches()
-    with mock.patch.object(xla, "_one_device_sees_all", return_value=False):  # by operations
+    with by_operations():
         shard_map(2, check_vma=True)
         of_two_kinds()
     print("ok")
+
+
+def run_at_length() -> None:
+    """As many as `run` is not quick with, and derivatives by operations."""
+    with by_operations():
+        gradients(2, check_vma=True)
+    jax.clear_caches()
+    run(1, 8)

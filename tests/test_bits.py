@@ -21,6 +21,7 @@ import gradclip
 import oracle
 from cases import DTYPES, NARROW, Case
 from compare import assert_norm, assert_same_bits, check, expected_of
+from conftest import some_quick
 from gradclip._clip import act_, survey, together
 from gradclip.core import exact
 from gradclip.core.decide import Scale
@@ -242,7 +243,9 @@ def test_every_power_of_two_of_float64(kernel: str) -> None:
 
 @pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("layout", cases.LAYOUTS)
-@pytest.mark.parametrize("name", ["float16", "float32", "float64", "complex64", "complex128"])
+@pytest.mark.parametrize(
+    "name", some_quick(["float32", "complex128"], ["float16", "float64", "complex64"])
+)
 def test_memory_layouts_longer_than_a_block(name: str, layout: str) -> None:
     values = cases.numbers(seeded(name + layout), DTYPES[name], 5001).reshape(3, 1667)
     if layout == "broadcast":
@@ -297,7 +300,7 @@ def test_surveys_of_pieces_add_up_to_that_of_the_whole(name: str) -> None:
         pieces = [piece for leaf in leaves for piece in np.array_split(leaf, rng.integers(1, 4))]
         merged = together(survey([pieces[i]]) for i in rng.permutation(len(pieces)))
         assert whole[1:] == merged[1:]
-        assert merged.norm == backend.measure(backend.hold(leaves, str, writable=False))
+        assert merged.norm == backend.hold(leaves, str, writable=False).measure()
         check_the_exact_sum(leaves)
 
 
@@ -387,7 +390,7 @@ def test_the_certificate_holds_for_most_lists(monkeypatch: pytest.MonkeyPatch) -
 def test_a_certified_norm_is_the_exact_one(values: Any) -> None:
     held = backend.hold([values], str, writable=False)
     certified = exact.certified_norm(cpu.sum_squares(held.memory))
-    norm = exact.norm(backend.total(held)[0], exact.FLOAT32)
+    norm = exact.norm(held.total()[0], exact.FLOAT32)
     assert certified is None or repr(certified) == repr(norm)
 
 

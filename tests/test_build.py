@@ -146,7 +146,11 @@ def told_of(*arguments: str, path: Path | None = None) -> list[object]:
     [
         (["-ffast-math"], "a sum in two parts"),
         (["-ffinite-math-only"], "a sum in float64"),
-        (["-fassociative-math", "-fno-signed-zeros"], "a sum in two parts"),
+        pytest.param(
+            ["-fassociative-math", "-fno-signed-zeros"],
+            "a sum in two parts",
+            marks=pytest.mark.long,
+        ),
     ],
     ids=["fast", "finite", "associative"],
 )

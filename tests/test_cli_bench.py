@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from cli_files import NO_REGULAR_FILES, no_regular_file
-from gradclip.cli import _cases, _ranks, bench, main
+from gradclip.cli import bench, main
+from gradclip.cli.bench import cases, fresh, jobs, measuring, ranks
 from gradclip.core.exact import merge
 
 DRAW = Path(__file__).parent.parent / "bench" / "draw.py"
@@ -49,7 +50,7 @@ def test_quick_has_every_row(framework: Any, names: list[str]) -> None:
         assert isinstance(row["value"], float)
         assert row["bar"] is row["met"] is None
         systems.setdefault(row["case"], set()).add(row["system"])
-    wanted = [name for name in _cases.CASES if name in (names or _cases.CASES)]
+    wanted = [name for name in cases.CASES if name in (names or cases.CASES)]
     assert list(systems) == wanted
     norms = {"gradclip", "R", "PyTorch"}
     timed = {
@@ -72,7 +73,7 @@ def test_quick_has_every_row(framework: Any, names: list[str]) -> None:
 
 
 def row(case: str, system: str, value: float, **more: Any) -> dict[str, Any]:
-    unit = _cases.CASES[case].bars[0].of
+    unit = cases.CASES[case].bars[0].of
     found = dict.fromkeys(("bar", "met")) | {"value": value, "unit": unit} | more
     return {"case": case, "system": system, "median_s": 0.001, "min_s": 0.001} | found
 
@@ -88,7 +89,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> None:
         "small-keep": [row("small-keep", "gradclip", 0.5, bar=0.125, met=False)],
     }
     monkeypatch.setattr(
-        bench, "_in_process", lambda names, *_args, **_more: [rows[name] for name in names]
+        bench, "in_process", lambda names, *_args, **_more: [rows[name] for name in names]
     )
 
 
@@ -165,14 +166,14 @@ def test_a_dead_process_is_an_error(
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="reads /proc")
 @pytest.mark.parametrize(("limit", "expected"), [(1e9, "0"), (1.0, "4096")])
 def test_pages_written_are_seen(limit: float, expected: str) -> None:
-    code = _cases.written(2**22, limit=limit)
+    code = fresh.written(2**22, limit=limit)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == expected
 
 
 def test_a_framework_that_is_absent_has_no_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("_contenders", "_ranks"):
-        monkeypatch.setattr(f"gradclip.cli.{module}.find_spec", lambda _: None)
+    for module in ("contenders", "ranks"):
+        monkeypatch.setattr(f"gradclip.cli.bench.{module}.find_spec", lambda _: None)
     for name in (
         "dtensor-100",
         "tf-eager-keep",
@@ -181,22 +182,22 @@ def test_a_framework_that_is_absent_has_no_rows(monkeypatch: pytest.MonkeyPatch)
         "optax-donated-clip",
         "optax-compile",
     ):
-        assert bench._measure(name, quick=True) == []
+        assert measuring._measure(name, quick=True) == []
 
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen[str]]:
     """The ranks that a test starts."""
     found: list[subprocess.Popen[str]] = []
-    start = _ranks._started
-    monkeypatch.setattr(_ranks, "_started", lambda *at: found.append(start(*at)) or found[-1])
+    start = ranks._started
+    monkeypatch.setattr(ranks, "_started", lambda *at: found.append(start(*at)) or found[-1])
     return found
 
 
 @pytest.mark.long
 def test_ranks_end_with_their_case(framework: Any, started: list[subprocess.Popen[str]]) -> None:
     framework("torch")
-    rows = bench._measure("dtensor-100", quick=True)
+    rows = measuring._measure("dtensor-100", quick=True)
     assert [row["system"] for row in rows] == ["gradclip", "PyTorch"]
     assert all(row["median_s"] > 0 for row in rows)
     assert [process.returncode for process in started] == 2 * [-signal.SIGKILL]
@@ -207,7 +208,7 @@ def test_ranks_end_where_their_case_is_broken_off(
     framework: Any, started: list[subprocess.Popen[str]]
 ) -> None:
     framework("torch")
-    turns = _ranks.clips_of_dtensors(5)
+    turns = ranks.clips_of_dtensors(5)
     assert next(turns).keys() == {"gradclip", "PyTorch"}
     assert [process.poll() for process in started] == [None, None]
     with pytest.raises(KeyboardInterrupt):
@@ -219,17 +220,17 @@ def test_a_rank_that_ends_is_an_error(framework: Any, monkeypatch: pytest.Monkey
     framework("torch")
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(ChildProcessError, match=r"^a rank ended before its time$"):
-        next(_ranks.clips_of_dtensors(5))
+        next(ranks.clips_of_dtensors(5))
 
 
 def test_merge_is_told_without_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
-    (row,) = bench._measure("merge", quick=True)
+    (row,) = measuring._measure("merge", quick=True)
     assert row["value"] == row["median_s"] / 1e-3 > 0  # 1e3 times it may be one bit away
-    row = bench._row("merge", "gradclip", 3.0, _cases.CASES["merge"].bars[0], quick=False)
+    row = measuring._row("merge", "gradclip", 3.0, cases.CASES["merge"].bars[0], quick=False)
     assert (row["value"], row["unit"], row["bar"], row["met"]) == (3.0, "ms", None, None)
-    monkeypatch.setattr(_cases, "merge", lambda totals: merge(totals[1:]))
+    monkeypatch.setattr(jobs, "merge", lambda totals: merge(totals[1:]))
     with pytest.raises(AssertionError):
-        bench._measure("merge", quick=True)
+        measuring._measure("merge", quick=True)
 
 
 def test_one_turn_of_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,18 +241,18 @@ def test_one_turn_of_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
             counts.append(count)
             yield {"gradclip": count / 10, "optax": float(count)}
 
-    monkeypatch.setattr("gradclip.cli._contenders.optax_compilations", turns)
-    ours, theirs = bench._measure("optax-compile", quick=False)
+    monkeypatch.setattr("gradclip.cli.bench.contenders.optax_compilations", turns)
+    ours, theirs = measuring._measure("optax-compile", quick=False)
     assert counts == [2, 3000]
     assert (ours["value"], ours["bar"], ours["met"]) == (0.1, 0.2, True)
     assert (ours["median_s"], theirs["median_s"], theirs["value"]) == (300.0, 3000.0, 1.0)
 
 
 def test_systems_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "PAUSE", 0.0)
-    monkeypatch.setattr(bench, "BATCH", 0.0)
+    monkeypatch.setattr(measuring, "PAUSE", 0.0)
+    monkeypatch.setattr(measuring, "BATCH", 0.0)
     calls: list[str] = []
     systems = {name: lambda name=name: calls.append(name) for name in "abc"}
-    seconds = bench.timings(systems, 3)
+    seconds = measuring.timings(systems, 3)
     assert "".join(calls) == "aabbcc" + "abc" + "bca" + "cab"
     assert {name: len(each) for name, each in seconds.items()} == {"a": 3, "b": 3, "c": 3}

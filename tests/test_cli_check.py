@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 
 import oracle
-from gradclip.cli import _referee, _systems, check, main
+from gradclip.cli import check, main
+from gradclip.cli.check import referee, systems
 from gradclip.core import exact
-from gradclip.core.dispatch import backend_names
 from gradclip.core.exact import Scaled
+from gradclip.core.rooms import backend_names
 
 SHORT = 10**5
 
@@ -29,12 +30,12 @@ def only_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
     def absent() -> Any:
         raise ImportError
 
-    frameworks = {**dict.fromkeys(_systems.FRAMEWORKS, absent), "numpy": _systems._numpy}
-    monkeypatch.setattr(_systems, "FRAMEWORKS", frameworks)
+    frameworks = {**dict.fromkeys(systems.FRAMEWORKS, absent), "numpy": systems._numpy}
+    monkeypatch.setattr(systems, "FRAMEWORKS", frameworks)
     short = [
         hard
         for hard in check.hard_lists(10)
-        if sum(_referee.values(leaf).size for leaf in hard.make()) < SHORT
+        if sum(referee.values(leaf).size for leaf in hard.make()) < SHORT
     ]
     monkeypatch.setattr(check, "hard_lists", lambda _log2_size: short)
 
@@ -45,7 +46,7 @@ def results(output: str) -> dict[tuple[str, str], dict[str, Any]]:
 
 
 def test_every_backend_is_checked() -> None:
-    assert set(backend_names()) <= set(_systems.FRAMEWORKS)
+    assert set(backend_names()) <= {*systems.FRAMEWORKS, "toyarrays"}
 
 
 @pytest.mark.usefixtures("only_numpy")
@@ -100,7 +101,7 @@ def certificate_without_bound(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def in_place_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gradclip.numpy.backend.scale_", lambda *_args: None)
+    monkeypatch.setattr("gradclip.numpy.backend.Leaves.scale_", lambda *_args: None)
 
 
 @pytest.mark.usefixtures("only_numpy")
@@ -132,7 +133,7 @@ def test_fails_where_gradclip_raises(
     def broken(*_args: Any) -> Any:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("gradclip.numpy.backend.measure", broken)
+    monkeypatch.setattr("gradclip.numpy.backend.Leaves.measure", broken)
     assert main(["check", "--json"]) == 1
     found = results(capsys.readouterr().out)
     assert found["3-4-5", "gradclip numpy"]["fate"] == "refused: ZeroDivisionError"
@@ -143,7 +144,7 @@ def only_jax(framework: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """One list, and nothing traced before or left behind: jit would not look at it again."""
     jax = framework("jax")
     hard = [hard for hard in check.hard_lists(10) if hard.name == "3-4-5"]
-    monkeypatch.setattr(_systems, "FRAMEWORKS", {"jax": _systems._jax})
+    monkeypatch.setattr(systems, "FRAMEWORKS", {"jax": systems._jax})
     monkeypatch.setattr(check, "hard_lists", lambda _log2_size: hard)
     jax.clear_caches()
     yield
@@ -155,7 +156,7 @@ def only_jax(framework: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     ("broken", "status"),
     [
         (None, 0),
-        ("gradclip.jax.backend.scaled", 1),
+        ("gradclip.jax.backend.Leaves.scaled", 1),
         ("gradclip.jax.xla.carry_out", 1),
     ],
 )
@@ -212,30 +213,30 @@ def test_referee_agrees_with_the_oracle(name: str) -> None:
     for scale in (1e-44, 1e-20, 1.0, 1e15):
         array = (generator.standard_normal(50) * scale).astype(name)
         _, expected = oracle.norm([array])
-        square = _referee.exact_square([array])
-        assert float(_referee.rounded_root(square, _referee.FORMATS[name])) == expected
+        square = referee.exact_square([array])
+        assert float(referee.rounded_root(square, referee.FORMATS[name])) == expected
         limit = float(expected) / 3
-        truth = _referee.truth([array], limit)
+        truth = referee.truth([array], limit)
         clipped = oracle.clip([array], limit)
         assert clipped.leaves is not None
-        assert _referee.same_bits(truth.outputs, clipped.leaves)
+        assert referee.same_bits(truth.outputs, clipped.leaves)
         assert truth.clipped is not clipped.kept
 
 
 def test_referee_rounds_ties_to_even() -> None:
-    single = _referee.FORMATS["float32"]
+    single = referee.FORMATS["float32"]
     ulp = Fraction(1, 2**23)
     for below in (Fraction(1), 1 + ulp):
         midpoint = below + ulp / 2
         even = below if below == 1 else below + ulp
-        assert _referee.rounded_root(midpoint**2, single) == even
-        assert _referee.rounded_root(midpoint**2 + Fraction(1, 2**400), single) == below + ulp
-        assert _referee.rounded_root(midpoint**2 - Fraction(1, 2**400), single) == below
+        assert referee.rounded_root(midpoint**2, single) == even
+        assert referee.rounded_root(midpoint**2 + Fraction(1, 2**400), single) == below + ulp
+        assert referee.rounded_root(midpoint**2 - Fraction(1, 2**400), single) == below
 
 
 def test_error_counts_units_of_the_last_place() -> None:
-    assert _referee.error(np.float32(1 + 3 * 2.0**-23), Fraction(1)) == (3.0, 3 * 2.0**-23)
-    assert _referee.error(np.float64(1 - 2.0**-53), Fraction(1)) == (-0.5, -(2.0**-53))
-    assert _referee.error(np.float32(math.inf), Fraction(1)) == (math.inf, math.inf)
-    assert _referee.error(np.float32(math.inf), Fraction(2) ** 300) == (0.0, 0.0)
-    assert _referee.error(np.float16(0), Fraction(0)) == (0.0, 0.0)
+    assert referee.error(np.float32(1 + 3 * 2.0**-23), Fraction(1)) == (3.0, 3 * 2.0**-23)
+    assert referee.error(np.float64(1 - 2.0**-53), Fraction(1)) == (-0.5, -(2.0**-53))
+    assert referee.error(np.float32(math.inf), Fraction(1)) == (math.inf, math.inf)
+    assert referee.error(np.float32(math.inf), Fraction(2) ** 300) == (0.0, 0.0)
+    assert referee.error(np.float16(0), Fraction(0)) == (0.0, 0.0)

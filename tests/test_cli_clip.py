@@ -523,6 +523,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["a.npy", "a.npz", "a.safetensors", INDEX])
 @pytest.mark.parametrize("limit", [1, math.inf])
 def test_a_file_that_grows_too_large(tmp_path: Path, name: str, limit: float) -> None:

@@ -14,8 +14,9 @@ import pytest
 import cli_files
 import gradclip
 from cli_files import run_main
-from gradclip.core.dispatch import backend_names
+from gradclip.core.rooms import backend_names
 from gradclip.kernels import cpu
+from gradclip.kernels.cpu import threads as team
 
 
 def report() -> dict[str, Any]:
@@ -42,7 +43,7 @@ def test_the_kernel_and_its_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (found["threads"], found["threads_from"]) == (3, "GRADCLIP_NUM_THREADS")
     monkeypatch.delenv("GRADCLIP_NUM_THREADS")
     found = report()
-    assert found["threads"] == cpu.threads()
+    assert found["threads"] == team.number()
     assert found["threads_from"] == "the processors this process may use"
 
 

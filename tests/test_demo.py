@@ -28,7 +28,7 @@ def test_backpropagation_gives_the_slope_of_the_loss(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_the_unclipped_run_blows_up_and_the_clipped_one_learns(tmp_path, capsys, seed):
     picture = tmp_path / "demo.png"
     arguments = ["--json", "--steps", "250", "--seed", str(seed), "--out", str(picture)]

@@ -17,7 +17,7 @@ import pytest
 import gradclip
 import oracle
 from compare import assert_same_bits
-from conftest import version
+from conftest import some_quick, version
 from host import run_python
 
 if version("jax") is None or version("optax") is None:
@@ -163,6 +163,7 @@ def test_the_counts_stop_at_their_largest_value() -> None:
     assert_same(state, state_of(5, 0.2, last, last))
 
 
+@pytest.mark.slow
 def test_tree_get_finds_the_state_in_a_chain() -> None:
     chain = optax.chain(door.clip_by_global_norm(2.5), optax.adam(1e-3))
     _, state = chain.update(TRIANGLE, chain.init(TRIANGLE))
@@ -213,7 +214,7 @@ def with_our_states(state: Any) -> Any:
 
 
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit])
-@pytest.mark.parametrize("first", [None, optax.EmptyState()])
+@pytest.mark.parametrize("first", some_quick([None], [optax.EmptyState()]))
 def test_it_begins_from_a_state_of_optaxs_own(first: Any, wrap: Callable[[Any], Any]) -> None:
     clip = door.clip_by_global_norm(optax.piecewise_constant_schedule(1.0, {1: 0.5}))
     update = wrap(clip.update)
@@ -233,6 +234,7 @@ def test_a_state_that_begins_takes_its_dtype_from_the_parameters() -> None:
     assert clip.update(wide, None)[1].global_norm.dtype == "float64"
 
 
+@pytest.mark.slow
 def test_a_chain_goes_on_from_the_state_of_optaxs_own() -> None:
     theirs = pickle.loads(pickle.dumps(trained(OWN)))
     updates, state = OURS.update(TRIANGLE, theirs)
@@ -244,6 +246,7 @@ def test_a_chain_goes_on_from_the_state_of_optaxs_own() -> None:
     assert_same(OURS.update(TRIANGLE, with_our_states(theirs)), (updates, state))
 
 
+@pytest.mark.slow
 def test_where_the_structure_has_to_stay_the_states_are_put_in_first() -> None:
     def step(state: Any, _: Any) -> Any:
         updates, state = OURS.update(TRIANGLE, state)
@@ -391,6 +394,7 @@ def test_a_norm_beyond_float32_is_inf_and_the_updates_are_clipped_nevertheless()
     assert_same(state, state_of(math.inf, 0, 1, 1))
 
 
+@pytest.mark.slow
 def test_a_norm_equal_to_the_limit_changes_nothing() -> None:
     changed = 0
     for seed in range(5):
@@ -692,6 +696,7 @@ def test_a_gradient_through_an_update_is_finite() -> None:
 # ---- shards ----
 
 
+@pytest.mark.slow
 def test_along_an_axis_of_vmap_the_norm_is_that_of_all() -> None:
     whole = random_tree(7)["w"]
     wanted, state = once(door.clip_by_global_norm(1.0), whole)
@@ -878,6 +883,7 @@ def test_examples_that_are_no_dense_numbers(leaf: Any, kind: str) -> None:
         door.per_example_global_norm_clip({"w": leaf}, 1.0)
 
 
+@pytest.mark.slow
 def test_under_strict_promotion_of_dtypes() -> None:
     with jax.numpy_dtype_promotion("strict"):
         grads = [jnp.ones((2, 3)), jnp.ones((2, 1), "bfloat16"), jnp.ones((2, 1), "complex64")]
@@ -890,6 +896,7 @@ def test_integer_examples_are_refused() -> None:
         door.per_example_global_norm_clip({"w": jnp.array([[3, 4]])}, 1.0)
 
 
+@pytest.mark.slow
 def test_examples_are_not_copied() -> None:
     grads = [jnp.ones((200, 1000))]
     compiled = jax.jit(door.per_example_global_norm_clip).lower(grads, 1.0).compile()

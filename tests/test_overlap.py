@@ -68,8 +68,8 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
         if "triton" in name:
             stack.enter_context(importlib.import_module("host_torch").torch_there())
         if "elsewhere" in name:
-            monkeypatch.setattr("gradclip.torch.backend._on_host", lambda _: False)
-            monkeypatch.setattr("gradclip.torch.backend._taken", lambda *_, **__: None)
+            monkeypatch.setattr("gradclip.torch.backend.on_host", lambda _: False)
+            monkeypatch.setattr("gradclip.torch.pointers.taken", lambda *_, **__: None)
         yield WAYS[name]
 
 
@@ -379,7 +379,7 @@ def test_the_last_count_that_fits_is_held_and_a_length_of_zero_counts_nothing(
     backend = importlib.import_module("gradclip.torch.backend")
     one = torch.ones(1)
     fits = [one.expand(2**62), one.expand(2**62 - 1)]
-    assert backend.hold(fits, str, writable=False).host.memory.nbytes == 4 * (2**63 - 1) % 2**64
+    assert backend.hold(fits, str, writable=False).memory.nbytes == 4 * (2**63 - 1) % 2**64
     with refused(too_many("2", 1, 2**63)):
         backend.hold([*fits, one], str, writable=False)
     none = torch.empty(0, 1, 1).expand(0, 2**40, 2**40)

@@ -55,7 +55,10 @@ def test_sanitizers_find_nothing(tmp_path, rounds):
     ("file", "sound", "broken", "found"),
     [
         ("walk.h", "if (length > most) length = most;", "(void)most;", "stack-buffer-overflow"),
-        ("layout.c", "(uintptr_t)leaf->data % (uintptr_t)item == 0", "1", "misaligned"),
+        pytest.param(
+            *("layout.c", "(uintptr_t)leaf->data % (uintptr_t)item == 0", "1", "misaligned"),
+            marks=pytest.mark.long,
+        ),
     ],
     ids=["blocks without end", "reads unaligned"],
 )

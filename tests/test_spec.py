@@ -35,6 +35,7 @@ from compare import (
 from conftest import Adapter, simple
 from gradclip import IndexedSlices, clip_by_global_norm, clip_by_global_norm_, global_norm
 from gradclip.kernels import cpu
+from gradclip.kernels.cpu import threads as team
 from host import (
     HAS_MXCSR,
     ROUNDING_MODES,
@@ -726,7 +727,9 @@ def test_other_dtypes_are_named_with_their_path(leaf: Any, dtype: str) -> None:
         global_norm(leaf)
 
 
-EVERY_LEAF = "every leaf must be an array of cupy or jax or numpy or tensorflow or torch"
+EVERY_LEAF = (
+    "every leaf must be an array of cupy or jax or numpy or tensorflow or torch or toyarrays"
+)
 
 
 @pytest.mark.parametrize(
@@ -974,7 +977,7 @@ def test_threads_started_by_a_host_that_flushes_subnormals_keep_them() -> None:
     case = simple(values, clip_norm=1e-44)
     wanted = expected_of(case)
     for more_threads_than_before in range(2, 6):
-        cpu._forget_threads()
+        team._forget_threads()
         with machine(cpu.kernel(), more_threads_than_before):
             with flush_to_zero():
                 found = outcomes(case)
@@ -1361,6 +1364,13 @@ def test_an_index_out_of_range_of_a_scipy_array(name: str) -> None:
     for function in (clip_by_global_norm, clip_by_global_norm_):
         with raises(ValueError, text):
             function([np.float32([1]), leaf], 1.0)
+
+
+def test_what_is_of_scipy_and_no_array() -> None:
+    operator = sparse.linalg.aslinearoperator(np.eye(2))
+    for function in (clip_by_global_norm, clip_by_global_norm_):
+        with raises(TypeError, f"t_list[0] is {type(operator).__name__}; {ACCEPTED}"):
+            function([operator], 1.0)
 
 
 @pytest.mark.usefixtures("kernel")

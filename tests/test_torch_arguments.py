@@ -183,3 +183,15 @@ def test_gradients_that_autograd_records_are_clipped_below_it() -> None:
     assert weight.grad.requires_grad
     assert gtorch.clip_grad_norm_([weight], 2.5) == 5
     assert weight.grad.tolist() == [1.5, 2.0]
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_norm_that_is_none_is_not_measured(device: str) -> None:
+    weight = torch.nn.Parameter(torch.ones(2, device=device))
+    weight.grad = torch.ones(2, device=device)
+    nothing: Any = None
+    with raises(TypeError, "total_norm is None; it must be a real number"):
+        gtorch.clip_grads_with_norm_([weight], 1.0, nothing)
+    with raises(TypeError, "max_norm is None; it must be a real number"):
+        gtorch.clip_grads_with_norm_([weight], nothing, nothing)
+    assert weight.grad._version == 0

@@ -25,7 +25,7 @@ import torch
 
 import gradclip.torch as gtorch
 from gradclip.kernels import cpu
-from gradclip.torch import backend, gradients
+from gradclip.torch import gradients, host, pointers
 
 WIDTH = 160  # 25600 elements: a gradient that is measured while it is warm
 FUSED: list[Callable[..., Any]] = [
@@ -82,7 +82,7 @@ def warm(clipper: Any) -> int:
         place.watching is not None
         and place.parameter.grad is not None
         and place.watching.sums(place.parameter.grad) is not None
-        for place in clipper._places
+        for place in clipper._places.every
     )
 
 
@@ -169,7 +169,7 @@ def test_a_fused_step_takes_no_pass_of_its_own(monkeypatch: pytest.MonkeyPatch) 
     gtorch.attach(optimizer, 0.1)
     loss_of(model).backward()
     for name in ("measure", "scale_", "fill_"):
-        monkeypatch.delattr(backend, name)
+        monkeypatch.setattr(host.Leaves, name, None)
     optimizer.step()
 
 
@@ -190,18 +190,18 @@ def test_gradients_are_measured_once_and_only_the_small_ones_in_the_step() -> No
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     clipper = gtorch.attach(optimizer, 1.0)
     sizes = []
-    seen = backend.sums
+    seen = host.sums
 
     def sums(tensors: Any) -> Any:
         sizes.append(sum(t.numel() for t in tensors))
         return seen(tensors)
 
-    backend.sums = sums  # type: ignore[assignment]
+    host.sums = sums  # type: ignore[assignment]
     try:
         loss_of(model).backward()
         optimizer.step()
     finally:
-        backend.sums = seen
+        host.sums = seen
     assert sizes == [WIDTH + WIDTH + WIDTH + 1]
     assert int(clipper.steps) == 1
 
@@ -403,7 +403,7 @@ def test_parameters_added_later() -> None:
             optimizer.step()
         assert torch.equal(clipper.norm, norm)
         assert torch.equal(*extras)
-    assert len(clipper._places) == 5
+    assert len(clipper._places.every) == 5
 
 
 def test_one_tensor_as_the_gradient_of_two_parameters() -> None:
@@ -917,7 +917,7 @@ def test_hooks_leak_nothing(calls: int) -> None:
         gc.collect()
         return sys.getallocatedblocks()
 
-    backend._c_interface()
+    pointers._c_interface()
     blocks(1000)
     first = blocks(1000)
     assert blocks(calls) - first < 500

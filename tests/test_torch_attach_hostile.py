@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from conftest import version
+from host import run_python
 
 if version("torch") is None:
     pytest.skip("torch is not installed", allow_module_level=True)
@@ -363,6 +364,47 @@ def test_gradients_without_memory_are_refused() -> None:
     with pytest.raises(NotImplementedError, match=f"^{text}$"):
         optimizer.step()
     assert clipper.steps == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["meta", "fake"])
+def test_dtensors_without_memory_are_refused(kind: str) -> None:
+    done = run_python(f"""
+        import contextlib, warnings
+        import torch, torch.distributed as dist, gradclip.torch
+        from torch._subclasses.fake_tensor import FakeTensorMode
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.tensor import DTensor, Shard
+        from torch.testing._internal.distributed.fake_pg import FakeStore
+
+        warnings.simplefilter("error", UserWarning)
+        dist.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
+        mesh = init_device_mesh("cpu", (4,))
+        with FakeTensorMode() if {kind!r} == "fake" else contextlib.nullcontext():
+            here = torch.zeros(2, device="meta" if {kind!r} == "meta" else "cpu")
+            weight = torch.nn.Parameter(DTensor.from_local(here, mesh, [Shard(0)]))
+            weight.grad = DTensor.from_local(here.clone(), mesh, [Shard(0)])
+            print(gradclip.torch.get_total_norm([weight.grad, weight.grad]).shape)
+            optimizer = torch.optim.SGD([weight], lr=1.0)
+            gradclip.torch.attach(optimizer, 1.0)
+            try:
+                optimizer.step()
+            except NotImplementedError as error:
+                print(error)
+    """)
+    shape, refusal = done.stdout.splitlines()
+    assert shape == "torch.Size([])"
+    assert refusal.startswith("param_groups[0]['params'][0].grad is meta, fake or traced, of which")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_gradients_to_be_refused_need_not_be_writable(value: float) -> None:
+    weight = torch.nn.Parameter(torch.zeros(3))
+    weight.grad = torch.tensor([value]).expand(3)
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    gtorch.attach(optimizer, 1.0, on_nonfinite="raise")
+    with pytest.raises(FloatingPointError, match=r"^the global norm is .*\.grad holds"):
+        optimizer.step()
 
 
 def test_a_step_of_the_instance_s_own_that_calls_the_class_s() -> None:

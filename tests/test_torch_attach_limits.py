@@ -519,3 +519,15 @@ def test_errors_name_parameters_as_the_optimizer_does() -> None:
     model[0].bias.grad.requires_grad_(True)  # as of a second derivative: clipped all the same
     with pytest.raises(ValueError, match=r"^0\.bias\.grad has elements that share memory"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_a_fused_step_writes_to_no_gradient_whose_elements_share_memory(kind: Any) -> None:
+    """PyTorch's own would write behind its end."""
+    parameter = torch.nn.Parameter(torch.zeros(64))
+    optimizer = kind([parameter], lr=1.0, fused=True)
+    gtorch.attach(optimizer, 1.0)
+    parameter.grad = torch.tensor([3.0]).expand(64)
+    with pytest.raises(ValueError, match="has elements that share memory"):
+        optimizer.step()
+    assert not parameter.any()

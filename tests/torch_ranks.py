@@ -381,6 +381,7 @@ def flat() -> None:
             way = ShardingStrategy.HYBRID_SHARD
             model = flat_model(way, orig=orig, nested=True, device_mesh=mesh_of(2, 2))
             check_flat(model, 2)
+        over_other_ranks(flat_model(ShardingStrategy.FULL_SHARD, orig=True, nested=True))
         return
     ways = [ShardingStrategy.FULL_SHARD, ShardingStrategy.SHARD_GRAD_OP, ShardingStrategy.NO_SHARD]
     for way, orig, nested in itertools.product(ways, (False, True), (False, True)):
@@ -398,6 +399,15 @@ def flat() -> None:
     parameters: Any = list(model.parameters())[::-1]  # beginning with one that is sharded
     with pytest.raises(ZeroDivisionError if rank == 1 else RuntimeError):
         gtorch.clip_grad_norm_(first_of(parameters) if rank == 1 else parameters, 1.0)
+    weights = list(model.parameters())  # which autograd follows: no derivative goes to other ranks
+    text = (
+        "a clip over several workers cannot be differentiated; detach the tensors, or use "
+        "torch.no_grad()"
+    )
+    with raises(NotImplementedError, text):
+        gradclip.clip_by_global_norm(weights, 1.0)
+    with torch.no_grad():
+        gradclip.clip_by_global_norm(weights, 1.0)
     text = (
         "within FullyShardedDataParallel.summon_full_params, and after a backward pass within "
         "no_sync(), gradients may be parts or whole; clip after a backward pass without them"
@@ -417,15 +427,8 @@ def flat() -> None:
     )
     with raises(ValueError, text):
         gtorch.clip_grad_norm_([*model.parameters(), beside], 1.0)
-    pair = dist.new_group([0, 1])
-    if size > 2 and rank < 2:
-        other = flat_model(ways[0], orig=True, nested=True, process_group=pair)
-        text = (
-            "parameters are sharded by FullyShardedDataParallel over the ranks [(0, 1), "
-            f"{tuple(range(size))}]; say by `group` who takes part"
-        )
-        with raises(ValueError, text):
-            gtorch.clip_grad_norm_([*model.parameters(), *other.parameters()], 1.0)
+    if size > 2:
+        over_other_ranks(model)
     lost = nn.Parameter(torch.ones(3))
     lost._fsdp_flattened = True  # type: ignore[attr-defined]
     text = (
@@ -434,6 +437,21 @@ def flat() -> None:
     )
     with raises(ValueError, text):
         gtorch.clip_grad_norm_([lost], 1.0)
+
+
+def over_other_ranks(model: FullyShardedDataParallel) -> None:
+    """Parameters of all ranks beside those of two of them."""
+    rank, size = start()
+    pair = dist.new_group([0, 1])
+    if rank < 2:
+        way = ShardingStrategy.FULL_SHARD
+        other = flat_model(way, orig=True, nested=True, process_group=pair)
+        text = (
+            "parameters are sharded by FullyShardedDataParallel over the ranks [(0, 1), "
+            f"{tuple(range(size))}]; say by `group` who takes part"
+        )
+        with raises(ValueError, text):
+            gtorch.clip_grad_norm_([*model.parameters(), *other.parameters()], 1.0)
 
 
 # ---- what goes wrong on one ----

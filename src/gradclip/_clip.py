@@ -1,37 +1,25 @@
-"""The one flow: flatten, measure, decide, scale, rebuild."""
+"""The one flow: open the nest, hold the leaves, have them clipped, rebuild."""
 
 from __future__ import annotations
 
-import contextlib
-import math
-from collections.abc import Callable, Iterable, Sequence
-from types import TracebackType
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+from gradclip import _compiler
 from gradclip.core.decide import (
     Action,
-    Fill,
-    Keep,
     OnNonfinite,
-    Raise,
-    Scale,
     check_clip_norm,
     check_on_nonfinite,
     check_use_norm,
-    decide,
 )
-from gradclip.core.dispatch import (
-    backend_of,
-    backend_of_group,
-    backends_of,
-    is_compiled,
-    is_defined_by_framework,
-)
+from gradclip.core.dispatch import is_inert, may_be_followed
 from gradclip.core.exact import FLOAT32, FLOAT64, Scaled, Total, counts, merge, norm, square
-from gradclip.core.protocol import Backend, Plain, Queue
-from gradclip.core.tree import Tree, flatten
-from gradclip.core.workers import Joint, Workers
-from gradclip.kernels.cpu import ieee_arithmetic
+from gradclip.core.held import Clip, Held
+from gradclip.core.opening import Opening, taking_part
+from gradclip.core.protocol import Backend, Beside
+from gradclip.core.tree import Tree
+from gradclip.kernels.cpu.arithmetic import ieee_arithmetic
 
 
 def clip_by_global_norm(
@@ -98,9 +86,10 @@ def clip_by_global_norm(
     [array([1.5]), array([2.])] 5.0
     """
     if is_compiled(t_list):
-        from gradclip.torch import compiled
-
-        return compiled.clip_by_global_norm(t_list, clip_norm, use_norm, on_nonfinite, group)
+        compiled: tuple[Any, Any] = _compiler.compiled.clip_by_global_norm(
+            t_list, clip_norm, use_norm, on_nonfinite, group
+        )
+        return compiled
     return clipped(t_list, clip_norm, use_norm, name, on_nonfinite=on_nonfinite, group=group)
 
 
@@ -116,30 +105,24 @@ def clipped(
 ) -> tuple[Any, Any]:
     """`clip_by_global_norm`, for doors that have a word of their own for what is clipped.
 
-    ``called`` is as in `flatten`, and ``name`` whatever the recorder of the door's framework knows.
+    ``called`` is as in `flatten`, and ``name`` whatever the room of the door's framework knows.
     """
     with ieee_arithmetic():
         with Opening(group) as opening:
-            tree, backend = _opened(t_list, group, opening, called)
-            check_on_nonfinite(on_nonfinite)
-            recorder = backend.recorder([*tree.leaves, clip_norm, use_norm], group)
-        if recorder is None:
-            with taking_part(opening.workers) as part:
-                clip_norm, use_norm = limits_read(clip_norm, use_norm)
-                held = backend.hold(tree.leaves, tree.path, writable=False)
-                if part is None and backend.queue(held) is not None:
-                    leaves = backend.copied(held)
-                    held = backend.hold(leaves, tree.path, writable=True)
-                    new = tree._replace(leaves=leaves)
-                    norm = _queued_(new, backend, held, clip_norm, use_norm, on_nonfinite)
-                else:
-                    limit, given = _checked(clip_norm, use_norm)
-                    leaves, norm, _ = _clipped(
-                        tree, backend, held, limit, given, on_nonfinite, part
-                    )
-        else:
-            plain = plain_of(tree, backend)
-            leaves, norm = recorder.clip(tree, plain, clip_norm, use_norm, on_nonfinite, name)
+            tree, backend = opening.opened(t_list, called)
+        with taking_part(opening.workers) as part:
+            check_policy(on_nonfinite)
+            held, limits = _held_to_be_read(tree, backend, clip_norm, use_norm, group)
+            clip = Clip(
+                tree.leaves,
+                tree.path,
+                *limits,
+                on_nonfinite,
+                part=part,
+                places=tree.places,
+                name=name,
+            )
+            leaves, norm = held.clipped(clip)
         return tree.rebuild(leaves), norm
 
 
@@ -178,22 +161,17 @@ def clip_by_global_norm_(
     5.0 [1.5 2. ]
     """
     if is_compiled(t_list):
-        from gradclip.torch import compiled
-
-        return compiled.clip_by_global_norm_(t_list, clip_norm, use_norm, on_nonfinite, group)
+        return _compiler.compiled.clip_by_global_norm_(
+            t_list, clip_norm, use_norm, on_nonfinite, group
+        )
     with ieee_arithmetic():
         with Opening(group) as opening:
-            tree, backend = _opened(t_list, group, opening)
+            tree, backend = opening.opened(t_list)
         with taking_part(opening.workers) as part:
-            check_on_nonfinite(on_nonfinite)
-            clip_norm, use_norm = limits_read(clip_norm, use_norm)
+            check_policy(on_nonfinite)
+            limits = limits_read(clip_norm, use_norm)
             held = backend.hold(tree.leaves, tree.path, writable=True)
-            if part is None and backend.queue(held) is not None:
-                return _queued_(tree, backend, held, clip_norm, use_norm, on_nonfinite)
-            limit, given = _checked(clip_norm, use_norm)
-            found, action = _decided(tree, backend, held, limit, given, on_nonfinite, part)
-            carry_out_(backend, held, action)
-            return backend.scalar(found.norm, held, wide=found.wide)
+            return held.clip_(Clip(tree.leaves, tree.path, *limits, on_nonfinite, part=part))
 
 
 def global_norm(
@@ -226,24 +204,17 @@ def global_norm(
     5.0
     """
     if is_compiled(t_list):
-        from gradclip.torch import compiled
-
-        return compiled.global_norm(t_list, group)
+        return _compiler.compiled.global_norm(t_list, group)
     with ieee_arithmetic():
         with Opening(group) as opening:
-            tree, backend = _opened(t_list, group, opening)
-            recorder = backend.recorder(tree.leaves, group)
-        if recorder is not None:
-            return recorder.norm(tree, plain_of(tree, backend), name)
+            tree, backend = opening.opened(t_list)
         with taking_part(opening.workers) as part:
             if part is not None:
                 part.asked(clip_norm=None)
-            held = backend.hold(tree.leaves, tree.path, writable=False)
-            queue = backend.queue(held) if part is None else None
-            if queue is not None:
-                return queue.norm()
-            found = measured(backend, held, part)
-            return backend.scalar(found.norm, held, wide=found.wide)
+            beside = Beside(group=group)
+            held = backend.hold(tree.leaves, tree.path, writable=False, beside=beside)
+            clip = Clip(tree.leaves, tree.path, part=part, places=tree.places, name=name)
+            return held.norm(clip)
 
 
 for _function in (clip_by_global_norm, clipped, clip_by_global_norm_, global_norm):
@@ -251,145 +222,54 @@ for _function in (clip_by_global_norm, clipped, clip_by_global_norm_, global_nor
     vars(_function)["autograph_info__"] = {}
 
 
-class Measured(NamedTuple):
-    """A global norm."""
+def is_compiled(t_list: Any) -> bool:
+    """If the compiler of PyTorch looks into a call, and no operation of ours has made it."""
+    # While another thread imports PyTorch not all of it is there; its compiler comes last.
+    if _compiler.dynamo is None or type(t_list) is Tree:
+        return False
+    import torch
 
-    norm: Scaled
-    wide: bool = False  # if it is float64 because of a leaf that another worker has
-
-
-def taking_part(workers: Workers | None) -> contextlib.AbstractContextManager[Joint | None]:
-    """This worker's part in a measurement; none where it is alone."""
-    return contextlib.nullcontext() if workers is None else Joint(workers)
-
-
-class Opening:
-    """The first look at what was passed, until it is known who the other workers are.
-
-    Within ``with`` an error is told to them as soon as there is a way: to those of a group from the
-    start; where none is named, to the `workers` once they are known, and before to those whom the
-    leaves that have been `seen` leave no doubt about.
-    """
-
-    def __init__(self, group: Any) -> None:
-        self._group = group
-        self.seen: list[Any] = []
-        self.workers: Workers | None = None
-
-    def __enter__(self) -> Opening:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
-    ) -> None:
-        workers = self._reached() if isinstance(error, Exception) else None
-        if workers is not None:
-            Joint(workers).fail()
-
-    def _reached(self) -> Workers | None:
-        if self.workers is not None:
-            return self.workers
-        if self._group is not None:
-            served = backend_of_group(self._group)
-            return None if served is None else served.workers([], self._group)
-        sure = (served.everyone(self.seen) for served in backends_of(self.seen))
-        return next((workers for workers in sure if workers is not None), None)
+    # Where it has broken a graph it looks into each function that is called next.
+    looks = torch._C._dynamo.eval_frame.get_eval_frame_callback
+    return torch.compiler.is_compiling() or looks() is not None
 
 
-def measured(backend: Backend, held: Any, part: Joint | None) -> Measured:
-    """The global norm of leaves, and of those that other workers have.
+def check_policy(on_nonfinite: Any) -> None:
+    """Hold ``on_nonfinite`` against the policies of what has no step to skip.
 
     Raises:
-        RuntimeError: another worker has failed.
+        ValueError: it is none of them.
     """
-    if part is None:
-        return Measured(backend.measure(held))
-    total, wide = backend.share(held, part)
-    return Measured(*part.norm(total, wide=wide))
+    check_on_nonfinite(on_nonfinite, skipped_by="gradclip.torch.attach")
 
 
-def limits_read(clip_norm: Any, use_norm: Any, *names: str) -> tuple[Any, Any]:
+def _held_to_be_read(
+    tree: Tree, backend: Backend, clip_norm: Any, use_norm: Any, group: Any
+) -> tuple[Held, tuple[Any, Any]]:
+    """Leaves, and limits: of types derived from a framework's as they are, if it follows them."""
+    limits = limits_read(clip_norm, use_norm, unless=may_be_followed)
+    held = backend.hold(tree.leaves, tree.path, writable=False, beside=Beside(limits, group))
+    if held.follows or all(map(is_inert, limits)):
+        return held, limits
+    del held  # for no memory is held while they are read
+    limits = limits_read(*limits)
+    held = backend.hold(tree.leaves, tree.path, writable=False, beside=Beside(limits, group))
+    return held, limits
+
+
+def limits_read(
+    clip_norm: Any, use_norm: Any, *names: str, unless: Callable[[Any], bool] = is_inert
+) -> tuple[Any, Any]:
     """The limits, those read whose reading may run anyone's code, as it may change the leaves.
 
     So it comes before their memory is held. Arrays of a framework have no such code, and the host
     need not wait for one that is on the leaves' device.
     """
-    if not _is_inert(clip_norm):
+    if not unless(clip_norm):
         clip_norm = check_clip_norm(clip_norm, *names[:1])
-    if not _is_inert(use_norm):
+    if not unless(use_norm):
         use_norm = float(check_use_norm(use_norm, *names[1:]))
     return clip_norm, use_norm
-
-
-def _is_inert(limit: Any) -> bool:
-    kind = type(limit)
-    return limit is None or kind is float or kind is int or is_defined_by_framework(kind)
-
-
-def limits_there(queue: Queue, clip_norm: Any, use_norm: Any, *names: str) -> tuple[Any, Any]:
-    """The limit, and the norm if it was given: floats, or what is on the device and not read."""
-    limit = clip_norm if queue.knows(clip_norm) else check_clip_norm(clip_norm, *names[:1])
-    if use_norm is None or queue.knows(use_norm):
-        return limit, use_norm
-    return limit, float(check_use_norm(use_norm, *names[1:]))
-
-
-def queued_(
-    backend: Backend,
-    queue: Queue,
-    leaves: Sequence[Any],
-    path: Callable[[int], str],
-    limit: Any,
-    given: Any,
-    policy: str,
-    refuse: Callable[[], None] | None = None,
-    **into: Any,
-) -> Any:
-    """Clip leaves where they lie in a device's memory; the norm, as a scalar there.
-
-    The host waits for it only where it may have to ``refuse`` a norm that is NaN or inf.
-
-    Raises:
-        FloatingPointError: it is, and the policy is "raise"; the text names each leaf.
-    """
-
-    def check(norm: Any) -> None:
-        was_given = given is not None
-        value = float(given if was_given else norm)
-        # A measured norm may also be inf since it is too large for float32.
-        if math.isfinite(value) or not (was_given or any_nonfinite(backend, leaves)):
-            return
-        if refuse is not None:
-            refuse()
-        measured = Scaled.of(value)
-        raise FloatingPointError(
-            _offenders(backend, leaves, path, measured, given=was_given, part=None)
-        )
-
-    waits = refuse is not None or policy == "raise"
-    norm = queue.clip_(limit, policy, given=given, check=check if waits else None, **into)
-    backend.written(leaves)
-    return norm
-
-
-def _queued_(
-    tree: Tree,
-    backend: Backend,
-    held: Any,
-    clip_norm: Any,
-    use_norm: Any,
-    on_nonfinite: OnNonfinite,
-) -> Any:
-    """Clip what is held where it lies in a device's memory; errors show the tree's leaves."""
-    queue = backend.queue(held)
-    assert queue is not None, "leaves in a device's memory"
-    limits = limits_there(queue, clip_norm, use_norm)
-    return queued_(backend, queue, tree.leaves, tree.path, *limits, on_nonfinite)
-
-
-def any_nonfinite(backend: Backend, leaves: Sequence[Any]) -> bool:
-    """If an element is NaN or inf."""
-    return any(any(backend.count_nonfinite(leaf)) for leaf in leaves)
 
 
 class Survey(NamedTuple):
@@ -419,8 +299,8 @@ class Survey(NamedTuple):
 def survey(t_list: Any) -> Survey:
     """Measure leaves in one pass."""
     with ieee_arithmetic():
-        tree, backend = _opened(t_list)
-        return Survey(*backend.total(backend.hold(tree.leaves, tree.path, writable=False)))
+        tree, backend = Opening(None).opened(t_list)
+        return Survey(*backend.hold(tree.leaves, tree.path, writable=False).total())
 
 
 def together(surveys: Iterable[Survey]) -> Survey:
@@ -436,153 +316,5 @@ def together(surveys: Iterable[Survey]) -> Survey:
 def act_(t_list: Any, action: Action) -> None:
     """Carry out what has been decided for the whole on some of its leaves, where they lie."""
     with ieee_arithmetic():
-        tree, backend = _opened(t_list)
-        carry_out_(backend, backend.hold(tree.leaves, tree.path, writable=True), action)
-
-
-def carry_out_(backend: Backend, held: Any, action: Action) -> None:
-    """Do to leaves, where they lie, what has been decided."""
-    match action:
-        case Scale(factor):
-            backend.scale_(held, factor)
-        case Fill(value):
-            backend.fill_(held, value)
-
-
-def decided(
-    backend: Backend,
-    leaves: Sequence[Any],
-    path: Callable[[int], str],
-    norm: Scaled,
-    limit: float,
-    on_nonfinite: OnNonfinite,
-    *,
-    given: bool = False,
-    part: Joint | None = None,
-) -> Keep | Fill | Scale:
-    """What is to be done to leaves of this norm.
-
-    Raises:
-        FloatingPointError: they are to be refused; the text names each that holds NaN or inf.
-    """
-    action = decide(norm, limit, on_nonfinite)
-    if isinstance(action, Raise):
-        raise FloatingPointError(_offenders(backend, leaves, path, norm, given=given, part=part))
-    return action
-
-
-def _opened(
-    t_list: Any,
-    group: Any = None,
-    opening: Opening | None = None,
-    called: str | Callable[[int], str] = "t_list",
-) -> tuple[Tree, Backend]:
-    """Take a nest apart, and find who serves its leaves; of no leaves, who serves the group."""
-    tree = flatten(t_list, called, None if opening is None else opening.seen)
-    if opening is not None:
-        opening.seen = tree.leaves
-    served = None if tree.leaves else backend_of_group(group)
-    backend = served or backend_of(tree.leaves, tree.kinds, tree.path)
-    if opening is not None:
-        opening.workers = backend.workers(tree.leaves, group)
-    return tree, backend
-
-
-def _checked(clip_norm: Any, use_norm: Any) -> tuple[float, Scaled | None]:
-    """The limit, and the norm if it was given."""
-    return check_clip_norm(clip_norm), None if use_norm is None else check_use_norm(use_norm)
-
-
-def _decided(
-    tree: Tree,
-    backend: Backend,
-    held: Any,
-    limit: float,
-    given: Scaled | None,
-    on_nonfinite: OnNonfinite,
-    part: Joint | None,
-) -> tuple[Measured, Keep | Fill | Scale]:
-    """The norm, and what is to be done: everything up to the first write."""
-    if part is not None:
-        known = None if given is None else float(given)
-        part.asked(clip_norm=limit, use_norm=known, on_nonfinite=on_nonfinite)
-    if given is None:
-        found = measured(backend, held, part)
-    else:
-        found = Measured(given)
-        if part is not None:
-            backend.check_there(held)
-            part.meet()  # for an error of another, and for one that has not been given it
-    return found, decided(
-        backend,
-        tree.leaves,
-        tree.path,
-        found.norm,
-        limit,
-        on_nonfinite,
-        given=given is not None,
-        part=part,
-    )
-
-
-def _clipped(
-    tree: Tree,
-    backend: Backend,
-    held: Any,
-    limit: float,
-    given: Scaled | None,
-    on_nonfinite: OnNonfinite,
-    part: Joint | None,
-) -> tuple[list[Any], Any, Scaled]:
-    """New leaves, and the norm: as a scalar of their framework, and without a limit."""
-    found, action = _decided(tree, backend, held, limit, given, on_nonfinite, part)
-    match action:
-        case Scale(factor):
-            leaves = backend.scaled(held, factor)
-        case Fill(value):
-            leaves = backend.filled(held, value)
-        case Keep():
-            leaves = backend.copied(held)
-    return leaves, backend.scalar(found.norm, held, wide=found.wide), found.norm
-
-
-def plain_of(tree: Tree, backend: Backend) -> Plain:
-    """Clipping as it is done where nothing records it, for a recorder to call."""
-
-    def clip(
-        leaves: list[Any], limit: float, use_norm: float | None, on_nonfinite: OnNonfinite
-    ) -> tuple[list[Any], Any, float]:
-        with ieee_arithmetic():
-            given = None if use_norm is None else Scaled.of(use_norm)
-            held = backend.hold(leaves, tree.path, writable=False)
-            clipped, norm, measured = _clipped(
-                tree._replace(leaves=leaves), backend, held, limit, given, on_nonfinite, None
-            )
-            return clipped, norm, float(measured)
-
-    return clip
-
-
-def _offenders(
-    backend: Backend,
-    leaves: Sequence[Any],
-    path: Callable[[int], str],
-    norm: Scaled,
-    *,
-    given: bool,
-    part: Joint | None,
-) -> str:
-    """Each leaf that holds NaN or inf, with its counts; of workers, those of this one."""
-    found = []
-    for place, leaf in enumerate(leaves):
-        nans, infs = backend.count_nonfinite(leaf)
-        if nans or infs:
-            found.append(f"{path(place)} holds {nans} NaN and {infs} inf")
-    if not found and given:
-        found.append("given as use_norm, every leaf is finite")
-    elif not found and part is not None:
-        found.append("every leaf is finite; those of another are not")
-    elif not found:
-        found.append("rows with the same index add up to more than float64 holds")
-    on = "" if part is None else f"on rank {part.workers.rank} of {part.workers.size} "
-    return f"the global norm is {float(norm)}: {on}" + "; ".join(found)
+        tree, backend = Opening(None).opened(t_list)
+        backend.hold(tree.leaves, tree.path, writable=True).act_(action)

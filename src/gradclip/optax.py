@@ -54,7 +54,7 @@ from jax.core import Tracer
 from jax.experimental.sparse import JAXSparse
 
 from gradclip import _clip
-from gradclip.core.decide import OnNonfinite, check_clip_norm, check_on_nonfinite, check_use_norm
+from gradclip.core.decide import OnNonfinite, check_clip_norm, check_use_norm
 from gradclip.core.sparse import IndexedSlices
 from gradclip.jax.xla import varying_alike
 
@@ -131,7 +131,7 @@ def clip_by_global_norm(
     >>> print(clipped["w"], clipped["b"], optax.tree.get(state, "global_norm"), state.factor)
     [1.5] [2.] 5.0 0.5
     """
-    check_on_nonfinite(on_nonfinite)
+    _clip.check_policy(on_nonfinite)
     fixed = None if callable(max_norm) else _limit(max_norm)
 
     def init(params: Any) -> ClipByGlobalNormState:

@@ -17,8 +17,9 @@ from typing import Any
 
 import gradclip
 from gradclip.cli._console import CliError, print_json, print_table
-from gradclip.core.dispatch import backend_names
+from gradclip.core.rooms import backend_names
 from gradclip.kernels import cpu
+from gradclip.kernels.cpu import threads
 
 EXAMPLE = "gradclip env --json"
 
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
 def facts() -> dict[str, Any]:
     """Versions, processor, kernel, threads and backends."""
     try:
-        threads = cpu.threads()
+        number = threads.number()
     except ValueError as error:
         raise CliError(str(error)) from None
     return {
@@ -68,7 +69,7 @@ def facts() -> dict[str, Any]:
         "why_numpy": cpu.why_numpy(),
         "kernels": _kernels(),
         "xla_calls_kernel": bool(cpu.xla_handlers()),
-        "threads": threads,
+        "threads": number,
         "threads_from": _threads_from(),
         "backends": {name: find_spec(name) is not None for name in backend_names()},
     }

@@ -67,8 +67,10 @@ def check_use_norm(use_norm: Any, name: str = "use_norm") -> Scaled:
     return Scaled.of(abs(value))
 
 
-def check_on_nonfinite(on_nonfinite: Any, *, steps: bool = False) -> None:
+def check_on_nonfinite(on_nonfinite: Any, *, steps: bool = False, skipped_by: str = "") -> None:
     """Hold ``on_nonfinite`` against the policies; with ``steps``, of an optimizer's step too.
+
+    ``skipped_by`` is what an error points to where there is no step to skip.
 
     Raises:
         ValueError: it is none of them.
@@ -77,8 +79,8 @@ def check_on_nonfinite(on_nonfinite: Any, *, steps: bool = False) -> None:
     word = on_nonfinite if isinstance(on_nonfinite, str) else None  # an array compares otherwise
     if word not in known:
         choices = ", ".join(map(repr, known))
-        hint = ". There is no step to skip: gradclip.torch.attach has one"
-        hint = hint if word == "skip" else ""
+        hint = f". There is no step to skip: {skipped_by} has one"
+        hint = hint if word == "skip" and skipped_by else ""
         raise ValueError(f"on_nonfinite is {on_nonfinite!r}; it must be one of {choices}{hint}")
 
 

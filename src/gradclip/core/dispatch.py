@@ -1,36 +1,25 @@
 """Leaf type to backend, by name: no framework is imported to find out.
 
-A folder's name registers a backend: ``torch/backend.py`` serves every type one of whose bases is
-defined in a module below ``torch``.
+A folder's name registers a backend: ``numpy/backend.py`` serves every type one of whose bases is
+defined in a module below ``numpy``.
 """
 
 from __future__ import annotations
 
 import importlib
-import os
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
-from gradclip import _loaded
 from gradclip.core.protocol import Backend
+from gradclip.core.rooms import backend_names
 from gradclip.core.sparse import IndexedSlices
-from gradclip.core.tree import Tree
 
-# Types of these are arrays of another framework, wrap them, or send them.
-_SERVED_BY = {"scipy": "numpy", "ml_dtypes": "numpy", "mpi4py": "numpy", "cupyx": "cupy"}
+# Types of these are arrays of NumPy, wrap them, or send them.
+_SERVED_BY = {"scipy": "numpy", "ml_dtypes": "numpy", "mpi4py": "numpy"}
+# With one of these behind its name a framework calls a second package of its own.
+_ENDINGS = ("x", "lib")
 
 _names: dict[type, str | None] = {}
-
-
-def backend_names() -> list[str]:
-    """Every framework that has a room: a folder with a file ``backend.py``."""
-    return sorted(
-        entry.name
-        for folder in sys.modules[__name__.partition(".")[0]].__path__
-        for entry in os.scandir(folder)
-        if os.path.exists(os.path.join(entry.path, "backend.py"))
-    )
 
 
 def backend_of(leaves: Sequence[Any], kinds: set[type], path: Callable[[int], str]) -> Backend:
@@ -64,27 +53,24 @@ def backend_of_group(group: Any) -> Backend | None:
     return None if name is None else load(name)
 
 
-def is_compiled(t_list: Any) -> bool:
-    """If the compiler of PyTorch looks into a call, and no operation of ours has made it."""
-    # While another thread imports PyTorch not all of it is there; its compiler comes last.
-    if _loaded.dynamo is None or type(t_list) is Tree:
-        return False
-    import torch
-
-    # Where it has broken a graph it looks into each function that is called next.
-    looks = torch._C._dynamo.eval_frame.get_eval_frame_callback
-    return torch.compiler.is_compiling() or looks() is not None
-
-
 def backends_of(leaves: Sequence[Any]) -> list[Backend]:
     """The backends of those leaves that are served at all."""
     names = {_name(type(leaf)) for leaf in leaves}
     return [load(name) for name in sorted(name for name in names if name is not None)]
 
 
-def is_defined_by_framework(kind: type) -> bool:
-    """If a type is one of a framework's own, and none that is derived from it elsewhere."""
-    return _name(kind) == kind.__module__.partition(".")[0]
+def is_inert(value: Any) -> bool:
+    """If to read a limit runs no code but Python's own or a framework's, which changes no leaf."""
+    kind = type(value)
+    if value is None or kind is float or kind is int:
+        return True
+    root = kind.__module__.partition(".")[0]
+    return _name(kind) in (root, *map(root.removesuffix, _ENDINGS))
+
+
+def may_be_followed(value: Any) -> bool:
+    """If a limit is inert, or of a type that somebody has derived from a framework's."""
+    return is_inert(value) or _name(type(value)) is not None
 
 
 def load(name: str) -> Backend:
@@ -100,7 +86,8 @@ def _name(kind: type) -> str | None:
     # A plain dict: functools.lru_cache would break torch.compile(fullgraph=True).
     if kind not in _names:
         known = backend_names()
-        roots = (base.__module__.partition(".")[0] for base in kind.__mro__)
-        served = (_SERVED_BY.get(root, root) for root in roots)
+        roots = [base.__module__.partition(".")[0] for base in kind.__mro__]
+        served = [_SERVED_BY.get(root, root) for root in roots]
+        served += [root.removesuffix(ending) for root in roots for ending in _ENDINGS]
         _names[kind] = next((root for root in served if root in known), None)
     return _names[kind]

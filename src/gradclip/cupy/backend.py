@@ -6,7 +6,6 @@ raised, and to look at the indices of slices. Rows with the same index are added
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -15,17 +14,18 @@ from typing import Any, NamedTuple
 import cupy
 import numpy as np
 
-from gradclip.core.exact import FLOAT32, FLOAT64, Scaled, Total, counts, norm
+from gradclip.core.exact import Scaled, Total, counts
+from gradclip.core.held import Clip
 from gradclip.core.sparse import IndexedSlices, check_rows, merged_rows
-from gradclip.core.workers import Joint, Workers, workers_of
+from gradclip.core.workers import Workers, workers_of
 from gradclip.kernels import layout
-from gradclip.kernels.cpu import leaves as host_leaves
+from gradclip.kernels.cpu import leaves as host
 from gradclip.kernels.cpu.leaves import Array
 from gradclip.kernels.layout import Layout
 
 try:
     from gradclip.cupy.gpu import Memory, is_run, may_overlap
-    from gradclip.kernels.gpu import leaves as gpu_leaves
+    from gradclip.kernels.gpu import leaves as gpu
 except ModuleNotFoundError as error:
     if error.name != "triton":
         raise
@@ -34,8 +34,6 @@ except ModuleNotFoundError as error:
         "install triton",
         name="triton",
     ) from error
-
-check_there, everyone = host_leaves.check_there, host_leaves.everyone
 
 _ACCEPTED = (
     "float16, bfloat16, float32, float64 and complex arrays of CuPy, and IndexedSlices of them"
@@ -60,32 +58,22 @@ def _kind(dtype: Any) -> int | None:
     return _kinds[dtype]
 
 
-class Held(NamedTuple):
-    """Leaves that have passed every check; of those to be written, each memory once."""
-
-    leaves: Sequence[Any]
-    values: list[Any]  # the elements of each: of slices, their rows
-    memory: Memory
-    there: gpu_leaves.Leaves | None  # None where elements of one are not in one run of memory
-    repeats: bool  # if rows with the same index are to be added
-    writable: bool
-
-    @property
-    def wide(self) -> bool:
-        """If the norm is float64."""
-        return any(_kind(values.dtype) == _WIDE for values in self.values)
-
-
-def recorder(values: Sequence[Any], group: Any) -> None:
-    """Nothing records what becomes of an array."""
-
-
 def workers(leaves: Sequence[Any], group: Any) -> Workers | None:  # noqa: ARG001
     """Who holds parts of the same gradient: a communicator of mpi4py."""
     return workers_of(group)
 
 
-def hold(leaves: Sequence[Any], path: Callable[[int], str], *, writable: bool) -> Held:
+def everyone(leaves: Sequence[Any]) -> None:
+    """Nobody: no array says who has other parts of the same gradient."""
+
+
+def hold(
+    leaves: Sequence[Any],
+    path: Callable[[int], str],
+    *,
+    writable: bool,
+    beside: Any = None,  # noqa: ARG001  (nothing follows what becomes of an array)
+) -> Leaves:
     """Check the leaves and take hold of their memory.
 
     Raises:
@@ -103,128 +91,110 @@ def hold(leaves: Sequence[Any], path: Callable[[int], str], *, writable: bool) -
     if writable:
         once = _check_apart(values, path)
         leaves, values = [leaves[place] for place in once], [values[place] for place in once]
-    there = _leaves(memory, values) if all(map(is_run, values)) else None
-    if there is None:
-        host_leaves.check_countable((_span(array)[1] for array in values), path)
-    return Held(leaves, values, memory, there, any(repeats), writable)
+    held = Leaves(leaves, values, memory, repeats=any(repeats), writable=writable)
+    if held.there is None:
+        host.check_countable((_span(array)[1] for array in values), path)
+    return held
 
 
-def queue(held: Held) -> gpu_leaves.Leaves | _Queue | None:
-    """Who clips in the memory of the device: all, but where rows are to be added first."""
-    if held.repeats:
-        return None
-    return _Queue(held) if held.there is None else held.there
+class Leaves(gpu.Leaves):
+    """Arrays, and the rows of slices, in the memory of one device."""
 
+    __slots__ = ("repeats", "there", "writable")
 
-def written(leaves: Sequence[Any]) -> None:
-    """Nothing: CuPy keeps no record of what is written."""
+    memory: Memory
 
-
-class _Queue(NamedTuple):
-    """Leaves of which some are not in one run of memory: copies of those are clipped."""
-
-    held: Held
-
-    def knows(self, value: Any) -> bool:
-        """If a limit need not be read by the host, since it is on the device."""
-        return self.held.memory.locate(value) is not None
-
-    def clip_(
+    def __init__(
         self,
-        limit: Any,
-        policy: str,
+        leaves: Sequence[Any],
+        values: Sequence[Any],
+        memory: Memory,
         *,
-        given: Any = None,
-        check: Callable[[Any], None] | None = None,
-    ) -> Any:
-        """Clip where the leaves lie; the norm, as a new scalar on the device."""
-        with _in_runs(self.held) as leaves:
-            return leaves.clip_(limit, policy, given=given, check=check)
+        repeats: bool,
+        writable: bool,
+    ) -> None:
+        super().__init__(leaves, values, memory)
+        self.repeats = repeats  # if rows with the same index are to be added
+        self.writable = writable
+        # None where elements of one are not in one run of memory
+        self.there = self.new_runs(values) if all(map(is_run, values)) else None
 
-    def norm(self) -> Any:
-        """The global norm, as a new scalar on the device."""
-        with _in_runs(self.held) as leaves:
-            return leaves.norm()
+    @property
+    def wide(self) -> bool:
+        return any(_kind(values.dtype) == _WIDE for values in self.values)
 
+    def decides(self, clip: Clip) -> bool:
+        """If the device decides: all, but where rows are to be added first."""
+        return super().decides(clip) and not self.repeats
 
-def measure(held: Held) -> Scaled:
-    """The global norm, correctly rounded."""
-    return norm(_total(held), FLOAT64 if held.wide else FLOAT32)
+    def total(self) -> tuple[Total, float, bool]:
+        return self._on_the_host().total()
 
+    def sum_of_squares(self) -> Total:
+        """The exact total, once the device has come so far."""
+        return self.total()[0] if self.repeats else super().sum_of_squares()
 
-def total(held: Held) -> tuple[Total, float, bool]:
-    """The exact sum, the largest finite |x| (of a complex x, of its parts), if any is wide."""
-    return host_leaves.total(_on_the_host(held))
+    def count_nonfinite(self, leaf: Any) -> tuple[int, int]:
+        held = hold([leaf], str, writable=False)
+        with held.runs() as runs:
+            infs, nans = counts(runs.total())
+        (values,) = held.values
+        if values.dtype.kind == "c" and (infs or nans):  # two parts may be of one element
+            return host.nonfinite(held.memory.received(values))
+        return nans, infs
 
+    def scalar(self, norm: Scaled, *, wide: bool = False) -> Any:
+        """The norm as a 0-d array on the device."""
+        dtype = np.float64 if wide or self.wide else np.float32
+        word = np.zeros(1, np.int64)
+        with np.errstate(over="ignore", under="ignore"):
+            word.view(dtype)[0] = float(norm)
+        return self.memory.sent(word, again=self.memory.is_capturing).view(dtype)[0]
 
-def share(held: Held, joint: Joint) -> tuple[Total, bool]:
-    """What this worker adds to the sum of squares of all, and if a leaf is float64."""
-    del joint  # all of it, whoever they are
-    return _total(held), held.wide
+    @contextmanager
+    def runs(self) -> Iterator[gpu.Runs]:
+        """The leaves in one run of memory each: where one is not, a copy, which is written back."""
+        if self.there is not None:
+            yield self.there
+            return
+        memory = self.memory
+        runs = [
+            values if is_run(values) else memory.kept(memory.duplicate(values))
+            for values in self.values
+        ]
+        yield self.new_runs(runs)
+        if self.writable:
+            for values, run in zip(self.values, runs, strict=True):
+                if run is not values:
+                    memory.assign(values, run)
 
+    def new_runs(self, arrays: Sequence[Any]) -> gpu.Runs:
+        """Where the elements of arrays, each in one run of memory, lie."""
+        spans = list(map(_span, arrays))
+        wide = any(kind == _WIDE for _, _, kind in spans)
+        return gpu.Runs(self.memory, np.array(spans, np.int64).tobytes(), wide)
 
-def count_nonfinite(leaf: Any) -> tuple[int, int]:
-    """How many elements are NaN, and how many are inf."""
-    held = hold([leaf], str, writable=False)
-    with _in_runs(held) as leaves:
-        infs, nans = counts(leaves.total())
-    (values,) = held.values
-    if values.dtype.kind == "c" and (infs or nans):  # two parts may be of one element
-        return host_leaves.nonfinite(held.memory.received(values))
-    return nans, infs
+    def duplicated(self) -> list[Any]:
+        """New arrays of the same bits, each in one run of memory."""
+        return list(map(self.memory.duplicate, self.values))
 
+    def rewrapped(self, new: list[Any]) -> list[Any]:
+        return [
+            leaf._replace(values=values) if isinstance(leaf, IndexedSlices) else values
+            for leaf, values in zip(self.leaves, new, strict=True)
+        ]
 
-def scalar(norm: Scaled, held: Held, *, wide: bool = False) -> Any:
-    """The norm as a 0-d array on the device."""
-    dtype = np.float64 if wide or held.wide else np.float32
-    word = np.zeros(1, np.int64)
-    with np.errstate(over="ignore", under="ignore"):
-        word.view(dtype)[0] = float(norm)
-    return held.memory.sent(word, again=held.memory.is_capturing).view(dtype)[0]
-
-
-def copied(held: Held) -> list[Any]:
-    """New leaves, bit for bit the old ones."""
-    return _rewrapped(held, list(map(held.memory.duplicate, held.values)))
-
-
-def filled(held: Held, value: float) -> list[Any]:
-    """New leaves, every element ``value``."""
-    new = list(map(held.memory.duplicate, held.values))
-    _fill(_leaves(held.memory, new), value)
-    return _rewrapped(held, new)
-
-
-def scaled(held: Held, factor: Scaled) -> list[Any]:
-    """New leaves, every element multiplied."""
-    new = list(map(held.memory.duplicate, held.values))
-    _leaves(held.memory, new).scale_(factor)
-    return _rewrapped(held, new)
-
-
-def fill_(held: Held, value: float) -> None:
-    """Put ``value`` into every element."""
-    with _in_runs(held) as leaves:
-        _fill(leaves, value)
-
-
-def scale_(held: Held, factor: Scaled) -> None:
-    """Multiply every element where it lies."""
-    with _in_runs(held) as leaves:
-        leaves.scale_(factor)
-
-
-def _fill(leaves: gpu_leaves.Leaves, value: float) -> None:
-    """Put NaN or 0 into every element: what becomes of them where the norm is NaN."""
-    leaves.clip_(1.0, "nan" if math.isnan(value) else "zero", given=math.nan)
-
-
-def _total(held: Held) -> Total:
-    """The exact sum of squares, once the device has come so far."""
-    if held.repeats:
-        return host_leaves.total(_on_the_host(held))[0]
-    with _in_runs(held) as leaves:
-        return leaves.total()
+    def _on_the_host(self) -> host.Leaves:
+        """Copies, to be measured."""
+        arrays: list[Array] = list(map(self.memory.received, self.values))
+        leaves = [
+            leaf._replace(values=array, indices=_indices(leaf, self.memory))
+            if isinstance(leaf, IndexedSlices)
+            else array
+            for leaf, array in zip(self.leaves, arrays, strict=True)
+        ]
+        merged = _merged if self.repeats else None
+        return host.hold(host.Leaves, leaves, arrays, merged, str, writable=False)
 
 
 # ---- checks ----
@@ -294,61 +264,13 @@ def _layout(values: Any) -> Layout:
     return layout.layout(address, item, values.shape, values.strides, parts)
 
 
-# ---- memory ----
-
-
-def _leaves(memory: Memory, arrays: Sequence[Any]) -> gpu_leaves.Leaves:
-    """Arrays in one run of memory each."""
-    spans = list(map(_span, arrays))
-    wide = any(kind == _WIDE for _, _, kind in spans)
-    return gpu_leaves.Leaves(memory, np.array(spans, np.int64).tobytes(), wide)
-
-
 def _span(values: Any) -> tuple[int, int, int | None]:
     """Where an array lies, how many real numbers it has, and their kind."""
     dtype = values.dtype
     return values.data.ptr, values.size * (1 + (dtype.kind == "c")), _kind(dtype)
 
 
-@contextmanager
-def _in_runs(held: Held) -> Iterator[gpu_leaves.Leaves]:
-    """The leaves in one run of memory each: where one is not, a copy, which is written back."""
-    if held.there is not None:
-        yield held.there
-        return
-    memory = held.memory
-    runs = [
-        values if is_run(values) else memory.kept(memory.duplicate(values))
-        for values in held.values
-    ]
-    yield _leaves(memory, runs)
-    if held.writable:
-        for values, run in zip(held.values, runs, strict=True):
-            if run is not values:
-                memory.assign(values, run)
-
-
-def _rewrapped(held: Held, new: list[Any]) -> list[Any]:
-    """The leaves again, with new elements."""
-    return [
-        leaf._replace(values=values) if isinstance(leaf, IndexedSlices) else values
-        for leaf, values in zip(held.leaves, new, strict=True)
-    ]
-
-
-# ---- on the host ----
-
-
-def _on_the_host(held: Held) -> host_leaves.Held:
-    """Copies of leaves, to be measured."""
-    arrays: list[Array] = list(map(held.memory.received, held.values))
-    leaves = [
-        leaf._replace(values=array, indices=_indices(leaf, held.memory))
-        if isinstance(leaf, IndexedSlices)
-        else array
-        for leaf, array in zip(held.leaves, arrays, strict=True)
-    ]
-    return host_leaves.hold(leaves, arrays, _merged if held.repeats else None, str, writable=False)
+# ---- slices ----
 
 
 def _merged(leaf: Any, values: Array) -> Iterator[Array] | None:

@@ -1,4 +1,4 @@
-"""CuPy's own words for what `_device` asks of a device, and how it launches Triton's kernels."""
+"""CuPy's own words for what `kernels.gpu.leaves` asks of a device, and how it launches kernels."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gradclip.kernels.gpu.launch import OPTIONS, Reserve
 
 
 class Memory(NamedTuple):
-    """CuPy's names for what `_device` asks of a device; see there."""
+    """CuPy's names for what `kernels.gpu.leaves` asks of a device; see there."""
 
     device: int
     stream: Any
@@ -219,7 +219,7 @@ _MAX_DYNAMIC_SHARED_SIZE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
 @functools.cache
 def _loaded(kernel: Any, constants: tuple[tuple[str, int], ...], device: int) -> _Loaded:
-    """A kernel of `kernels.cuda`, loaded by CuPy: Triton's own launcher takes PyTorch's stream."""
+    """A kernel of Triton's, loaded by CuPy: Triton's own launcher takes PyTorch's stream."""
     capability = int(cupy.cuda.Device(device).compute_capability)
     compiled = compile_for(kernel, constants, capability)
     module = cupy.cuda.Module()

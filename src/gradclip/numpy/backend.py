@@ -12,20 +12,11 @@ import numpy as np
 from gradclip.core.exact import Scaled
 from gradclip.core.sparse import IndexedSlices, check_rows, merged_rows
 from gradclip.core.workers import Workers, workers_of
-from gradclip.kernels.cpu import leaves as host_leaves
-from gradclip.kernels.cpu.leaves import Array, Held
-
-measure, total, share = host_leaves.measure, host_leaves.total, host_leaves.share
-queue, written = host_leaves.queue, host_leaves.written
-check_there, everyone = host_leaves.check_there, host_leaves.everyone
-scalar, scale_ = host_leaves.scalar, host_leaves.scale_
+from gradclip.kernels.cpu import leaves as host
+from gradclip.kernels.cpu.leaves import Array
 
 _ACCEPTED = "float16, bfloat16, float8, float32, float64 and complex arrays"
 _IN_PLACE_FORMATS = ("bsr", "coo", "csc", "csr", "dia")
-
-
-def recorder(values: Sequence[Any], group: Any) -> None:
-    """Nothing records what becomes of an array."""
 
 
 def workers(leaves: Sequence[Any], group: Any) -> Workers | None:  # noqa: ARG001
@@ -33,7 +24,17 @@ def workers(leaves: Sequence[Any], group: Any) -> Workers | None:  # noqa: ARG00
     return workers_of(group)
 
 
-def hold(leaves: Sequence[Any], path: Callable[[int], str], *, writable: bool) -> Held:
+def everyone(leaves: Sequence[Any]) -> None:
+    """Nobody: no array says who has other parts of the same gradient."""
+
+
+def hold(
+    leaves: Sequence[Any],
+    path: Callable[[int], str],
+    *,
+    writable: bool,
+    beside: Any = None,  # noqa: ARG001  (nothing follows what becomes of an array)
+) -> Leaves:
     """Check the leaves and take hold of their memory.
 
     Raises:
@@ -43,43 +44,31 @@ def hold(leaves: Sequence[Any], path: Callable[[int], str], *, writable: bool) -
     """
     values = list(leaves)
     if not values or type(values[0]) is np.ndarray:
-        held = host_leaves.hold_plain(leaves, values, writable=writable)
+        held = host.hold_plain(Leaves, leaves, values, path, writable=writable)
         if held is not None:
-            host_leaves.check_apart(held.memory, path)
             return held
     for place, leaf in enumerate(leaves):
         values[place] = _values(leaf, partial(path, place), writable=writable)
     merged = _merged if any(map(_is_sparse, leaves)) else None
-    return host_leaves.hold(leaves, values, merged, path, writable=writable)
+    return host.hold(Leaves, leaves, values, merged, path, writable=writable)
 
 
-def count_nonfinite(leaf: Any) -> tuple[int, int]:
-    """How many elements are NaN, and how many are inf."""
-    return host_leaves.nonfinite(_values(leaf, str, writable=False))
+class Leaves(host.Leaves):
+    """Arrays, and sparse ones, in this machine's memory."""
 
+    __slots__ = ()
 
-def copied(held: Held) -> list[Any]:
-    """New leaves, bit for bit the old ones."""
-    return _rewrapped(held, [values.copy(order="K") for values in held.values])
+    def count_nonfinite(self, leaf: Any) -> tuple[int, int]:
+        return host.nonfinite(_values(leaf, str, writable=False))
 
+    def scalar(self, norm: Scaled, *, wide: bool = False) -> np.floating[Any]:
+        return self.norm_of_numpy(norm, wide=wide)
 
-def filled(held: Held, value: float) -> list[Any]:
-    """New leaves, every element ``value``."""
-    new = [np.empty_like(values) for values in held.values]
-    host_leaves.fill(new, value)
-    return _rewrapped(held, new)
+    def copied(self) -> list[Any]:
+        return self.rewrapped([values.copy(order="K") for values in self.values])
 
-
-def scaled(held: Held, factor: Scaled) -> list[Any]:
-    """New leaves, every element multiplied."""
-    new = [np.empty_like(values) for values in held.values]
-    host_leaves.scale(held, new, factor)
-    return _rewrapped(held, new)
-
-
-def fill_(held: Held, value: float) -> None:
-    """Put ``value`` into every element."""
-    host_leaves.fill(held.values, value)
+    def rewrapped(self, new: list[Array]) -> list[Any]:
+        return [_rewrap(leaf, values) for leaf, values in zip(self.leaves, new, strict=True)]
 
 
 # ---- one leaf ----
@@ -102,7 +91,7 @@ def _values(leaf: Any, path: Callable[[], str], *, writable: bool) -> Array:
         values = leaf
     if isinstance(values, np.ma.MaskedArray):
         raise TypeError(f"{path()} is a masked array; fill it first: array.filled(0)")
-    if host_leaves.code_dtype(values.dtype) is None:
+    if host.code_dtype(values.dtype) is None:
         raise TypeError(f"{path()} is {values.dtype}; gradclip clips {_ACCEPTED}")
     if writable and isinstance(values, np.generic):
         raise ValueError(f"{path()} is a NumPy scalar, which cannot be written in place")
@@ -130,6 +119,8 @@ def _merged(leaf: Any, values: Array) -> Iterator[Array] | None:
 
 
 def _scipy_values(leaf: Any, path: Callable[[], str], *, writable: bool) -> Array:
+    if not hasattr(leaf, "tocoo"):  # SciPy has more than arrays
+        raise TypeError(f"{path()} is {type(leaf).__name__}; gradclip clips {_ACCEPTED}")
     if leaf.format in _IN_PLACE_FORMATS:
         _check_scipy_indices(leaf, path)
         return np.asarray(leaf.data)
@@ -159,11 +150,6 @@ def _check_scipy_indices(leaf: Any, path: Callable[[], str]) -> None:
             raise ValueError(
                 f"{path()} has an index out of range on axis {axis} of length {length}"
             )
-
-
-def _rewrapped(held: Held, new: list[Array]) -> list[Any]:
-    """The leaves again, with new elements."""
-    return [_rewrap(leaf, values) for leaf, values in zip(held.leaves, new, strict=True)]
 
 
 def _rewrap(leaf: Any, values: Array) -> Any:

@@ -42,7 +42,7 @@ from tensorflow.python.ops import clip_ops
 
 from gradclip import _clip
 from gradclip.core.patch import Patch
-from gradclip.tensorflow.backend import Scope
+from gradclip.tensorflow.graph import Scope
 
 __all__ = ["clip_by_global_norm", "global_norm", "patch"]
 
@@ -177,6 +177,6 @@ class patch(Patch):  # noqa: N801  (used as a function)
                 if vars(module).get(name) is theirs:
                     self._put(module, name, function)
         if importlib.util.find_spec("keras"):
-            from gradclip import keras
+            from gradclip.keras.patch import Installed
 
-            self._undo.append(keras._Installed().undo)
+            self._undo.append(Installed().undo)

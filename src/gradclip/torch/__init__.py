@@ -37,26 +37,25 @@ estimated under `patch`. docs/numerics.md has what else traces a clip.
 
 from __future__ import annotations
 
-import math
 import types
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import utils
 
 from gradclip import _clip
-from gradclip.core.decide import OnNonfinite, check_clip_norm, check_on_nonfinite, check_use_norm
-from gradclip.core.exact import Scaled
+from gradclip.core.decide import OnNonfinite
+from gradclip.core.opening import Opening
 from gradclip.core.patch import Patch
-from gradclip.core.workers import Joint, Workers
-from gradclip.kernels.cpu import ieee_arithmetic
 from gradclip.torch import backend
 from gradclip.torch.clipper import Clipper, clipper_of
-from gradclip.torch.library import number, operand
+from gradclip.torch.library import operand
+from gradclip.torch.norms import check_order, clip_, clip_with_norm_, total_norm
+from gradclip.torch.parameters import Named, gradients_of, listed, path_of_gradient
 
 __all__ = [
     "Clipper",
@@ -69,6 +68,7 @@ __all__ = [
 ]
 
 attach = Clipper
+Clipper.__module__ = __name__  # by which copies are pickled, wherever the code stands
 
 
 def clip_grad_norm_(
@@ -123,8 +123,8 @@ def clip_grad_norm_(
     tensor(5.) tensor([1.5000, 2.0000])
     """
     del foreach
-    with _clip.Opening(group) as opening:
-        given = _listed(parameters, "parameters", opening.seen)
+    with Opening(group) as opening:
+        given = listed(parameters, "parameters", opening.seen)
         # Of the parameters, since a worker may have no gradient and still has to take part.
         workers = opening.workers = backend.workers(given.tensors, group)
         if isinstance(parameters, types.GeneratorType) and not given.tensors:
@@ -132,17 +132,17 @@ def clip_grad_norm_(
                 "`parameters` is an empty generator, no gradient clipping will occur.",
                 stacklevel=2,
             )
-        order, error_if_nonfinite = _order(norm_type), bool(error_if_nonfinite)
-        grads = _gradients(given)
+        order, error_if_nonfinite = check_order(norm_type), bool(error_if_nonfinite)
+        grads = gradients_of(given)
     if workers is None and torch.compiler.is_compiling():
         if on_nonfinite is not None:
-            check_on_nonfinite(on_nonfinite)
+            _clip.check_policy(on_nonfinite)
         limit = operand("max_norm", max_norm)
         policy = (on_nonfinite or "", error_if_nonfinite)
         return torch.ops.gradclip.clip_grads_(grads, limit, order, *policy)
-    return _clip_grads_(
+    return clip_(
         grads,
-        partial(_path_of_gradient, given),
+        partial(path_of_gradient, given),
         max_norm,
         order,
         on_nonfinite,
@@ -183,13 +183,13 @@ def get_total_norm(
     tensor(5.)
     """
     del foreach
-    with _clip.Opening(group) as opening:
-        given = _listed(tensors, "tensors", opening.seen)
+    with Opening(group) as opening:
+        given = listed(tensors, "tensors", opening.seen)
         workers = opening.workers = backend.workers(given.tensors, group)
-        order, error_if_nonfinite = _order(norm_type), bool(error_if_nonfinite)
+        order, error_if_nonfinite = check_order(norm_type), bool(error_if_nonfinite)
     if workers is None and torch.compiler.is_compiling():
         return torch.ops.gradclip.total_norm(given.tensors, order, error_if_nonfinite)
-    return _total_norm(given.tensors, given.path, order, error_if_nonfinite, workers)
+    return total_norm(given.tensors, given.path, order, error_if_nonfinite, workers)
 
 
 def clip_grads_with_norm_(
@@ -220,13 +220,13 @@ def clip_grads_with_norm_(
     tensor([1.5000, 2.0000])
     """
     del foreach
-    given = _listed(parameters, "parameters", [])
-    grads = _gradients(given)
+    given = listed(parameters, "parameters", [])
+    grads = gradients_of(given)
     if torch.compiler.is_compiling():
         limits = operand("max_norm", max_norm), operand("total_norm", total_norm)
         torch.ops.gradclip.clip_grads_with_norm_(grads, *limits)
     else:
-        _clip_grads_with_norm_(grads, partial(_path_of_gradient, given), max_norm, total_norm)
+        clip_with_norm_(grads, partial(path_of_gradient, given), max_norm, total_norm)
 
 
 class patch(Patch):  # noqa: N801  (used as a function)
@@ -248,326 +248,3 @@ class patch(Patch):  # noqa: N801  (used as a function)
             for module in (utils, utils.clip_grad):
                 if hasattr(module, function.__name__):
                     self._put(module, function.__name__, function)
-
-
-# ---- the arguments ----
-
-
-Named = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
-
-
-class _Listed(NamedTuple):
-    """What was given, in a row."""
-
-    tensors: list[Any]
-    called: str  # what the function calls it
-    names: Sequence[str] | None = None
-
-    def path(self, place: int) -> str:
-        """What an error calls one of them."""
-        return f"{self.called}[{place}]" if self.names is None else self.names[place]
-
-
-def _listed(given: Tensor | Iterable[Tensor] | Named, called: str, seen: list[Tensor]) -> _Listed:
-    """Tensors in a row, with their names if they have some; in ``seen`` too, as far as it goes.
-
-    Raises:
-        TypeError: what is given holds no tensors, or others than those meant.
-    """
-    if isinstance(given, _MAPPINGS):
-        seen.extend(given.values())
-        known = called != "parameters" or any(map(_may_have_gradient, seen))
-        if not known and seen and all(isinstance(each, Tensor) for each in seen):
-            raise TypeError(_no_tensors(given, called))
-        return _Listed(seen, called, list(map(str, given)))
-    if isinstance(given, _HOLDERS):
-        seen.extend(_tensors_in(given))  # which tell who is to hear of an error
-        if not hasattr(given, "__iter__") or not all(isinstance(x, Tensor) for x in given):
-            raise TypeError(_no_tensors(given, called))
-        seen.clear()
-    try:
-        items: Any = iter([given] if isinstance(given, Tensor) else given)
-    except TypeError:
-        raise TypeError(_no_tensors(given, called)) from None
-    if isinstance(given, str):
-        raise TypeError(_no_tensors(given, called))
-    names = None
-    try:
-        seen.extend(items)
-    finally:
-        pairs: Any = seen
-        if pairs and all(map(_is_named, pairs)):
-            names = [name for name, _ in pairs]
-            seen[:] = [tensor for _, tensor in pairs]
-    return _Listed(seen, called, names)
-
-
-_HOLDERS = (torch.nn.Module, torch.optim.Optimizer)
-_MAPPINGS = (dict, Mapping, torch.nn.ParameterDict)
-
-
-def _is_named(pair: Any) -> bool:
-    return type(pair) is tuple and len(pair) == 2 and isinstance(pair[0], str)
-
-
-def _tensors_in(holder: Any) -> list[Any]:
-    """The parameters that a model or an optimizer holds."""
-    if isinstance(holder, torch.optim.Optimizer):
-        return [parameter for group in holder.param_groups for parameter in group["params"]]
-    return list(holder.parameters())
-
-
-def _may_have_gradient(tensor: Any) -> bool:
-    """If it is no weight of a ``state_dict``."""
-    if isinstance(tensor, torch.nn.Parameter):
-        return True
-    return isinstance(tensor, Tensor) and (tensor.requires_grad or tensor.grad is not None)
-
-
-def _no_tensors(given: Any, called: str) -> str:
-    what = type(given).__name__
-    if isinstance(given, _MAPPINGS):
-        what += " of tensors that have no gradients, as a state_dict is"
-    hint = f"{called} are tensors, as model.parameters() gives them"
-    if called == "tensors":
-        hint = "tensors are [p.grad for p in model.parameters() if p.grad is not None], or others"
-    if isinstance(given, torch.optim.Optimizer):
-        hint += "; gradclip.torch.attach takes an optimizer"
-    return f"{called} is {what}; {hint}"
-
-
-def _gradients(given: _Listed) -> list[Tensor]:
-    try:
-        grads = [each.grad for each in given.tensors]
-    except AttributeError:
-        _check_tensors(given)
-        raise
-    return [gradient for gradient in grads if gradient is not None]
-
-
-def _check_tensors(given: _Listed) -> None:
-    for place, tensor in enumerate(given.tensors):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(
-                f"{given.path(place)} is {type(tensor).__name__}; {given.called} are tensors, or "
-                "pairs of a name and a tensor, as model.named_parameters() gives them"
-            )
-
-
-def _path_of_gradient(given: _Listed, place: int) -> str:
-    places = [i for i, parameter in enumerate(given.tensors) if parameter.grad is not None]
-    return f"{given.path(places[place])}.grad"
-
-
-def _order(norm_type: Any) -> float:
-    try:
-        order = float(norm_type)
-    except (TypeError, ValueError):
-        raise TypeError(f"norm_type is {norm_type!r}; it must be a number") from None
-    if not order > 0:
-        raise ValueError(f"norm_type is {norm_type!r}; it must be above 0 (inf: the largest |x|)")
-    return order
-
-
-# ---- the flow ----
-
-
-def _measured(
-    held: Any, order: float, error_if_nonfinite: bool, part: Joint | None
-) -> _clip.Measured:
-    if order == 2:
-        found = _clip.measured(backend, held, part)
-    else:
-        found = _measured_of_order(held, order, part)
-    if error_if_nonfinite and not math.isfinite(found.norm.significand):
-        _refuse(order)
-    return found
-
-
-def _refuse(order: float) -> None:
-    raise RuntimeError(
-        f"The total norm of order {order} for gradients from `parameters` is non-finite, so it "
-        "cannot be clipped. To disable this error and scale the gradients by the non-finite "
-        "norm anyway, set `error_if_nonfinite=False`"
-    )
-
-
-def _measured_of_order(held: Any, order: float, part: Joint | None) -> _clip.Measured:
-    wide = backend.is_wide(held)
-    if part is None:
-        powers = [backend.powers_of_order(held, order)]
-        return _clip.Measured(backend.norm_of_order(powers, order, wide=wide))
-    mine = backend.powers_of_order(backend.counted(held, part), order)
-    every, wide = part.gathered(mine, wide=wide)
-    return _clip.Measured(backend.norm_of_order(every.tolist(), order, wide=wide), wide)
-
-
-@backend.looked_away_from
-def _total_norm(
-    tensors: list[Tensor],
-    path: Callable[[int], str],
-    order: float,
-    error_if_nonfinite: bool,
-    workers: Workers | None = None,
-) -> Tensor:
-    with ieee_arithmetic(), _clip.taking_part(workers) as part:
-        if part is not None:
-            part.asked(norm_type=order, error_if_nonfinite=error_if_nonfinite)
-        held = backend.hold(tensors, path, writable=False)
-        if held.unread is not None and part is None:
-            norm = _total_norm_op(held.leaves, order, error_if_nonfinite)
-            return _asked(norm, error_if_nonfinite)
-        if len(once := backend.distinct(tensors)) < len(tensors):
-            held = backend.hold(once, str, writable=False)
-        queue = backend.queue(held) if part is None and order == 2 else None
-        if queue is not None:
-            norm = queue.norm()
-            if (
-                error_if_nonfinite
-                and not math.isfinite(norm)
-                and _clip.any_nonfinite(backend, tensors)
-            ):
-                _refuse(order)
-            return norm
-        found = _measured(held, order, error_if_nonfinite, part)
-        return backend.scalar(found.norm, held, wide=found.wide)
-
-
-@backend.looked_away_from
-def _clip_grads_(
-    grads: list[Tensor],
-    path: Callable[[int], str],
-    max_norm: Any,
-    order: float,
-    on_nonfinite: OnNonfinite | None,
-    error_if_nonfinite: bool,
-    workers: Workers | None = None,
-) -> Tensor:
-    with torch.no_grad(), ieee_arithmetic(), _clip.taking_part(workers) as part:
-        if on_nonfinite is not None:
-            check_on_nonfinite(on_nonfinite)
-        max_norm, _ = _clip.limits_read(max_norm, None, "max_norm")
-        held = backend.hold(grads, path, writable=True)
-        if held.unread is not None and part is None:
-            backend.check_not_functionalized()
-            limit, _ = _clip.limits_there(held.unread, max_norm, None, "max_norm")
-            policy = (on_nonfinite or "", error_if_nonfinite)
-            norm = _clip_grads_op(held.leaves, operand("max_norm", limit), order, *policy)
-            return _asked(norm, error_if_nonfinite)
-        queue = backend.queue(held) if part is None and order == 2 else None
-        if queue is not None:
-            refuse = partial(_refuse, order) if error_if_nonfinite else None
-            return _queued_(grads, path, queue, max_norm, None, on_nonfinite, refuse)
-        limit = check_clip_norm(max_norm, "max_norm")
-        if part is not None:
-            part.asked(
-                max_norm=limit,
-                norm_type=order,
-                on_nonfinite=on_nonfinite,
-                error_if_nonfinite=error_if_nonfinite,
-            )
-        found = _measured(held, order, error_if_nonfinite, part)
-        _act_(grads, path, held, found.norm, limit, on_nonfinite, part)
-        return backend.scalar(found.norm, held, wide=found.wide)
-
-
-@backend.looked_away_from
-def _clip_grads_with_norm_(
-    grads: list[Tensor], path: Callable[[int], str], max_norm: Any, total_norm: Any
-) -> None:
-    with torch.no_grad(), ieee_arithmetic():
-        limits = _clip.limits_read(max_norm, total_norm, "max_norm", "total_norm")
-        max_norm, total_norm = limits
-        held = backend.hold(grads, path, writable=True)
-        if held.unread is not None:
-            backend.check_not_functionalized()
-            names = "max_norm", "total_norm"
-            limits = _clip.limits_there(held.unread, max_norm, total_norm, *names)
-            _clip_grads_with_norm_op(held.leaves, *map(operand, names, limits))
-            return
-        queue = backend.queue(held)
-        if queue is not None:
-            _queued_(grads, path, queue, max_norm, total_norm, None)
-            return
-        limit = check_clip_norm(max_norm, "max_norm")
-        norm = check_use_norm(total_norm, "total_norm")
-        _act_(grads, path, held, norm, limit, None)
-
-
-def _asked(norm: Tensor, error_if_nonfinite: bool) -> Tensor:
-    """A norm that may be without a value: if it is finite PyTorch refuses to say, as in its own."""
-    if error_if_nonfinite and not backend.is_written_down():
-        bool(norm.isfinite())
-    return norm
-
-
-def _queued_(
-    grads: list[Tensor],
-    path: Callable[[int], str],
-    queue: Any,
-    max_norm: Any,
-    total_norm: Any,
-    on_nonfinite: OnNonfinite | None,
-    refuse: Callable[[], None] | None = None,
-) -> Tensor:
-    """Clip in a device's memory, without waiting unless a norm may have to be refused."""
-    limits = _clip.limits_there(queue, max_norm, total_norm, "max_norm", "total_norm")
-    policy = on_nonfinite or "factor"
-    norm: Tensor = _clip.queued_(backend, queue, grads, path, *limits, policy, refuse)
-    return norm
-
-
-def _act_(
-    grads: list[Tensor],
-    path: Callable[[int], str],
-    held: Any,
-    norm: Scaled,
-    limit: float,
-    on_nonfinite: OnNonfinite | None,
-    part: Joint | None = None,
-) -> None:
-    if on_nonfinite is None and math.isinf(limit):
-        return  # only measured, whatever the norm
-    if on_nonfinite is None and math.isinf(norm.significand):
-        backend.scale_(held, Scaled(0.0, 0))  # PyTorch's factor: what is inf becomes NaN
-    else:
-        action = _clip.decided(backend, grads, path, norm, limit, on_nonfinite or "nan", part=part)
-        _clip.carry_out_(backend, held, action)
-
-
-# ---- operations that torch.compile takes as they are ----
-
-
-def _float64_of(grads: list[Tensor]) -> Tensor:
-    wide = any(grad.dtype in (torch.float64, torch.complex128) for grad in grads)
-    device = grads[0].device if grads else "cpu"
-    return torch.empty((), dtype=torch.float64 if wide else torch.float32, device=device)
-
-
-@torch.library.custom_op("gradclip::clip_grads_", mutates_args=("grads",))
-def _clip_grads_op(
-    grads: list[Tensor],
-    max_norm: Tensor,
-    norm_type: float,
-    on_nonfinite: str,
-    error_if_nonfinite: bool,
-) -> Tensor:
-    policy: Any = on_nonfinite or None
-    path = "gradients[{}]".format
-    return _clip_grads_(grads, path, number(max_norm), norm_type, policy, error_if_nonfinite)
-
-
-@torch.library.custom_op("gradclip::clip_grads_with_norm_", mutates_args=("grads",))
-def _clip_grads_with_norm_op(grads: list[Tensor], max_norm: Tensor, total_norm: Tensor) -> None:
-    limits = number(max_norm), number(total_norm)
-    _clip_grads_with_norm_(grads, "gradients[{}]".format, *limits)
-
-
-@torch.library.custom_op("gradclip::total_norm", mutates_args=())
-def _total_norm_op(tensors: list[Tensor], norm_type: float, error_if_nonfinite: bool) -> Tensor:
-    return _total_norm(tensors, "tensors[{}]".format, norm_type, error_if_nonfinite)
-
-
-_clip_grads_op.register_fake(lambda grads, *_: _float64_of(grads))
-_clip_grads_with_norm_op.register_fake(lambda *_: None)
-_total_norm_op.register_fake(lambda tensors, *_: _float64_of(tensors))

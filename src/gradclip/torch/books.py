@@ -1,62 +1,292 @@
-"""What is known of an optimizer's steps where a device knows it: norms, factors and counts."""
+"""What is known of an optimizer's steps: norms, factors and counts.
+
+Whoever decides about a step keeps the books: the host, or a device, for which it does not wait.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
-# Words of 8 bytes, as `kernels.cuda.measure` has them.
-STEPS, CLIPPED, LATEST, DIVISOR, SKIPPED, SKIPS, _BEFORE, _WORDS = 0, 1, 2, 3, 4, 5, 6, 10
+from gradclip.core.decide import Fill, Keep, Scale, at_most
+from gradclip.core.exact import Scaled
+from gradclip.core.held import Clip
+from gradclip.core.opening import taking_part
+from gradclip.kernels.cpu.arithmetic import ieee_arithmetic
+from gradclip.torch.gradients import Gradients
+from gradclip.torch.step import (
+    Outcome,
+    StandIn,
+    Step,
+    StepSkippedError,
+    can_be_told,
+    carried_out,
+    cpu_tensor,
+    factor_of,
+)
+
+COUNTS = ("begun", "steps", "clipped_steps", "skipped_steps")
 
 
-class There:
-    """What a clipper knows of its steps, where it is a device that knows it."""
+class Known(NamedTuple):
+    """What stands in books, for others that go on from there."""
 
-    def __init__(self, memory: Any, lists: int) -> None:
-        self._memory = memory
-        self.words: Tensor = memory.zeros(_WORDS)
-        self.factors: list[Tensor] = list(memory.zeros(lists).view(torch.float64).fill_(1.0))
-        self.norms: list[Tensor] = [memory.scalar(wide=False).zero_() for _ in range(lists)]
+    norms: list[float]
+    factors: list[float]
+    wide: bool
+    counts: dict[str, int]
 
-    @property
-    def divisor(self) -> Tensor:
-        """What a fused optimizer divides by."""
-        return self.words.view(torch.float32)[2 * DIVISOR]
+    @classmethod
+    def nothing(cls, lists: int) -> Known:
+        """Of no step yet, in which so many lists of gradients are to be clipped."""
+        return cls([0.0] * lists, [1.0] * lists, False, dict.fromkeys(COUNTS, 0))
 
-    @property
-    def skips(self) -> Tensor:
-        """1 where a fused optimizer is to take no step, else 0."""
-        return self.words.view(torch.float32)[2 * SKIPS]
+
+class _Counts:
+    """How many steps were begun, taken, clipped and skipped, as far as the host knows."""
+
+    __slots__ = ("counts",)
+
+    def __init__(self, known: Known) -> None:
+        self.counts = dict(known.counts)
+
+    def note(self, outcome: Outcome) -> None:
+        """A step has been taken."""
+        self.counts["begun"] += 1
+        self.counts["steps"] += outcome.taken
+        self.counts["clipped_steps"] += outcome.clipped
 
     def take_back(self) -> None:
-        """Count the latest step no more."""
-        now = [STEPS, CLIPPED, LATEST, SKIPPED]
-        self.words[now] = self.words[_BEFORE:].clone()
+        """Have the latest step not counted if it was not taken: nor has it been, on the host."""
 
-    def into(
-        self, place: int, wide: bool, amp: Sequence[Tensor | None], *, folds: bool
-    ) -> dict[str, Any]:
-        """Where the norm of one list, and all that comes with it, are to be written."""
-        if wide != (self.norms[place].dtype is torch.float64):
-            self.norms[place] = self._memory.scalar(wide=wide).zero_()
+
+class Here(_Counts):
+    """Books that the host keeps: steps are counted when they have been taken."""
+
+    __slots__ = ("factors", "norms", "wide")
+
+    device = None
+
+    def __init__(self, known: Known) -> None:
+        super().__init__(known)
+        self.norms, self.factors, self.wide = known[:3]
+
+    def norm(self, *, per_group: bool) -> Tensor:
+        """The global norm of the latest step; of each list, if ``per_group``."""
+        dtype = torch.float64 if self.wide else torch.float32
+        with ieee_arithmetic():
+            return cpu_tensor(self.norms if per_group else self.norms[0], dtype)
+
+    def factor(self, *, per_group: bool) -> Tensor:
+        """What gradients were multiplied by in it."""
+        with ieee_arithmetic():
+            return cpu_tensor(self.factors if per_group else self.factors[0], torch.float64)
+
+    def count(self, name: str) -> Tensor:
+        """One of the counts, int64."""
+        return cpu_tensor(self.counts[name], torch.int64)
+
+    def state(self) -> dict[str, int]:
+        """The counts, read."""
+        return dict(self.counts)
+
+    def known(self) -> Known:
+        """All of it, read."""
+        return Known(self.norms, self.factors, self.wide, self.state())
+
+    def clip(self, step: Step) -> Outcome:
+        """Clip gradients once the host has seen their norms.
+
+        Raises:
+            StepSkippedError: the step is not to be taken.
+        """
+        # Alone, nothing is stepped where a gradient overflowed under GradScaler's scale.
+        if step.part is None and step.found_inf:
+            return Outcome()
+        limits, scale = step.limits(), step.scale()
+        norms, actions = zip(*_decided(step, limits, scale), strict=True)
+        self.norms = list(map(float, norms))
+        self.wide = any(each.wide for each in step.lists)
+        finite = all(math.isfinite(norm.significand) for norm in norms)
+        if step.on_nonfinite == "skip" and not finite:
+            self._skip()
+        self.factors = list(map(factor_of, actions))
+        return Outcome(
+            taken=True,
+            clipped=not all(map(at_most, norms, limits)),
+            stand_in=carried_out(step, actions, scale),
+        )
+
+    def _skip(self) -> NoReturn:
+        self.factors = [1.0] * len(self.norms)
+        self.counts["begun"] += 1
+        self.counts["skipped_steps"] += 1
+        raise StepSkippedError(
+            f"the global norm is {', '.join(map(str, self.norms))}, and this step is to be "
+            "skipped; but optimizer.step is no longer what attach has made of it: remove() the "
+            "clipper, and attach again after whatever has replaced it"
+        )
+
+
+def _decided(
+    step: Step, limits: Sequence[float], scale: float
+) -> list[tuple[Scaled, Keep | Fill | Scale]]:
+    """The norm of each list of gradients, and what is to be done to them."""
+    part = step.part
+    if part is not None:
+        part.asked(max_norm=limits, on_nonfinite=step.on_nonfinite, grad_scale=scale)
+    policy: Any = "keep" if step.on_nonfinite == "skip" else step.on_nonfinite
+    found = [step.lists[0].decided(limits[0], policy, scale, part)]
+    for each, limit in zip(step.lists[1:], limits[1:], strict=True):
+        with taking_part(None if part is None else part.workers) as another:
+            found.append(each.decided(limit, policy, scale, another))
+    return found
+
+
+# ---- in a device's memory ----
+
+# Words of 8 bytes, as `kernels.gpu.triton.measure` has them.
+_STEPS, _CLIPPED, _LATEST, _DIVISOR, _SKIPPED, _SKIPS, _BEFORE, _WORDS = 0, 1, 2, 3, 4, 5, 6, 10
+_WORD = {"steps": _STEPS, "clipped_steps": _CLIPPED, "skipped_steps": _SKIPPED}
+
+
+class There(_Counts):
+    """Books that a device keeps: it counts a step when it clips."""
+
+    __slots__ = ("_factors", "_is_open", "_memory", "_norms", "_words")
+
+    def __init__(self, memory: Any, known: Known) -> None:
+        super().__init__(known)
+        lists = len(known.norms)
+        self._memory = memory
+        self._words: Tensor = memory.zeros(_WORDS)
+        self._factors: list[Tensor] = list(memory.zeros(lists).view(torch.float64).fill_(1.0))
+        self._norms: list[Tensor] = [memory.scalar(wide=False).zero_() for _ in range(lists)]
+        self._is_open = False  # if the latest step has been counted, and may not have been taken
+
+    @property
+    def device(self) -> Any:
+        """In whose memory they are kept; None for the host's."""
+        return self._memory.device
+
+    def norm(self, *, per_group: bool) -> Tensor:
+        """The global norm of the latest step; of each list, if ``per_group``."""
+        return _told(self._norms, per_group=per_group)
+
+    def factor(self, *, per_group: bool) -> Tensor:
+        """What gradients were multiplied by in it."""
+        return _told(self._factors, per_group=per_group)
+
+    def count(self, name: str) -> Tensor:
+        """One of the counts, int64."""
+        return self._words[_WORD[name]] + self.counts[name]
+
+    def state(self) -> dict[str, int]:
+        """The counts, read."""
+        return {**self.counts, **{name: int(self.count(name)) for name in _WORD}}
+
+    def known(self) -> Known:
+        """All of it, read."""
+        wide = any(norm.dtype is torch.float64 for norm in self._norms)
+        return Known(
+            list(map(float, self._norms)), list(map(float, self._factors)), wide, self.state()
+        )
+
+    def clip(self, step: Step) -> Outcome:
+        """Have gradients clipped where they lie."""
+        limits = step.limits()
+        # A fused optimizer that divides by the scale divides by the factor at no cost. Without a
+        # scale it would write each gradient back for it, clipped or not.
+        folds = step.is_of_one_list and step.grad_scale is not None and can_be_told(step.optimizer)
+        self._is_open = True
+        for number, limit in enumerate(limits):
+            self._clip(step, number, limit, folds=folds)
+        told: dict[str, Tensor] = {}
+        words = self._words.view(torch.float32)
+        if folds:
+            told["grad_scale"] = words[2 * _DIVISOR]
+        if step.on_nonfinite == "skip":
+            told["found_inf"] = words[2 * _SKIPS]
+        return Outcome(stand_in=StandIn.of(step.optimizer, told) if told else None)
+
+    def _clip(self, step: Step, number: int, limit: Any, *, folds: bool) -> None:
+        """Clip one list, and tell the device where its norm, and all that comes with it, go."""
         from gradclip.kernels.gpu.leaves import Ledger  # of which nobody has need without a device
 
-        scale, found_inf = (0 if each is None else each.data_ptr() for each in amp)
+        gradients = step.lists[number]
+        held = gradients.held()
+        if held.wide != (self._norms[number].dtype is torch.float64):
+            self._norms[number] = self._memory.scalar(wide=held.wide).zero_()
         ledger = Ledger(
-            words=self.words.data_ptr(),
-            factor=self.factors[place].data_ptr(),
-            begins=int(place == 0),
+            words=self._words.data_ptr(),
+            factor=self._factors[number].data_ptr(),
+            begins=int(number == 0),
             folds=int(folds),
-            scale=scale,
-            found_inf=found_inf,
+            scale=_address(step.grad_scale),
+            found_inf=_address(step.found_inf),
         )
-        return {"norm": self.norms[place], "ledger": ledger}
+        into = {"norm": self._norms[number], "ledger": ledger}
+        held.clip_(_Noted(gradients, limit, step.on_nonfinite, into))
 
-    def told(self, scalars: Sequence[Tensor], *, per_group: bool) -> Tensor:
-        """A copy that later steps leave alone."""
-        wide = any(each.dtype is torch.float64 for each in scalars)
-        every = [each.double() if wide else each for each in scalars]
-        return torch.stack(every) if per_group else every[0].clone()
+    def note(self, outcome: Outcome) -> None:
+        """A step has been taken."""
+        super().note(outcome)
+        self._is_open = False
+
+    def take_back(self) -> None:
+        """Count the latest step no more if it was not taken."""
+        if self._is_open:
+            now = [_STEPS, _CLIPPED, _LATEST, _SKIPPED]
+            self._words[now] = self._words[_BEFORE:].clone()
+            self._is_open = False
+
+
+class _Noted(Clip):
+    """A clip of gradients, of which a device writes down what it finds."""
+
+    __slots__ = ("into",)
+
+    def __init__(
+        self, gradients: Gradients, limit: Any, on_nonfinite: str, into: Mapping[str, Any]
+    ) -> None:
+        super().__init__(gradients.tensors, gradients.path, limit, None, on_nonfinite)
+        self.into = into
+
+
+def _address(amp: Tensor | None) -> int:
+    return 0 if amp is None else amp.data_ptr()
+
+
+def _told(scalars: Sequence[Tensor], *, per_group: bool) -> Tensor:
+    """A copy that later steps leave alone."""
+    wide = any(each.dtype is torch.float64 for each in scalars)
+    every = [each.double() if wide else each for each in scalars]
+    return torch.stack(every) if per_group else every[0].clone()
+
+
+# ---- which of them ----
+
+Books = Here | There
+
+
+def kept_for(step: Step, books: Books) -> Books:
+    """The books, where a step needs them.
+
+    Raises:
+        TypeError, ValueError: a schedule gives no number, or one out of range.
+    """
+    if step.memory is None:
+        return on_host(books)
+    if books.device == step.memory.device:
+        return books
+    step.limits()  # an error in one leaves the books as they are
+    return There(step.memory, books.known())
+
+
+def on_host(books: Books) -> Books:
+    """The books, kept by the host."""
+    return books if books.device is None else Here(books.known())

@@ -8,60 +8,36 @@ by a number that they are given, so clipping takes no pass of its own.
 from __future__ import annotations
 
 import copy
-import functools
-import inspect
-import math
 import sys
 import threading
 import weakref
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from operator import is_
-from types import MethodType
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gradclip import _clip
-from gradclip.core.decide import (
-    Fill,
-    Keep,
-    OnNonfiniteStep,
-    Scale,
-    at_most,
-    check_clip_norm,
-    check_on_nonfinite,
-)
-from gradclip.core.exact import Scaled
-from gradclip.core.workers import Joint
-from gradclip.kernels.cpu import ieee_arithmetic
-from gradclip.torch import backend
-from gradclip.torch.books import CLIPPED, SKIPPED, STEPS, There
-from gradclip.torch.gradients import Gradients, Place, leave, names_in, unscaled
+from gradclip.core.decide import OnNonfiniteStep, check_on_nonfinite
+from gradclip.core.opening import Opening, taking_part
+from gradclip.kernels.cpu.arithmetic import ieee_arithmetic
+from gradclip.torch import books, hooks
+from gradclip.torch.backend import workers as workers_among
+from gradclip.torch.following import looked_away_from
+from gradclip.torch.frames import is_under_way, is_within_another
+from gradclip.torch.limits import Limit, Limits
+from gradclip.torch.places import Places
 from gradclip.torch.step import (
     HOOKS,
     KEY,
     Outcome,
-    StandIn,
+    Step,
     StepSkippedError,
-    can_be_told,
-    carried_out,
     check_arguments,
     check_unrecorded,
-    cpu_tensor,
-    factor_of,
-    is_under_way,
-    is_within_another,
 )
 
-# What a limit may be: a number, or a schedule: from how many steps were begun before to a number.
-Limit = float | Callable[[int], Any]
 
-_HOOKS = {HOOKS: "_before_step", "_optimizer_step_post_hooks": "_after_step"}
-
-
-class Clipper:
+class Clipper(hooks.Hooked):
     """Clips gradients inside of ``optimizer.step()`` by the global norm of its parameters.
 
     ::
@@ -130,25 +106,14 @@ class Clipper:
     __slots__ = (
         "__weakref__",
         "_args",
-        "_begun",
-        "_catches",
-        "_clipped_steps",
-        "_factors",
+        "_books",
         "_finalizer",
         "_group",
         "_limits",
-        "_norms",
         "_on_nonfinite",
-        "_optimizer",
         "_outcome",
-        "_per_group",
         "_places",
-        "_shapes",
-        "_skipped_steps",
-        "_steps",
-        "_there",
         "_thread",
-        "_wide",
     )
 
     # Of the step that is under way, or has failed: on which thread, what it was given in place of
@@ -156,10 +121,6 @@ class Clipper:
     _thread: int
     _args: tuple[Any, ...] | None
     _outcome: Outcome
-    _places: list[Place]
-    _shapes: list[tuple[int, Any]]  # of the parameter groups: how many there are, their names
-    _catches: tuple[Any, Any] | None  # a step that may be skipped, and what it has replaced
-    _there: There | None  # the books, if it is a device's memory in which they are kept
 
     def __init__(
         self,
@@ -169,77 +130,49 @@ class Clipper:
         on_nonfinite: OnNonfiniteStep = "nan",
         group: Any = None,
     ) -> None:
-        workers = None if group is None else backend.workers([], group)
-        with _clip.taking_part(workers) as part:
+        workers = None if group is None else workers_among([], group)
+        with taking_part(workers) as part:
             check_on_nonfinite(on_nonfinite, steps=True)
-            self._optimizer = _that_steps(optimizer)
-            self._per_group = _is_list(max_norm)
-            self._limits = _limits(max_norm)
-            self._check_number_of_limits(self._optimizer)
+            self._optimizer = hooks.that_steps(optimizer)
+            self._limits = Limits.of(max_norm)
+            self._limits.check_number(self._optimizer)
             if clipper_of(self._optimizer) is not None:
                 raise ValueError(
                     "the optimizer has a clipper already, as a copy of an attached one has; "
                     "gradclip.torch.clipper_of(optimizer).remove() takes it off"
                 )
             if part is not None:
-                part.asked(limits=len(self._limits), on_nonfinite=on_nonfinite)
+                part.asked(limits=len(self._limits.every), on_nonfinite=on_nonfinite)
                 part.meet()
         self._on_nonfinite: OnNonfiniteStep = on_nonfinite
         self._group = group
-        self._norms = [0.0] * len(self._limits)
-        self._factors = [1.0] * len(self._limits)
-        self._wide = False
-        self._begun = self._steps = self._clipped_steps = self._skipped_steps = 0
-        self._leave_off()
-        self._hook_on()
+        self._begin(books.Known.nothing(len(self._limits.every)))
+        self._hook_on(skips=on_nonfinite == "skip")
         try:
-            self._find_places(self._optimizer)
+            self._places.find(self._optimizer)
         except BaseException:
             self.remove()
             raise
 
-    def _leave_off(self) -> None:
-        """Begin with no step, no place and no books."""
-        self._places, self._shapes, self._there, self._catches = [], [], None, None
+    def _begin(self, known: books.Known) -> None:
+        """Begin with no step, no place, and books that the host keeps."""
+        self._books: books.Books = books.Here(known)
+        self._places = Places()
         self._end_step()
         # The watches go with the optimizer, though parameters may outlive it.
-        self._finalizer = weakref.finalize(self._optimizer, leave, self._places)
-
-    def _hook_on(self) -> None:
-        """Have the optimizer's steps clipped, and its copies too."""
-        ours: Any = vars(self._optimizer)
-        for name, hook in _HOOKS.items():
-            # After a step ours comes first: it has been taken, whatever others make of it.
-            hooks = ours.setdefault(name, OrderedDict())
-            hooks[KEY] = getattr(self, hook)
-            hooks.move_to_end(KEY, last=name == HOOKS)
-        ours["__getstate__"] = self._with_state_of_optimizer
-        if _copies_itself(type(self._optimizer)):
-            ours["__deepcopy__"] = ours["__reduce_ex__"] = self._refuse_copy
-        if self._on_nonfinite == "skip":
-            replaced = ours.get("step")
-            ours["step"] = MethodType(_catching(self._optimizer.step), self._optimizer)
-            self._catches = ours["step"], replaced
+        self._finalizer = weakref.finalize(self._optimizer, self._places.leave)
 
     def remove(self) -> None:
         """Clip no more; what was counted stays."""
-        ours: Any = vars(self._optimizer)
         if clipper_of(self._optimizer) is self:
-            for name in _HOOKS:
-                ours[name].pop(KEY)
-            for name in ("__getstate__", "__deepcopy__", "__reduce_ex__"):
-                ours.pop(name, None)
-            # Where another has replaced it, it stays within that one, and catches nothing.
-            if self._catches is not None and ours.get("step") is self._catches[0]:
-                del ours["step"]
-                if self._catches[1] is not None:
-                    ours["step"] = self._catches[1]
+            self._hook_off()
         self._finalizer()
 
     # ---- what it tells, and is told ----
 
     def __repr__(self) -> str:
-        told = [f"{name}={getattr(self, name).tolist()}" for name in ("norm", "factor", *_COUNTS)]
+        names = ("norm", "factor", "steps", "clipped_steps", "skipped_steps")
+        told = [f"{name}={getattr(self, name).tolist()}" for name in names]
         return f"Clipper(max_norm={self.max_norm}, {', '.join(told)})"
 
     @property
@@ -249,61 +182,40 @@ class Clipper:
         Raises:
             TypeError, ValueError: it is set to what is none, or to another number of them.
         """
-        return tuple(self._limits) if self._per_group else self._limits[0]
+        return self._limits.given
 
     @max_norm.setter
     def max_norm(self, max_norm: Any) -> None:
-        limits = _limits(max_norm)
-        if _is_list(max_norm) != self._per_group or len(limits) != len(self._limits):
-            ours = f"{len(self._limits)} limits" if self._per_group else "one limit for all groups"
-            raise ValueError(f"max_norm is {max_norm!r}; this clipper has {ours}: attach another")
-        self._limits = limits
+        self._limits = self._limits.replaced_by(max_norm)
 
     @property
     def norm(self) -> Tensor:
         """The global norm of the latest step, as it was before clipping."""
-        if self._there is not None:
-            return self._there.told(self._there.norms, per_group=self._per_group)
-        return self._tensor(self._norms, torch.float64 if self._wide else torch.float32)
+        return self._books.norm(per_group=self._limits.per_group)
 
     @property
     def factor(self) -> Tensor:
         """What gradients were multiplied by in the latest step, float64."""
-        if self._there is not None:
-            return self._there.told(self._there.factors, per_group=self._per_group)
-        return self._tensor(self._factors, torch.float64)
+        return self._books.factor(per_group=self._limits.per_group)
 
     @property
     def steps(self) -> Tensor:
         """How many steps were taken, int64."""
-        return self._count(self._steps, STEPS)
+        return self._settled().count("steps")
 
     @property
     def clipped_steps(self) -> Tensor:
         """In how many of them a norm was not at most its limit: above it, or NaN; int64."""
-        return self._count(self._clipped_steps, CLIPPED)
+        return self._settled().count("clipped_steps")
 
     @property
     def skipped_steps(self) -> Tensor:
         """How many were not taken, with ``on_nonfinite="skip"``, int64."""
-        return self._count(self._skipped_steps, SKIPPED)
-
-    def _count(self, here: int, word: int) -> Tensor:
-        self._settle()
-        if self._there is None:
-            return cpu_tensor(here, torch.int64)
-        return self._there.words[word] + here
-
-    def _tensor(self, values: list[float], dtype: torch.dtype) -> Tensor:
-        with ieee_arithmetic():
-            return cpu_tensor(values if self._per_group else values[0], dtype)
+        return self._settled().count("skipped_steps")
 
     def state_dict(self) -> dict[str, int]:
         """The counts, to be saved beside the optimizer's; the limit is for `attach` to say."""
-        return {
-            "begun": self._begun,
-            **{name: int(getattr(self, name)) for name in _COUNTS},
-        }
+        return self._settled().state()
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on counting from a `state_dict`; a schedule goes on, too.
@@ -311,63 +223,36 @@ class Clipper:
         Raises:
             ValueError: it is none.
         """
-        names = {"begun", *_COUNTS}
         counts = [x for x in dict(state).values() if type(x) is int and x >= 0]
-        if set(state) != names or len(counts) != len(names):
+        if set(state) != set(books.COUNTS) or len(counts) != len(books.COUNTS):
             raise ValueError(f"the state is {state!r}; it must be of Clipper.state_dict()")
-        self._come_here()
-        for name, value in state.items():
-            setattr(self, f"_{name}", value)
+        self._books = books.on_host(self._settled())
+        self._books.counts.update(state)
 
     # ---- copies ----
 
-    def _with_state_of_optimizer(self) -> dict[str, Any]:
-        """What is copied of the optimizer: PyTorch leaves all hooks out, also ours."""
-        optimizer: Any = self._optimizer
-        of_class: Any = type(optimizer).__getstate__
-        state = of_class(optimizer)
-        # What copy.copy makes would share a clipper with the optimizer, but not all that it tells.
-        if not isinstance(state, dict) or sys._getframe(1).f_code is copy.copy.__code__:
-            self._refuse_copy()
-        hooks = {
-            name: OrderedDict({**state.get(name, {}), KEY: getattr(self, hook)})
-            for name, hook in _HOOKS.items()
-        }
-        return {**state, **hooks}  # which bring the clipper's copy, and that does the rest
-
-    def _refuse_copy(self, *_: Any) -> None:
-        """Have no copy that is not clipped."""
-        raise TypeError(
-            f"such a copy of {type(self._optimizer).__name__} would not be clipped: use "
-            f"copy.deepcopy where the class has no copying of its own, or {_AGAIN}"
-        )
-
     def _state(self) -> dict[str, Any]:
         """What a copy of the clipper begins with."""
-        if self._there is None:
-            books: dict[str, Any] = {f"_{name}": getattr(self, f"_{name}") for name in _BOOKS}
-        else:
-            books = self._books_there(self._there)
         kept = {name: getattr(self, name) for name in _KEPT}
-        return {**kept, **books, "attached": clipper_of(self._optimizer) is self}
+        attached = clipper_of(self._optimizer) is self
+        return {**kept, "known": self._settled().known(), "attached": attached}
 
     def __getstate__(self) -> dict[str, Any]:
         if self._group is not None:
-            raise TypeError(f"a clipper over a group cannot be pickled: {_AGAIN}")
-        if any("<" in getattr(limit, "__qualname__", "") for limit in self._limits):
+            raise TypeError(f"a clipper over a group cannot be pickled: {hooks.AGAIN}")
+        if any("<" in getattr(limit, "__qualname__", "") for limit in self._limits.every):
             raise TypeError(
                 f"the schedule of a clipper is a function within another, or a lambda, and cannot "
-                f"be pickled: {_AGAIN}"
+                f"be pickled: {hooks.AGAIN}"
             )
         return self._state()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        attached = state.pop("attached")
-        for name, value in state.items():
-            setattr(self, name, value)
-        self._leave_off()
-        if attached:
-            self._hook_on()
+        for name in _KEPT:
+            setattr(self, name, state[name])
+        self._begin(state["known"])
+        if state["attached"]:
+            self._hook_on(skips=self._on_nonfinite == "skip")
         else:
             self._finalizer()
 
@@ -385,7 +270,7 @@ class Clipper:
 
     # What torch.compile would make of these depended on every number that they see.
 
-    @backend.looked_away_from
+    @looked_away_from
     def _before_step(
         self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -395,40 +280,36 @@ class Clipper:
         self._thread = threading.get_ident()
         follows = torch.is_grad_enabled()
         with torch.no_grad(), ieee_arithmetic():
-            self._outcome = self._clipped(optimizer, args, kwargs, follows)
+            try:
+                self._outcome = self._clipped(optimizer, args, kwargs, follows)
+            except StepSkippedError:
+                self._places.forget()
+                raise
         stand_in = self._outcome.stand_in
         self._args = (optimizer if stand_in is None else stand_in.optimizer, *args[1:])
         return self._args, kwargs
 
-    @backend.looked_away_from
+    @looked_away_from
     def _after_step(self, optimizer: Any, args: tuple[Any, ...], *_: Any) -> None:
         if self._args is None or (args is not self._args and is_within_another(optimizer)):
             return  # removed; or of the base class: the step goes on
         outcome = self._outcome
         self._end_step()
-        self._begun += 1
-        self._steps += outcome.taken
-        self._clipped_steps += outcome.clipped
+        self._books.note(outcome)
         if outcome.stand_in is not None:
             outcome.stand_in.leave(optimizer)
-        self._forget()
+        self._places.forget()
         getattr(optimizer, HOOKS).move_to_end(KEY)  # those that came after it come before it now
 
-    def _forget(self) -> None:
-        """Let go of the gradients that were watched."""
-        for place in self._places:
-            if place.watching is not None:
-                place.watching.forget()
-
-    def _settle(self) -> None:
-        """See if a step has failed: it does not count."""
+    def _settled(self) -> books.Books:
+        """The books, once it is seen if a step has failed: it does not count."""
         here = sys._getframe()
         if self._thread == threading.get_ident() and not is_under_way(self._optimizer, here):
             self._take_back()
+        return self._books
 
     def _take_back(self) -> None:
-        if self._outcome.there and self._there is not None:
-            self._there.take_back()
+        self._books.take_back()
         self._end_step()
 
     def _end_step(self) -> None:
@@ -443,176 +324,30 @@ class Clipper:
         Raises:
             StepSkippedError: nothing is.
         """
-        with _clip.Opening(self._group) as opening:
-            self._find_places(optimizer)
-            everyone = opening.seen = [place.parameter for place in self._places]
-            workers = opening.workers = backend.workers(everyone, self._group)
+        with Opening(self._group) as opening:
+            everyone = opening.seen = self._places.find(optimizer)
+            workers = opening.workers = workers_among(everyone, self._group)
         # The same for all lists, so that an error in one is told to whoever waits.
-        with _clip.taking_part(workers) as part:
+        with taking_part(workers) as part:
             check_arguments(args, kwargs)
-            self._check_number_of_limits(optimizer)
-            lists = self._gradients()
+            self._limits.check_number(optimizer)
+            lists = self._places.gradients(self._limits)
             if follows:
                 check_unrecorded(optimizer, lists)
-            if workers is None and self._is_there(optimizer, everyone):
-                outcome = self._clipped_there(optimizer, lists)
-                if outcome is not None:
-                    return outcome
-            self._come_here()
-            # Alone, nothing is stepped where a gradient overflowed under GradScaler's scale.
-            if part is None and getattr(optimizer, "found_inf", None):
-                return Outcome()
-            limits = [self._limit(place) for place in range(len(lists))]
-            scale = float(getattr(optimizer, "grad_scale", None) or 1.0)
-            if part is not None:
-                part.asked(max_norm=limits, on_nonfinite=self._on_nonfinite, grad_scale=scale)
-            found = [self._found(lists[0], limits[0], scale, part)]
-        for each, limit in zip(lists[1:], limits[1:], strict=True):
-            with _clip.taking_part(workers) as part:
-                found.append(self._found(each, limit, scale, part))
-        norms, actions = zip(*found, strict=True)
-        self._norms = list(map(float, norms))
-        self._wide = any(each.wide for each in lists)
-        finite = all(math.isfinite(norm.significand) for norm in norms)
-        if self._on_nonfinite == "skip" and not finite:
-            self._factors = [1.0] * len(norms)
-            self._begun += 1
-            self._skipped_steps += 1
-            self._forget()
-            raise StepSkippedError(
-                f"the global norm is {', '.join(map(str, self._norms))}, and this step is to be "
-                "skipped; but optimizer.step is no longer what attach has made of it: remove() the "
-                "clipper, and attach again after whatever has replaced it"
+            step = Step(
+                optimizer,
+                lists,
+                self._limits,
+                self._on_nonfinite,
+                begun=self._books.counts["begun"],
+                part=part,
+                device=everyone[0].device if everyone else None,
             )
-        self._factors = list(map(factor_of, actions))
-        return Outcome(
-            taken=True,
-            clipped=not all(map(at_most, norms, limits)),
-            stand_in=carried_out(optimizer, lists, actions, scale),
-        )
+            self._books = books.kept_for(step, self._books)
+            return self._books.clip(step)
 
-    def _found(
-        self, gradients: Gradients, limit: float, scale: float, part: Joint | None
-    ) -> tuple[Scaled, Keep | Fill | Scale]:
-        """The norm of gradients, and what is to be done to them."""
-        norm, wide = gradients.norm(part)
-        gradients.wide = gradients.wide or wide
-        norm = unscaled(norm, scale, gradients.wide)
-        policy = "keep" if self._on_nonfinite == "skip" else self._on_nonfinite
-        action = _clip.decided(
-            backend, gradients.tensors, gradients.path, norm, limit, policy, part=part
-        )
-        return norm, action
 
-    def _limit(self, place: int) -> float:
-        """The limit of this step."""
-        limit = self._limits[place]
-        if not callable(limit):
-            return limit
-        return check_clip_norm(limit(self._begun), f"max_norm({self._begun})")
-
-    def _check_number_of_limits(self, optimizer: Any) -> None:
-        groups = len(optimizer.param_groups)
-        if self._per_group and len(self._limits) != groups:
-            raise ValueError(
-                f"max_norm has {len(self._limits)} limits, and the optimizer {groups} parameter "
-                "groups"
-            )
-
-    def _find_places(self, optimizer: Any) -> None:
-        """See which parameters the optimizer has, and have each watched once it is trained."""
-        groups = [group["params"] for group in optimizer.param_groups]
-        parameters = [parameter for group in groups for parameter in group]
-        shapes = [(len(each["params"]), each.get("param_names")) for each in optimizer.param_groups]
-        known = [place.parameter for place in self._places]
-        if not _are_same(shapes, self._shapes) or not all(map(is_, parameters, known)):
-            self._shapes = shapes
-            old = {id(place.parameter): place for place in self._places}
-            self._places[:] = [
-                (old.pop(id(parameter), None) or Place(parameter)).moved_to(group, name)
-                for group, names in enumerate(names_in(optimizer.param_groups))
-                for name, parameter in zip(names, groups[group], strict=True)
-            ]
-            for place in old.values():
-                place.leave()
-        for place in self._places:
-            trained = place.waits and place.parameter.requires_grad
-            if trained and not torch.nn.parameter.is_lazy(place.parameter):
-                place.watch()
-
-    def _gradients(self) -> list[Gradients]:
-        """The gradients there are, in lists of those that are clipped together."""
-        lists = [Gradients() for _ in self._limits]
-        for place in self._places:
-            gradient = place.parameter.grad
-            if gradient is not None:
-                lists[place.group if self._per_group else 0].add(place, gradient)
-        return lists
-
-    # ---- the step, in a device's memory ----
-
-    def _is_there(self, optimizer: Any, parameters: Sequence[Tensor]) -> bool:
-        """If the step is to be clipped in a device's memory, without waiting for it."""
-        if not parameters or not backend.has_triton(parameters[0].device):
-            return False
-        # The host waits in any case to raise: for all lists, before one is written. So it does
-        # where it, or the norm of another list, decides about a step.
-        waits = self._on_nonfinite == "raise"
-        skips = self._on_nonfinite == "skip"
-        return not waits and not (skips and (self._per_group or not can_be_told(optimizer)))
-
-    def _clipped_there(self, optimizer: Any, lists: list[Gradients]) -> Outcome | None:
-        """Clip where the gradients lie; None where that is not in the memory of one device."""
-        queues: list[Any] = [backend.queue(each.held()) for each in lists]
-        amp = [getattr(optimizer, name, None) for name in ("grad_scale", "found_inf")]
-        if None in queues:
-            return None
-        devices = [queue.memory.device for queue in queues]
-        devices += [each.device for each in amp if each is not None]
-        if len(set(devices)) > 1:
-            return None
-        limits = [
-            _clip.limits_there(queue, limit(self._begun), None, f"max_norm({self._begun})")[0]
-            if callable(limit)
-            else limit
-            for queue, limit in zip(queues, self._limits, strict=True)
-        ]
-        if self._there is not None and self._there.words.device != devices[0]:
-            self._come_here()
-        if self._there is None:
-            self._there = There(queues[0].memory, len(lists))
-        # A fused optimizer that divides by the scale divides by the factor at no cost. Without a
-        # scale it would write each gradient back for it, clipped or not.
-        one = len(lists) == 1 and not lists[0].repeated
-        folds = one and amp[0] is not None and can_be_told(optimizer)
-        self._outcome = Outcome(there=True)  # from here on there is something to take back
-        for place, (each, queue, limit) in enumerate(zip(lists, queues, limits, strict=True)):
-            into = self._there.into(place, queue.wide, amp, folds=folds)
-            policy = self._on_nonfinite
-            _clip.queued_(backend, queue, each.tensors, each.path, limit, None, policy, **into)
-        told: dict[str, Tensor] = {}
-        if folds:
-            told["grad_scale"] = self._there.divisor
-        if self._on_nonfinite == "skip":
-            told["found_inf"] = self._there.skips
-        return Outcome(there=True, stand_in=StandIn.of(optimizer, told) if told else None)
-
-    def _come_here(self) -> None:
-        """Have the books on the host, if the latest step was clipped elsewhere."""
-        if self._there is None:
-            return
-        for name, value in self._books_there(self._there).items():
-            setattr(self, name, value)
-        self._there = None
-
-    def _books_there(self, there: There) -> dict[str, Any]:
-        """The books that a device keeps, for the host."""
-        return {
-            "_norms": list(map(float, there.norms)),
-            "_factors": list(map(float, there.factors)),
-            "_wide": any(norm.dtype is torch.float64 for norm in there.norms),
-            **{f"_{name}": count for name, count in self.state_dict().items()},
-        }
+_KEPT = ("_optimizer", "_limits", "_on_nonfinite", "_group")
 
 
 def clipper_of(optimizer: torch.optim.Optimizer) -> Clipper | None:
@@ -622,78 +357,3 @@ def clipper_of(optimizer: torch.optim.Optimizer) -> Clipper | None:
     """
     hook = getattr(optimizer, HOOKS, {}).get(KEY)
     return None if hook is None else hook.__self__
-
-
-_AGAIN = "remove() the clipper before, and attach again"
-_COUNTS = ("steps", "clipped_steps", "skipped_steps")
-_BOOKS = ("norms", "factors", "wide", "begun", *_COUNTS)
-_KEPT = ("_optimizer", "_limits", "_per_group", "_on_nonfinite", "_group")
-
-
-# ---- what is attached to, and the limits ----
-
-
-def _that_steps(optimizer: Any) -> Any:
-    """The optimizer, or the one that it wraps.
-
-    Raises:
-        TypeError: it is none, or its step needs a closure.
-    """
-    found = optimizer
-    # accelerate's has no hooks of its own, Lightning's has those of the one within.
-    while hasattr(inner := getattr(found, "optimizer", None), HOOKS) and (
-        getattr(found, HOOKS, None) is None or getattr(found, HOOKS) is getattr(inner, HOOKS)
-    ):
-        found = inner
-    name = type(found).__name__
-    if not isinstance(found, torch.optim.Optimizer):
-        raise TypeError(
-            "attach takes an optimizer, as torch.optim.AdamW(model.parameters()) is; this is "
-            f"{type(optimizer).__name__}"
-        )
-    if not hasattr(found, HOOKS) or not getattr(type(found).step, "hooked", False):
-        raise TypeError(
-            f"the step of {name} runs no hooks, so it would not be clipped: attach to the "
-            "optimizer within it, or clip by gradclip.torch.clip_grad_norm_ before step()"
-        )
-    closure = inspect.signature(type(found).step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
-        raise TypeError(
-            f"the step of {name} needs a closure, which would make the gradients "
-            "inside of the step: clip at the closure's end by gradclip.torch.clip_grad_norm_"
-        )
-    return found
-
-
-def _copies_itself(kind: type) -> bool:
-    """If a class of optimizers has a way of its own to be copied."""
-    own = kind.__mro__[: kind.__mro__.index(torch.optim.Optimizer)]
-    names = {"__deepcopy__", "__reduce__", "__reduce_ex__"}
-    return any(names & vars(each).keys() for each in own)
-
-
-def _catching(step: Callable[..., Any]) -> Callable[..., Any]:
-    """A step that may be skipped."""
-
-    @functools.wraps(step)
-    def catching(_: Any, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return step(*args, **kwargs)
-        except StepSkippedError:
-            return None
-
-    return catching
-
-
-def _are_same(ones: Sequence[tuple[int, Any]], others: Sequence[tuple[int, Any]]) -> bool:
-    pairs = zip(ones, others, strict=False)
-    return len(ones) == len(others) and all(a == b and x is y for (a, x), (b, y) in pairs)
-
-
-def _is_list(max_norm: Any) -> bool:
-    return isinstance(max_norm, Sequence) and not isinstance(max_norm, str)
-
-
-def _limits(max_norm: Any) -> list[Limit]:
-    limits = max_norm if _is_list(max_norm) else [max_norm]
-    return [limit if callable(limit) else check_clip_norm(limit, "max_norm") for limit in limits]

@@ -14,9 +14,11 @@ from typing import Any
 import torch
 
 from gradclip import _clip
-from gradclip.core.decide import OnNonfinite, check_on_nonfinite
+from gradclip.core.decide import OnNonfinite
 from gradclip.core.tree import Tree, flatten
-from gradclip.torch import backend, library
+from gradclip.torch import library
+from gradclip.torch.following import is_operand
+from gradclip.torch.tensors import check_dtypes
 
 
 def clip_by_global_norm(
@@ -30,7 +32,7 @@ def clip_by_global_norm(
     tree = _taken_whole(t_list, group)
     if tree is None:
         return _outside(_clip.clip_by_global_norm, t_list, clip_norm, use_norm, **options)
-    check_on_nonfinite(on_nonfinite)
+    _clip.check_policy(on_nonfinite)
     norm, _, leaves = library.clip(tree.leaves, tree.path, clip_norm, use_norm, on_nonfinite)
     return tree.rebuild(leaves), norm
 
@@ -46,7 +48,7 @@ def clip_by_global_norm_(
     tree = _taken_whole(t_list, group)
     if tree is None or (torch.is_grad_enabled() and any(x.requires_grad for x in tree.leaves)):
         return _outside(_clip.clip_by_global_norm_, t_list, clip_norm, use_norm, **options)
-    check_on_nonfinite(on_nonfinite)
+    _clip.check_policy(on_nonfinite)
     return library.clip_(tree.leaves, tree.path, clip_norm, use_norm, on_nonfinite)
 
 
@@ -68,9 +70,9 @@ def _read_once(t_list: Any) -> Any:
 def _taken_whole(t_list: Any, group: Any) -> Tree | None:
     """A nest taken apart, if its leaves are what an operation takes."""
     tree = flatten(t_list)
-    if group is not None or not tree.leaves or not all(map(backend.is_operand, tree.leaves)):
+    if group is not None or not tree.leaves or not all(map(is_operand, tree.leaves)):
         return None
-    backend.check_dtypes(tree.leaves, tree.path)
+    check_dtypes(tree.leaves, tree.path)
     return tree
 
 

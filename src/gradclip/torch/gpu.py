@@ -1,17 +1,142 @@
-"""PyTorch's names for what `kernels.gpu` asks of a device."""
+"""Tensors in the memory of a GPU: PyTorch's names for what `kernels.gpu` asks of it."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from gradclip.kernels.gpu.launch import OPTIONS, Reserve
+from gradclip.core.exact import Scaled
+from gradclip.core.workers import Joint
+from gradclip.kernels.cpu.leaves import check_apart
+from gradclip.kernels.gpu import leaves as gpu
+from gradclip.kernels.gpu.launch import OPTIONS, Reserve, is_run
+from gradclip.torch import host, mesh, pointers
+from gradclip.torch.elements import copy, scalar
+from gradclip.torch.overlap import check_pairs, distinct
+from gradclip.torch.spread import Tensors
+from gradclip.torch.tensors import WIDE, needed
+
+
+def hold(tensors: Sequence[Any], path: Callable[[int], str], *, writable: bool) -> Leaves | None:
+    """Hold plain tensors on one device; None where one is elsewhere, or not in one run of memory.
+
+    Raises:
+        ValueError: with ``writable``, two share a part of their memory.
+    """
+    runs = _runs(tensors, path, writable=writable)
+    return None if runs is None else Leaves(tensors, runs, writable=writable)
+
+
+class Leaves(gpu.Leaves, Tensors):
+    """Tensors in a GPU's memory."""
+
+    __slots__ = ("_runs", "writable")
+
+    def __init__(self, leaves: Sequence[Tensor], runs: gpu.Runs, *, writable: bool) -> None:
+        super().__init__(leaves, leaves, runs.memory)
+        self._runs = runs
+        self.writable = writable
+
+    @property
+    def wide(self) -> bool:
+        return self._runs.wide
+
+    def runs(self) -> contextlib.AbstractContextManager[gpu.Runs]:
+        return contextlib.nullcontext(self._runs)
+
+    def new_runs(self, arrays: Sequence[Any]) -> gpu.Runs:
+        found = _runs(arrays, str, writable=False)
+        assert found is not None, "laid out as those that are there"
+        return found
+
+    share = Tensors.share  # of others' leaves too
+
+    def addend(self, joint: Joint) -> Any:
+        """The exact sum: it stays on the device where a process group can take it there."""
+        stays = isinstance(joint.workers, mesh.Ring)
+        return self._runs.share() if stays else self.sum_of_squares()
+
+    def total(self) -> Any:
+        copies = [tensor.cpu() for tensor in self.leaves]
+        return host.hold(copies, copies, str, writable=False).total()
+
+    def scalar(self, norm: Scaled, *, wide: bool = False) -> Tensor:
+        """The norm as a 0-d tensor on the device."""
+        return scalar(norm, self.leaves[0].device, wide=wide or self.wide)
+
+    def duplicated(self) -> list[Any]:
+        """New tensors of the same bits, each in one run of memory."""
+        return list(map(copy, self.leaves))
+
+    def rewrapped(self, new: list[Any]) -> list[Any]:
+        """The new tensors, which are the leaves."""
+        return new
+
+    def written(self) -> None:
+        """Have autograd know that the leaves may have been written."""
+        torch.autograd.graph.increment_version(self.leaves)
+
+
+def _runs(tensors: Sequence[Any], path: Callable[[int], str], *, writable: bool) -> gpu.Runs | None:
+    device = tensors[0].device
+    found = (_spans_by_pointers if pointers.are_there() else _spans)(
+        tensors, device, path, writable=writable
+    )
+    return None if found is None else gpu.Runs(Memory.now(device), *found)
+
+
+def _spans_by_pointers(
+    tensors: Sequence[Any], device: torch.device, path: Callable[[int], str], *, writable: bool
+) -> tuple[bytes, bool] | None:
+    memory = pointers.taken_on(device, tensors, writable=writable)
+    spans = None if memory is None else memory.spans()
+    if memory is None or spans is None:
+        return None
+    check_apart(memory, path)
+    return spans, memory.has_f64
+
+
+def _spans(
+    tensors: Sequence[Any], device: torch.device, path: Callable[[int], str], *, writable: bool
+) -> tuple[bytes, bool] | None:
+    """Where tensors lie, and if one is wide; None where one is not in one run on the device."""
+    if any(
+        tensor.device != device
+        or tensor.layout is not torch.strided
+        or tensor.dtype not in _KINDS
+        or not is_run(tensor.shape, tensor.stride(), 1)
+        or needed(tensor) > tensor.untyped_storage().nbytes()
+        for tensor in tensors
+    ):
+        return None
+    if writable:
+        check_pairs(tensors, path)
+    rows = [
+        (t.data_ptr(), t.numel() * (1 + t.is_complex()), _KINDS[t.dtype])
+        for t in (distinct(tensors) if writable else tensors)
+    ]
+    wide = any(tensor.dtype in WIDE for tensor in tensors)
+    return np.array(rows, np.int64).tobytes(), wide
+
+
+# The numbers of `cpu.h`.
+_KINDS = {
+    torch.float32: 0,
+    torch.complex64: 0,
+    torch.float64: 1,
+    torch.complex128: 1,
+    torch.float16: 2,
+    torch.bfloat16: 3,
+}
 
 
 class Memory(NamedTuple):
-    """PyTorch's names for what `_device` asks of a device; see there."""
+    """PyTorch's names for what `kernels.gpu.leaves` asks of a device; see there."""
 
     device: torch.device
     stream: int

@@ -1,122 +1,111 @@
-"""An optimizer's gradients: where each is, what is known of it from backward, and their norm."""
+"""An optimizer's gradients that are clipped together: what is known from backward, their norm."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gradclip import _clip
+from gradclip.core.decide import Fill, Keep, OnNonfinite, Raise, Scale, decide
 from gradclip.core.exact import Part, Scaled, certified_norm
+from gradclip.core.held import Clip, Held, Measured
 from gradclip.core.workers import Joint
-from gradclip.torch import backend
-
-
-class Place:
-    """A parameter, its place in the optimizer, and the watch on its gradient."""
-
-    __slots__ = ("_handle", "group", "name", "parameter", "waits", "watching")
-
-    def __init__(self, parameter: Tensor) -> None:
-        self.parameter = parameter
-        self.waits = True  # to be watched: it may be frozen, or have no shape yet
-        self.watching: Any = None
-        self._handle: Any = None
-
-    def moved_to(self, group: int, name: str) -> Place:
-        """The place, in a parameter group and by a name."""
-        self.group, self.name = group, name
-        return self
-
-    def watch(self) -> None:
-        """Have the gradient measured when it is written, if that is worth it."""
-        self.waits = False
-        self.watching, self._handle = backend.watch(self.parameter) or (None, None)
-
-    def leave(self) -> None:
-        """Watch no more."""
-        if self._handle is not None:
-            self._handle.remove()
-
-
-def leave(places: list[Place]) -> None:
-    """Watch none of them any more."""
-    for place in places:
-        place.leave()
-    places.clear()
-
-
-def names_in(groups: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """What an error calls each parameter of the groups: by its name, where the optimizer has it."""
-    every = []
-    for place, group in enumerate(groups):
-        known = group.get("param_names", ())
-        numbered = range(len(known), len(group["params"]))
-        others = [f"param_groups[{place}]['params'][{number}]" for number in numbered]
-        every.append([*known, *others][: len(group["params"])])
-    return every
+from gradclip.torch import host
+from gradclip.torch.backend import hold
+from gradclip.torch.tensors import WIDE
+from gradclip.torch.unread import is_without_numbers
 
 
 class Gradients:
     """Gradients that are clipped together, and what is known of their sum of squares."""
 
+    __slots__ = ("_held", "_keys", "_names", "cold", "parts", "tensors", "wide")
+
     def __init__(self) -> None:
-        self._places: list[Place] = []
+        self._names: list[str] = []
         self.tensors: list[Tensor] = []
         self.parts: list[Part] = []
         self.cold: list[Tensor] = []
-        self.wide = self.repeated = False
+        self.wide = False
         self._keys: set[int] = set()
+        self._held: Held | None = None
 
-    def add(self, place: Place, gradient: Tensor) -> None:
-        """One more."""
-        self._places.append(place)
+    def add(self, name: str, gradient: Tensor, watch: Any) -> None:
+        """One more: that of a parameter, with the watch on it if there is one."""
+        self._names.append(name)
         self.tensors.append(gradient)
         dense = type(gradient) is Tensor and gradient.layout is torch.strided
-        key = (dense and gradient.data_ptr()) or id(gradient)
-        self.repeated = self.repeated or key in self._keys
-        self._keys.add(key)
-        warm = None if place.watching is None else place.watching.sums(gradient)
+        self._keys.add((dense and gradient.data_ptr()) or id(gradient))
+        warm = None if watch is None else watch.sums(gradient)
         if warm is not None:
             self.parts += warm
             return
         self.cold.append(gradient)
-        self.wide = self.wide or gradient.dtype in backend.WIDE
+        if gradient.dtype in WIDE:
+            self.wide = True
 
-    def held(self) -> Any:
+    @property
+    def repeated(self) -> bool:
+        """If one of them is listed twice."""
+        return len(self._keys) < len(self.tensors)
+
+    def held(self) -> Held:
         """Their memory.
 
         Raises:
             NotImplementedError: they have none, or what is done to them is written down.
         """
-        held = backend.hold(self.tensors, self.path, writable=True)
-        if held.unread is not None:
-            raise NotImplementedError(
-                f"{self.path(0)} is meta, fake or traced, of which an attached clipper can know no "
-                "norm; gradclip.torch.clip_grad_norm_ before step() takes it"
-            )
-        return held
+        if self._held is None:
+            held = hold(self.tensors, self.path, writable=True)
+            if is_without_numbers(held):
+                raise NotImplementedError(
+                    f"{self.path(0)} is meta, fake or traced, of which an attached clipper can "
+                    "know no norm; gradclip.torch.clip_grad_norm_ before step() takes it"
+                )
+            self._held = held
+        return self._held
 
     def path(self, number: int) -> str:
         """What an error calls one of them."""
-        return f"{self._places[number].name}.grad"
+        return f"{self._names[number]}.grad"
 
-    def norm(self, part: Joint | None) -> _clip.Measured:
+    def decided(
+        self, limit: float, on_nonfinite: OnNonfinite, scale: float, part: Joint | None
+    ) -> tuple[Scaled, Keep | Fill | Scale]:
+        """Their norm without GradScaler's ``scale``, and what is to be done to them.
+
+        Raises:
+            FloatingPointError: they are refused.
+            RuntimeError: another worker has failed.
+        """
+        norm, wide = self._norm(part)
+        self.wide = self.wide or wide
+        norm = _unscaled(norm, scale, self.wide)
+        action = decide(norm, limit, on_nonfinite)
+        if isinstance(action, Raise):
+            # To be read: also those that could not be written are named.
+            held = hold(self.tensors, self.path, writable=False)
+            self._clip(part).refuse(held, float(norm))
+        return norm, action
+
+    def _norm(self, part: Joint | None) -> Measured:
         """The global norm: by what was measured while it was warm, if that is all it takes."""
         alone = part is None and not _is_distributed()
         if alone and not self.wide and not self.repeated:
-            more = backend.sums(self.cold)
+            more = host.sums(self.cold)
             norm = None if more is None else certified_norm([*self.parts, *more])
             if norm is not None:
-                return _clip.Measured(norm)
-        return _clip.measured(backend, self.held(), part)
+                return Measured(norm)
+        return self._clip(part).measured(self.held())
+
+    def _clip(self, part: Joint | None) -> Clip:
+        return Clip(self.tensors, self.path, part=part)
 
 
-def unscaled(norm: Scaled, scale: float, wide: bool) -> Scaled:
+def _unscaled(norm: Scaled, scale: float, wide: bool) -> Scaled:
     """The norm of gradients that GradScaler has multiplied by ``scale``."""
     if scale == 1 or not math.isfinite(norm.significand):
         return norm

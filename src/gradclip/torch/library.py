@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -17,10 +17,11 @@ from torch import Tensor
 
 from gradclip import _clip
 from gradclip.core.decide import OnNonfinite, check_clip_norm, check_use_norm
-from gradclip.core.protocol import Plain
 from gradclip.core.tree import Tree
-from gradclip.torch import backend
 from gradclip.torch.derivative import pulled_back, slope
+from gradclip.torch.following import is_differentiated
+from gradclip.torch.plain import clipped_plainly
+from gradclip.torch.tensors import norm_dtype
 
 # ---- the operations, by what is called to have one ----
 
@@ -34,7 +35,7 @@ def clip(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """The norm, the norm as float64 (whatever its size, if there is a derivative), new leaves."""
     limits = operand("clip_norm", clip_norm), operand("use_norm", use_norm)
-    is_derived = _is_derived([*leaves, *(each for each in limits if each is not None)])
+    is_derived = is_differentiated([*leaves, *(each for each in limits if each is not None)])
     return _clip_op(list(leaves), *limits, on_nonfinite, _paths(leaves, path), is_derived)
 
 
@@ -52,66 +53,9 @@ def clip_(
 
 def norm(leaves: Sequence[Tensor], path: Callable[[int], str]) -> Tensor:
     """The global norm."""
-    if _is_derived(leaves):
+    if is_differentiated(leaves):
         return clip(leaves, path, math.inf, None, "keep")[0]
     return _norm_op(list(leaves), _paths(leaves, path))
-
-
-class Recorder:
-    """Clips what is written down, or has no memory, by an operation."""
-
-    def clip(
-        self,
-        tree: Tree,
-        plain: Plain,  # noqa: ARG002  (PyTorch calls the operation)
-        clip_norm: Any,
-        use_norm: Any,
-        on_nonfinite: Any,
-        name: str | None,  # noqa: ARG002  (PyTorch names no operations)
-    ) -> tuple[list[Any], Any]:
-        """New leaves and the norm."""
-        backend.check_operands(tree.leaves, tree.path)
-        leaves = Leaves(tree.leaves, tree.path)
-        limits = _clip.limits_there(leaves, clip_norm, use_norm)
-        norm, _, new = clip(*leaves, *limits, on_nonfinite)
-        return new, norm
-
-    def norm(self, tree: Tree, plain: Plain, name: str | None) -> Any:  # noqa: ARG002
-        """The global norm."""
-        backend.check_operands(tree.leaves, tree.path)
-        return norm(tree.leaves, tree.path)
-
-
-class Leaves(NamedTuple):
-    """Leaves that are written down, or have no memory, in place of those in a device's memory."""
-
-    leaves: Sequence[Tensor]
-    path: Callable[[int], str]
-
-    def knows(self, value: Any) -> bool:
-        """Of a tensor's value nothing is asked before it is there."""
-        return isinstance(value, Tensor)
-
-    def clip_(
-        self,
-        limit: Any,
-        policy: str,
-        *,
-        given: Any = None,
-        check: Callable[[Any], None] | None = None,  # noqa: ARG002  (the operation refuses)
-    ) -> Tensor:
-        """Clip where the leaves are; the norm."""
-        if not backend.is_functionalized():
-            return clip_(self.leaves, self.path, limit, given, policy)
-        # There PyTorch lets no operation but its own write to anything.
-        norm, _, new = clip(self.leaves, self.path, limit, given, policy)
-        for leaf, values in zip(self.leaves, new, strict=True):
-            leaf.copy_(values)
-        return norm
-
-    def norm(self) -> Tensor:
-        """The global norm."""
-        return norm(self.leaves, self.path)
 
 
 def operand(name: str, value: Any) -> Tensor | None:
@@ -141,10 +85,6 @@ def number(limit: Tensor | None) -> Any:
     return limit.item() if limit.dtype is torch.float64 else limit
 
 
-def _is_derived(tensors: Sequence[Tensor]) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-
-
 def _paths(leaves: Sequence[Tensor], path: Callable[[int], str]) -> str:
     # A line for each: no operation takes a list of strings.
     return "\n".join([path(place).replace("\n", " ") for place in range(len(leaves))])
@@ -167,9 +107,7 @@ def _clip_op(
     if not is_derived:
         new, norm = _clip.clip_by_global_norm(tree, limit, given, on_nonfinite=policy)
         return norm, norm.to(torch.float64, copy=True), new
-    limits = check_clip_norm(limit), None if given is None else float(check_use_norm(given))
-    new, norm, wide = _clip.plain_of(tree, backend)(tree.leaves, *limits, policy)
-    return norm, norm.new_tensor(wide, dtype=torch.float64), new
+    return clipped_plainly(leaves, tree.path, limit, given, policy)
 
 
 @torch.library.custom_op("gradclip::clip_", mutates_args=("leaves",))
@@ -226,7 +164,7 @@ _clip_op.register_autograd(_pulled_back, setup_context=_save)
 def _scalar_like(leaves: Sequence[Tensor]) -> Tensor:
     """A norm of leaves, of which nothing is known but its dtype and device."""
     device = leaves[0].device if leaves else torch.device("cpu")
-    return torch.empty((), dtype=backend.norm_dtype(leaves), device=device)
+    return torch.empty((), dtype=norm_dtype(leaves), device=device)
 
 
 def _new_like(leaves: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:

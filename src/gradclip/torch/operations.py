@@ -40,7 +40,7 @@ class Operations:
         return x.sum() if axis is None else x.sum(axis)
 
     def cast(self, x: Any, dtype: str) -> Tensor:
-        return torch.as_tensor(x, device=self._device).to(getattr(torch, dtype))
+        return x.to(getattr(torch, dtype)) if isinstance(x, Tensor) else self.constant(x, dtype)
 
     def bitcast(self, x: Tensor, dtype: str) -> Tensor:
         return x.view(getattr(torch, dtype))
@@ -64,14 +64,14 @@ class Operations:
         return x[indices]
 
     def where(self, condition: Tensor, x: Any, y: Any) -> Tensor:
-        first, second = self._of_one_dtype(x, y)
+        first, second = _of_one_dtype(x, y)
         return torch.where(condition, first, second)
 
     def maximum(self, x: Any, y: Any) -> Tensor:
-        return torch.maximum(*self._of_one_dtype(x, y))
+        return torch.maximum(*_of_one_dtype(x, y))
 
     def minimum(self, x: Any, y: Any) -> Tensor:
-        return torch.minimum(*self._of_one_dtype(x, y))
+        return torch.minimum(*_of_one_dtype(x, y))
 
     def segment_sum(self, rows: Tensor, segments: Tensor, count: int) -> Tensor:
         return rows.new_zeros((count, *rows.shape[1:])).index_add_(0, segments, rows)
@@ -84,7 +84,8 @@ class Operations:
     def cond(self, condition: Tensor, yes: Callable[[], Any], no: Callable[[], Any]) -> Any:
         return yes() if condition else no()
 
-    def _of_one_dtype(self, x: Any, y: Any) -> list[Tensor]:
-        """A Python number takes the dtype of the other operand."""
-        dtype = x.dtype if isinstance(x, Tensor) else y.dtype
-        return [torch.as_tensor(each, dtype=dtype, device=self._device) for each in (x, y)]
+
+def _of_one_dtype(x: Any, y: Any) -> list[Tensor]:
+    """A Python number takes the dtype of the other operand."""
+    like = x if isinstance(x, Tensor) else y
+    return [torch.as_tensor(each, dtype=like.dtype, device=like.device) for each in (x, y)]

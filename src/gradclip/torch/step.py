@@ -1,4 +1,4 @@
-"""What an optimizer's step is told to do differently, so that it clips, or is not taken.
+"""A step before which gradients are clipped: what is asked of it, and what it is told.
 
 A fused step of PyTorch's own is told by a stand-in: an object of the optimizer's class and with its
 attributes but for one, which takes the optimizer's place in the step. So whatever becomes of the
@@ -10,18 +10,18 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
-import sys
 from collections.abc import Callable, Sequence
-from types import FrameType
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gradclip import _clip
 from gradclip.core.decide import Fill, Keep, Scale
-from gradclip.torch import backend
+from gradclip.core.workers import Joint
+from gradclip.torch import devices
 from gradclip.torch.gradients import Gradients
+from gradclip.torch.limits import Limits
 
 HOOKS = "_optimizer_step_pre_hooks"
 KEY = "gradclip"  # of our hooks, among those that PyTorch numbers
@@ -54,10 +54,87 @@ class StandIn(NamedTuple):
 class Outcome(NamedTuple):
     """What is to become of a step once it has been taken; it may yet fail."""
 
+    # As far as the host decides.
     taken: bool = False
     clipped: bool = False
-    there: bool = False  # if the books are kept in a device's memory
     stand_in: StandIn | None = None
+
+
+@dataclass
+class Step:
+    """A step before which gradients are to be clipped.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: a device may decide about it, but for a gradient
+            that is none of those clipped.
+    """
+
+    optimizer: Any
+    lists: list[Gradients]
+    max_norm: Limits
+    on_nonfinite: Any
+    begun: int  # how many steps were, before this one
+    part: Joint | None
+    device: torch.device | None  # of the first parameter
+    # Of the device that decides about the step, so that the host need not wait; or None.
+    memory: Any = field(init=False)
+    _limits: list[Any] | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self.memory = self._memory() if self._may_be_left_to_a_device() else None
+
+    def _memory(self) -> Any:
+        """Of the one device in which all of it lies, if it does."""
+        from gradclip.torch import gpu  # which loads Triton
+
+        every = [each.held() for each in self.lists]
+        memories: list[Any] = [held.memory for held in every if isinstance(held, gpu.Leaves)]
+        found = {memory.device for memory in memories}
+        found |= {each.device for each in (self.grad_scale, self.found_inf) if each is not None}
+        return memories[0] if len(memories) == len(every) and len(found) == 1 else None
+
+    def _may_be_left_to_a_device(self) -> bool:
+        if self.part is not None or self.device is None or not devices.has_triton(self.device):
+            return False
+        # The host waits in any case to raise: for all lists, before one is written. So it does
+        # where it, or the norm of another list, decides about a step.
+        waits = self.on_nonfinite == "raise"
+        skips = self.on_nonfinite == "skip"
+        return not waits and not (
+            skips and (self.max_norm.per_group or not can_be_told(self.optimizer))
+        )
+
+    def limits(self) -> list[Any]:
+        """The limit of each list, all checked before one list is written; asked for once.
+
+        Raises:
+            TypeError, ValueError: a schedule gives no number, or one out of range.
+        """
+        if self._limits is None:
+            self._limits = self.max_norm.after(self.begun, self._knows)
+        return self._limits
+
+    def _knows(self, limit: Any) -> bool:
+        return self.memory is not None and self.memory.locate(limit) is not None
+
+    @property
+    def grad_scale(self) -> Tensor | None:
+        """What GradScaler has multiplied the gradients by."""
+        return getattr(self.optimizer, "grad_scale", None)
+
+    def scale(self) -> float:
+        """The same, read."""
+        return float(self.grad_scale or 1.0)
+
+    @property
+    def found_inf(self) -> Tensor | None:
+        """Above 0 if it has found that some have overflowed."""
+        return getattr(self.optimizer, "found_inf", None)
+
+    @property
+    def is_of_one_list(self) -> bool:
+        """If one division by one number clips: of each gradient once."""
+        return len(self.lists) == 1 and not self.lists[0].repeated
 
 
 def check_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -101,24 +178,22 @@ def check_unrecorded(optimizer: Any, lists: Sequence[Gradients]) -> None:
         )
 
 
-def carried_out(
-    optimizer: Any,
-    lists: Sequence[Gradients],
-    actions: Sequence[Keep | Fill | Scale],
-    scale: float,
-) -> StandIn | None:
+def carried_out(step: Step, actions: Sequence[Keep | Fill | Scale], scale: float) -> StandIn | None:
     """Do what has been decided; the stand-in that is to do it in the step, if one can."""
-    if len(lists) == 1 and isinstance(actions[0], Scale) and not lists[0].repeated:
+    if isinstance(actions[0], Scale) and step.is_of_one_list:
         divisor = scale / (float(actions[0].factor) or math.ulp(0.0))
-        if can_be_told(optimizer) and divisor < torch.finfo(torch.float32).max:
-            return StandIn.of(optimizer, {"grad_scale": cpu_tensor(divisor, torch.float32)})
+        if can_be_told(step.optimizer) and divisor < torch.finfo(torch.float32).max:
+            # A fused step writes to gradients as if each lay in one run; `held` refuses others.
+            if not all(map(Tensor.is_contiguous, step.lists[0].tensors)):
+                step.lists[0].held()
+            return StandIn.of(step.optimizer, {"grad_scale": cpu_tensor(divisor, torch.float32)})
     todo = [
         (each.held(), action)
-        for each, action in zip(lists, actions, strict=True)
+        for each, action in zip(step.lists, actions, strict=True)
         if not isinstance(action, Keep)
     ]
     for held, action in todo:
-        _clip.carry_out_(backend, held, action)
+        held.act_(action)
     return None
 
 
@@ -143,36 +218,6 @@ def _is_of_torch(function: Callable[..., Any] | None) -> bool:
             return False
         function = getattr(function, "__wrapped__", None)
     return True
-
-
-# ---- who calls a hook ----
-
-
-def is_within_another(optimizer: Any) -> bool:
-    """If a hook calls this whose step was called by another step, as a base class's is."""
-    caller = _next_step(sys._getframe(1))
-    return caller is not None and is_under_way(optimizer, caller.f_back)
-
-
-def is_under_way(optimizer: Any, frame: FrameType | None) -> bool:
-    """If a step of an optimizer, or of its stand-in, has led to a frame."""
-    hooks = getattr(optimizer, HOOKS)
-    step = _next_step(frame)
-    while step is not None:
-        if getattr(step.f_locals.get("self"), HOOKS, None) is hooks:
-            return True
-        step = _next_step(step.f_back)
-    return False
-
-
-def _next_step(frame: FrameType | None) -> FrameType | None:
-    """The innermost frame that calls hooks of steps: what PyTorch has wrapped every step in."""
-    while frame is not None and not (
-        frame.f_code.co_name == "wrapper"
-        and frame.f_globals.get("__name__") == "torch.optim.optimizer"
-    ):
-        frame = frame.f_back
-    return frame
 
 
 def factor_of(action: Keep | Fill | Scale) -> float:

@@ -1,12 +1,13 @@
 """Leaves in this machine's memory: measure and scale them, whatever framework they are of.
 
-A backend turns its leaves into NumPy arrays of the same memory; the rest is here.
+A backend turns its leaves into NumPy arrays of the same memory, and derives a class from `Leaves`
+that says how new leaves are made; the rest is here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,11 +22,14 @@ from gradclip.core.exact import (
     norm,
     total_of,
 )
-from gradclip.core.workers import Joint
+from gradclip.core.held import Held
 from gradclip.kernels import cpu, layout
 from gradclip.kernels.layout import Layout
 
 Array = npt.NDArray[Any]
+# The rows of a sparse leaf with those of one index added; None if no two share one, and for a
+# dense leaf.
+Merged = Callable[[Any, Array], Iterator[Array] | None]
 
 
 class Float8(NamedTuple):
@@ -35,33 +39,153 @@ class Float8(NamedTuple):
     encode: Callable[[Array], bytes]  # the codes nearest to float32 values
 
 
-class Held(NamedTuple):
-    """Leaves that have passed every check, and their memory."""
+class Leaves(Held):
+    """Leaves in this machine's memory; a framework defines how to make new ones."""
 
-    leaves: Sequence[Any]
-    values: list[Array]  # the elements of each leaf: of a sparse one its stored values
-    codes: list[Float8 | None] | None
-    memory: cpu.Leaves  # of `values`
-    writable: bool
-    # The rows of a sparse leaf with those of one index added; None if no two share one, and for a
-    # dense leaf. None in place of the function if no leaf is sparse.
-    merged: Callable[[Any, Array], Iterator[Array] | None] | None
+    __slots__ = ("codes", "leaves", "memory", "merged", "values", "writable")
+
+    def __init__(
+        self,
+        leaves: Sequence[Any],
+        values: list[Array],
+        codes: list[Float8 | None] | None,
+        memory: cpu.Leaves,
+        merged: Merged | None,
+        *,
+        writable: bool,
+    ) -> None:
+        self.leaves = leaves
+        self.values = values  # the elements of each: of a sparse one its stored values
+        self.codes = codes
+        self.memory = memory  # of `values`
+        self.merged = merged  # None if no leaf is sparse
+        self.writable = writable
+
+    @property
+    def wide(self) -> bool:
+        return self.memory.has_f64
+
+    def measure(self) -> Scaled:
+        if self.merged is None and not self.memory.has_f64:
+            certified = certified_norm(cpu.sum_squares(self.memory))
+            if certified is not None:
+                return certified
+        return norm(self.total()[0], FLOAT64 if self.wide else FLOAT32)
+
+    def total(self) -> tuple[Total, float, bool]:
+        exact, largest = total_of(), 0.0
+        for memory in self._measured():
+            for narrow, wide, found in cpu.exact_squares(memory):
+                exact = merge([exact, total_of(narrow, wide)])
+                largest = max(largest, found)
+        return exact, largest, self.wide
+
+    def filled(self, value: float) -> list[Any]:
+        return self._written(lambda new: fill(new, value))
+
+    def scaled(self, factor: Scaled) -> list[Any]:
+        return self._written(lambda new: self.scale_to(new, factor))
+
+    def fill_(self, value: float) -> None:
+        fill(self.values, value)
+
+    def scale_(self, factor: Scaled) -> None:
+        self._scale(self.memory, self.memory, factor)
+
+    def scale_to(self, targets: Sequence[Array], factor: Scaled) -> None:
+        """Write every element times ``factor`` to arrays of the same shapes and dtypes."""
+        # The kernel walks both in the order of memory: where that is not the same, scale a copy.
+        old = list(self.values)
+        for place, (source, target) in enumerate(zip(old, targets, strict=True)):
+            if source.strides != target.strides:
+                np.copyto(target, source)
+                old[place] = target
+        same = all(source is values for source, values in zip(old, self.values, strict=True))
+        memory = self.memory if same else _take(old, self.codes)
+        self._scale(memory, _take(targets, self.codes), factor)
+
+    def scale_into(self, target: cpu.Leaves, factor: Scaled) -> None:
+        """Write every element times ``factor`` to memory that is laid out alike."""
+        self._scale(self.memory, target, factor)
+
+    def _written(self, write: Callable[[list[Array]], None]) -> list[Any]:
+        """New leaves, their elements written by ``write``."""
+        new = list(map(np.empty_like, self.values))
+        write(new)
+        return self.rewrapped(new)
+
+    def rewrapped(self, new: list[Array]) -> list[Any]:
+        """The leaves again, with new elements."""
+        raise NotImplementedError
+
+    def norm_of_numpy(self, value: Scaled, *, wide: bool = False) -> np.floating[Any]:
+        """The norm as NumPy scalar: float64 if ``wide`` or a leaf is, else float32."""
+        with np.errstate(over="ignore", under="ignore"):
+            return np.float64(value) if wide or self.wide else np.float32(float(value))
+
+    def _scale(self, source: cpu.Leaves, target: cpu.Leaves, factor: Scaled) -> None:
+        recode = None
+        if self.codes is not None:
+            tables = {codes: _recode_table(codes, factor) for codes in set(self.codes)}
+            recode = [tables[codes] for codes in self.codes]
+        cpu.scale(source, target, *factor, recode)
+
+    def _measured(self) -> Iterator[cpu.Leaves]:
+        """The memory whose squares add up to those of the tensors that the leaves stand for."""
+        if self.merged is None:
+            yield self.memory
+            return
+        assert self.codes is not None, "sparse leaves, which are held with care"
+        dense: list[Array] = []
+        dense_codes = []
+        seen = set()
+        for leaf, values, codes in zip(self.leaves, self.values, self.codes, strict=True):
+            place = (values.__array_interface__["data"], values.shape, values.strides)
+            if self.writable and place in seen:
+                continue  # one array listed twice is scaled once, so it counts once
+            seen.add(place)
+            sums = self.merged(leaf, values)
+            if sums is None:
+                dense.append(values)
+                dense_codes.append(codes)
+            else:
+                # Most are sums in float64; where rows are only left out, they are as they were.
+                yield from (_take([part], [_float8(part.dtype)]) for part in sums)
+        yield _take(dense, dense_codes)
 
 
-def hold_plain(leaves: Sequence[Any], values: list[Array], *, writable: bool) -> Held | None:
-    """Hold arrays of native NumPy dtypes; None where one of them needs care first."""
-    memory = cpu.take(values, None, writable=writable)
-    return None if memory is None else Held(leaves, values, None, memory, writable, None)
+L = TypeVar("L", bound=Leaves)
 
 
-def hold(
+def hold_plain(
+    kind: type[L],
     leaves: Sequence[Any],
     values: list[Array],
-    merged: Callable[[Any, Array], Iterator[Array] | None] | None,
     path: Callable[[int], str],
     *,
     writable: bool,
-) -> Held:
+) -> L | None:
+    """Hold arrays of native NumPy dtypes; None where one of them needs care first.
+
+    Raises:
+        ValueError: with ``writable``, two share a part of their memory.
+    """
+    memory = cpu.take(values, None, writable=writable)
+    if memory is None:
+        return None
+    check_apart(memory, path)
+    return kind(leaves, values, None, memory, None, writable=writable)
+
+
+def hold(
+    kind: type[L],
+    leaves: Sequence[Any],
+    values: list[Array],
+    merged: Merged | None,
+    path: Callable[[int], str],
+    *,
+    writable: bool,
+) -> L:
     """Hold arrays of accepted dtypes.
 
     Raises:
@@ -69,20 +193,23 @@ def hold(
             read-only, its elements share memory, or it shares a part of its memory with another.
     """
     codes = [_float8(array.dtype) for array in values]
-    return hold_codes(
-        leaves, list(map(_as_codes, values)), codes, merged, path, writable=writable
-    )._replace(values=values)
+    held = hold_codes(
+        kind, leaves, list(map(_as_codes, values)), codes, merged, path, writable=writable
+    )
+    held.values = values
+    return held
 
 
 def hold_codes(
+    kind: type[L],
     leaves: Sequence[Any],
     values: list[Array],
     codes: list[Float8 | None],
-    merged: Callable[[Any, Array], Iterator[Array] | None] | None,
+    merged: Merged | None,
     path: Callable[[int], str],
     *,
     writable: bool,
-) -> Held:
+) -> L:
     """Hold arrays of native dtypes, of which uint16 is bfloat16 and uint8 is of ``codes``.
 
     Raises:
@@ -93,7 +220,7 @@ def hold_codes(
     if memory is None:
         raise ValueError(_in_the_way(values, codes, path))
     check_apart(memory, path)
-    return Held(leaves, values, codes, memory, writable, merged)
+    return kind(leaves, values, codes, memory, merged, writable=writable)
 
 
 _MOST = 2**63 - 1
@@ -128,97 +255,16 @@ def check_apart(memory: cpu.Leaves, path: Callable[[int], str]) -> None:
         )
 
 
-def measure(held: Held) -> Scaled:
-    """The global norm, correctly rounded."""
-    if held.merged is None and not held.memory.has_f64:
-        certified = certified_norm(cpu.sum_squares(held.memory))
-        if certified is not None:
-            return certified
-    return norm(total(held)[0], FLOAT64 if held.memory.has_f64 else FLOAT32)
-
-
-def total(held: Held) -> tuple[Total, float, bool]:
-    """The exact sum, the largest finite |x| (of a complex x, of its parts), if any is wide."""
-    exact, largest = total_of(), 0.0
-    for memory in _measured(held):
-        for narrow, wide, found in cpu.exact_squares(memory):
-            exact = merge([exact, total_of(narrow, wide)])
-            largest = max(largest, found)
-    return exact, largest, held.memory.has_f64
-
-
-def share(held: Held, joint: Joint) -> tuple[Total, bool]:
-    """What this worker adds to the sum of squares of all, and if a leaf is float64."""
-    del joint  # all of it, whoever they are
-    exact, _, wide = total(held)
-    return exact, wide
-
-
-def queue(held: Held) -> None:
-    """Nobody: the host decides about what is in its own memory."""
-    del held
-
-
-def check_there(held: Held) -> None:
-    """Nothing: what is held is in memory."""
-    del held
-
-
-def everyone(leaves: Sequence[Any]) -> None:
-    """Nobody: no array says who has other parts of the same gradient."""
-
-
-def written(leaves: Sequence[Any]) -> None:
-    """Nothing: no queue writes to the host's memory."""
-
-
 def nonfinite(values: Array) -> tuple[int, int]:
     """How many elements are NaN, and how many are inf."""
     with np.errstate(invalid="ignore"):  # a signalling NaN
         return int(np.isnan(values).sum()), int(np.isinf(values).sum())
 
 
-def scalar(value: Scaled, held: Held, *, wide: bool = False) -> np.floating[Any]:
-    """The norm as NumPy scalar: float64 if ``wide`` or a leaf is, else float32."""
-    with np.errstate(over="ignore", under="ignore"):
-        return np.float64(value) if wide or held.memory.has_f64 else np.float32(float(value))
-
-
 def fill(targets: Sequence[Array], value: float) -> None:
     """Put ``value`` into every element."""
     for array in targets:
         array[...] = complex(value, value) if array.dtype.kind == "c" else value
-
-
-def scale(held: Held, targets: Sequence[Array], factor: Scaled) -> None:
-    """Write every element times ``factor`` to arrays of the same shapes and dtypes."""
-    # The kernel walks both in the order of memory: where that is not the same, scale a copy.
-    old = list(held.values)
-    for place, (source, target) in enumerate(zip(old, targets, strict=True)):
-        if source.strides != target.strides:
-            np.copyto(target, source)
-            old[place] = target
-    same = all(source is values for source, values in zip(old, held.values, strict=True))
-    memory = held.memory if same else _take(old, held.codes)
-    _scale(memory, _take(targets, held.codes), held, factor)
-
-
-def scale_to(source: Held, target: Held, factor: Scaled) -> None:
-    """Write every element times ``factor`` to memory that is laid out alike."""
-    _scale(source.memory, target.memory, source, factor)
-
-
-def scale_(held: Held, factor: Scaled) -> None:
-    """Multiply every element where it lies."""
-    _scale(held.memory, held.memory, held, factor)
-
-
-def _scale(source: cpu.Leaves, target: cpu.Leaves, held: Held, factor: Scaled) -> None:
-    recode = None
-    if held.codes is not None:
-        tables = {codes: _recode_table(codes, factor) for codes in set(held.codes)}
-        recode = [tables[codes] for codes in held.codes]
-    cpu.scale(source, target, *factor, recode)
 
 
 def _take(arrays: Sequence[Array], codes: list[Float8 | None] | None) -> cpu.Leaves:
@@ -230,29 +276,6 @@ def _take(arrays: Sequence[Array], codes: list[Float8 | None] | None) -> cpu.Lea
 
 def _decode(codes: list[Float8 | None]) -> list[bytes | None]:
     return [None if each is None else each.decode for each in codes]
-
-
-def _measured(held: Held) -> Iterator[cpu.Leaves]:
-    """The memory whose squares add up to those of the tensors that the leaves stand for."""
-    if held.merged is None:
-        yield held.memory
-        return
-    assert held.codes is not None, "sparse leaves, which are held with care"
-    dense: list[Array] = []
-    dense_codes = []
-    seen = set()
-    for leaf, values, codes in zip(held.leaves, held.values, held.codes, strict=True):
-        place = (values.__array_interface__["data"], values.shape, values.strides)
-        if held.writable and place in seen:
-            continue  # one array listed twice is scaled once, so it counts once
-        seen.add(place)
-        sums = held.merged(leaf, values)
-        if sums is None:
-            dense.append(values)
-            dense_codes.append(codes)
-        else:
-            yield from (_take([part], None) for part in sums)
-    yield _take(dense, dense_codes)
 
 
 def _in_the_way(

@@ -1,20 +1,26 @@
 """Leaves in a device's memory: measured, decided about and scaled there, while the host goes on.
 
-A backend says where its leaves lie, and gives what `Memory` asks for; the rest is here.
+A backend gives what `Memory` asks for, and derives a class from `Leaves` that says where its leaves
+lie and how new ones are made; the rest is here.
 """
 
 from __future__ import annotations
 
+import contextlib
+import math
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from gradclip.core.exact import Scaled, Total, total_of
+from gradclip.core.exact import FLOAT32, FLOAT64, Scaled, Total, norm, total_of
+from gradclip.core.held import Clip, Held
+from gradclip.core.workers import Joint
 from gradclip.kernels.gpu import triton as cuda
 from gradclip.kernels.gpu.device.decision import POLICIES, SCALE
 from gradclip.kernels.gpu.device.numbers import AT_F32, AT_F64, BITS, NONE
@@ -84,16 +90,117 @@ class _Table(NamedTuple):
     depth: int  # tiles that a program of `measure` reads at the most
 
 
-class Leaves(NamedTuple):
-    """Elements in the memory of one device."""
+class Leaves(Held):
+    """Leaves in the memory of one device, which decides about them by itself where it may."""
 
-    memory: Memory
-    spans: bytes  # of each leaf its address, number of elements and kind, as int64
-    wide: bool  # if one of them is float64
+    __slots__ = ("leaves", "memory", "values")
+
+    def __init__(self, leaves: Sequence[Any], values: Sequence[Any], memory: Memory) -> None:
+        self.leaves = leaves  # of those to be written, each memory once
+        self.values = values  # the elements of each
+        self.memory = memory
+
+    def runs(self) -> contextlib.AbstractContextManager[Runs]:
+        """Where the elements lie, each leaf in one run; what is changed there, is in the leaves."""
+        raise NotImplementedError
+
+    def new_runs(self, arrays: Sequence[Any]) -> Runs:
+        """Where the elements of what is as `duplicated` lie."""
+        raise NotImplementedError
+
+    def duplicated(self) -> list[Any]:
+        """New arrays of the same bits, each in one run of memory."""
+        raise NotImplementedError
+
+    def rewrapped(self, new: list[Any]) -> list[Any]:
+        """The leaves again, with new elements."""
+        raise NotImplementedError
+
+    def written(self) -> None:
+        """Have the framework know that the leaves may have been written."""
+
+    def decides(self, clip: Clip) -> bool:
+        """If the device decides about a clip, and the host need not wait for it."""
+        return not clip.is_for_the_host
 
     def knows(self, value: Any) -> bool:
         """If a limit need not be read by the host, since it is on the device."""
         return self.memory.locate(value) is not None
+
+    def measure(self) -> Scaled:
+        return norm(self.sum_of_squares(), FLOAT64 if self.wide else FLOAT32)
+
+    def share(self, joint: Joint) -> tuple[Any, bool]:
+        """What this worker adds to the sum of squares of all, and if a leaf is float64."""
+        del joint  # all of it, whoever they are
+        return self.sum_of_squares(), self.wide
+
+    def sum_of_squares(self) -> Total:
+        """The exact total, once the device has come so far."""
+        with self.runs() as runs:
+            return runs.total()
+
+    def norm(self, clip: Clip) -> Any:
+        """The global norm, as a new scalar on the device."""
+        if not self.decides(clip):
+            return super().norm(clip)
+        with self.runs() as runs:
+            norm = runs.norm()
+        if clip.may_refuse:
+            clip.check(self, norm)
+        return norm
+
+    def clip_(self, clip: Clip) -> Any:
+        """Clip where the leaves lie; the norm, as a scalar on the device."""
+        if not self.decides(clip):
+            return super().clip_(clip)
+        limit, given = clip.limits(self)
+        check = partial(clip.check, self) if clip.may_refuse else None
+        with self.runs() as runs:
+            norm = runs.clip_(limit, clip.policy, given=given, check=check, **clip.into)
+        self.written()
+        return norm
+
+    def clipped(self, clip: Clip) -> tuple[list[Any], Any]:
+        """New leaves, and the norm, as a scalar on the device."""
+        if not self.decides(clip):
+            return super().clipped(clip)
+        new = self.duplicated()
+        limit, given = clip.limits(self)
+        check = partial(clip.check, self) if clip.may_refuse else None
+        norm = self.new_runs(new).clip_(limit, clip.policy, given=given, check=check)
+        return self.rewrapped(new), norm
+
+    def copied(self) -> list[Any]:
+        return self.rewrapped(self.duplicated())
+
+    def filled(self, value: float) -> list[Any]:
+        new = self.duplicated()
+        self.new_runs(new).fill_(value)
+        return self.rewrapped(new)
+
+    def scaled(self, factor: Scaled) -> list[Any]:
+        new = self.duplicated()
+        self.new_runs(new).scale_(factor)
+        return self.rewrapped(new)
+
+    def fill_(self, value: float) -> None:
+        with self.runs() as runs:
+            runs.fill_(value)
+        self.written()
+
+    def scale_(self, factor: Scaled) -> None:
+        with self.runs() as runs:
+            runs.scale_(factor)
+        self.written()
+
+
+class Runs(NamedTuple):
+    """Elements in the memory of one device, in runs."""
+
+    memory: Memory
+    spans: bytes  # of each run its address, number of elements and kind, as int64
+    wide: bool  # if one of them is float64
 
     def clip_(
         self,
@@ -107,7 +214,7 @@ class Leaves(NamedTuple):
     ) -> Any:
         """Clip where the leaves lie; the norm, as a new scalar on the device or in ``norm``.
 
-        ``limit``, and the norm if it is ``given``, are floats or what this device `knows`.
+        ``limit``, and the norm if it is ``given``, are floats or what `Memory.locate` finds.
         ``check`` is shown the norm before anything is written, and may raise.
         """
         memory = self.memory
@@ -128,6 +235,10 @@ class Leaves(NamedTuple):
             only = (*self._scalar(np.inf), *self._scalar(None), POLICIES["keep"], *_NO_LEDGER)
             self._measure(table, scratch, (self.memory.address(norm), *only))
         return norm
+
+    def fill_(self, value: float) -> None:
+        """Put NaN or 0 into every element: what becomes of them where the norm is NaN."""
+        self.clip_(1.0, "nan" if math.isnan(value) else "zero", given=math.nan)
 
     def scale_(self, factor: Scaled) -> None:
         """Multiply every element where it lies."""
@@ -194,7 +305,7 @@ _MOST_TABLES = 8
 
 
 @contextmanager
-def _prepared(leaves: Leaves) -> Iterator[tuple[_Table, int]]:
+def _prepared(leaves: Runs) -> Iterator[tuple[_Table, int]]:
     """The table of the leaves' chunks, and scratch: sent only where they are not there already.
 
     What is being captured runs whenever it is replayed, perhaps on another stream, and has both to
@@ -218,7 +329,7 @@ def _prepared(leaves: Leaves) -> Iterator[tuple[_Table, int]]:
         yield _tables[key], memory.address(_scratch[place])
 
 
-def _table(leaves: Leaves, *, again: bool) -> _Table:
+def _table(leaves: Runs, *, again: bool) -> _Table:
     spans = np.frombuffer(leaves.spans, np.int64).reshape(-1, 3)
     most = _programs(leaves.memory, cuda.MOST_PROGRAMS, cuda.MEASURES)
     rows, size = chunked(spans, most)

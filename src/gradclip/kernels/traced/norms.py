@@ -108,9 +108,19 @@ def _width(shape: Sequence[int | None] | None) -> int:
 def _summed_rows(ops: Operations, values: Any, indices: Any) -> Any:
     """The rows of slices with those of the same index added, in float64; the rest are zeros."""
     rows = values if ops.dtype(values) == "float64" else float64_of(ops, codes_of(ops, values))
-    count = ops.size(indices)
+    return _grouped(ops, rows, indices)[0]
+
+
+def merged(ops: Operations, rows: Any, indices: Any) -> Any:
+    """Each row replaced by the sum of all rows of its index."""
+    sums, group, order = _grouped(ops, rows, indices)
+    return ops.take(ops.take(sums, group), ops.argsort(order))
+
+
+def _grouped(ops: Operations, rows: Any, indices: Any) -> tuple[Any, Any, Any]:
+    """The sums of rows of one index; the place of each row's, in the order that follows."""
     order = ops.argsort(indices)
     in_order = ops.cast(ops.take(indices, order), "int64")
     begins = ops.cast(in_order[1:] != in_order[:-1], "int64")
     group = ops.cumsum(ops.concat([in_order[:1] * 0, begins]))
-    return ops.segment_sum(ops.take(rows, order), group, count)
+    return ops.segment_sum(ops.take(rows, order), group, ops.size(indices)), group, order

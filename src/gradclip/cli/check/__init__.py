@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gradclip import IndexedSlices
-from gradclip.cli import _referee
 from gradclip.cli._console import need_extra, print_json, print_table, progress
-from gradclip.cli._referee import Array, Leaf, Truth
-from gradclip.cli._systems import Clip, RefusedError, System, systems
+from gradclip.cli.check import referee
+from gradclip.cli.check.referee import Array, Leaf, Truth
+from gradclip.cli.check.systems import Clip, RefusedError, System, installed
 
 EXAMPLE = "gradclip check --large"
 
@@ -41,12 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Check every system on every list."""
     lists = hard_lists(27 if args.large else 24)
-    found, missing = systems()
+    found, missing = installed()
     results: list[Result] = []
     with progress("checking", len(lists) * len(found)) as advance:
         for hard in lists:
             leaves = hard.make()
-            right = _referee.truth(leaves, hard.clip_norm)
+            right = referee.truth(leaves, hard.clip_norm)
             for system in found:
                 verdicts = [_judge(right, clip, leaves, hard.clip_norm) for clip in system.clips]
                 worst = min(verdicts, key=lambda verdict: verdict.exact)
@@ -196,15 +196,15 @@ def _judge(right: Truth, clip: Clip, leaves: list[Leaf], clip_norm: float) -> Ve
         norm, outputs = clip(leaves, clip_norm)
     except RefusedError as error:
         return Verdict(math.nan, math.nan, math.nan, f"refused: {error}", False)
-    ulp, relative = _referee.error(norm, right.square)
-    same = _referee.same_bits([_referee.values(leaf) for leaf in outputs], right.outputs)
+    ulp, relative = referee.error(norm, right.square)
+    same = referee.same_bits([referee.values(leaf) for leaf in outputs], right.outputs)
     exact = same and ulp == 0 and norm.dtype == right.norm_dtype
     return Verdict(float(norm), ulp, relative, "ok" if same else _fate(right, outputs), exact)
 
 
 def _fate(right: Truth, outputs: Sequence[Leaf]) -> str:
     """What became of finite values that are not bit for bit as they should be."""
-    arrays = [_referee.values(leaf) for leaf in outputs]
+    arrays = [referee.values(leaf) for leaf in outputs]
     if any(np.isnan(array).any() for array in arrays):
         return "NaN"
     if any(np.isinf(array).any() for array in arrays):
@@ -214,8 +214,8 @@ def _fate(right: Truth, outputs: Sequence[Leaf]) -> str:
     if not right.clipped:
         return "changed"
     # Rounding each value can move the norm too: no more than where all is right.
-    ratio = _referee.norm_over_limit(right.limit, outputs)
-    unavoidable = abs(_referee.norm_over_limit(right.limit, right.outputs) - 1)
+    ratio = referee.norm_over_limit(right.limit, outputs)
+    unavoidable = abs(referee.norm_over_limit(right.limit, right.outputs) - 1)
     return f"x{ratio:.4f}" if abs(ratio - 1) > unavoidable + 5e-5 else "ok"
 
 

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
-import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from gradclip import IndexedSlices, clip_by_global_norm, clip_by_global_norm_
-from gradclip.cli._referee import Array, Leaf
-from gradclip.core.dispatch import backend_names
+from gradclip.cli._tensorflow import import_tensorflow
+from gradclip.cli.check.referee import Array, Leaf
+from gradclip.core.rooms import backend_names
 
 # A list and a limit in, the clipped list and its norm out, as a framework has them.
 RawClip = Callable[[list[Any], float], tuple[list[Any], Any]]
@@ -54,7 +51,7 @@ class Incumbent(NamedTuple):
     load: Callable[[], RawClip]
 
 
-def systems() -> tuple[list[System], list[str]]:
+def installed() -> tuple[list[System], list[str]]:
     """What is installed, gradclip's own first, and the names of what is not."""
     ours, others, missing = [], [], []
     loaded: dict[str, Framework] = {}
@@ -265,30 +262,3 @@ INCUMBENTS = {
     "TensorFlow": Incumbent("tensorflow", "tf.clip_by_global_norm", _tf_clip),
     "optax": Incumbent("jax", "optax.clip_by_global_norm", _optax),
 }
-
-
-def import_tensorflow() -> Any:
-    """TensorFlow, without its notes on the processor.
-
-    PyTorch and Triton come first: the other way round they do not load into one process.
-    """
-    for name in ("torch", "triton"):
-        if find_spec(name):
-            importlib.import_module(name)
-    with _stderr_dropped():
-        tensorflow = importlib.import_module("tensorflow")
-        tensorflow.constant(0, tensorflow.float16)  # the first of its kind brings a note too
-        return tensorflow
-
-
-@contextlib.contextmanager
-def _stderr_dropped() -> Iterator[None]:
-    """Drop what native code writes past `sys.stderr`: TensorFlow heeds no setting for it."""
-    saved = os.dup(2)
-    try:
-        with Path(os.devnull).open("wb") as sink:
-            os.dup2(sink.fileno(), 2)
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)

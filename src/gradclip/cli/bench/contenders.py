@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gradclip.cli._systems import import_tensorflow
+from gradclip.cli._tensorflow import import_tensorflow
 
 Arrays = list[npt.NDArray[Any]]
 Call = Callable[[], object]

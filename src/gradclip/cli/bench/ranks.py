@@ -39,7 +39,7 @@ def clips_of_dtensors(count: int) -> Iterator[Turn]:
 
 
 def _started(rank: int, folder: str, count: int) -> subprocess.Popen[str]:
-    code = f"from gradclip.cli._ranks import run; run({rank}, {folder!r}, {count})"
+    code = f"from gradclip.cli.bench.ranks import run; run({rank}, {folder!r}, {count})"
     # One thread each, as torchrun has it: the ranks share the processors.
     threads = {"OMP_NUM_THREADS": "1", "GRADCLIP_NUM_THREADS": "1"}
     return subprocess.Popen(

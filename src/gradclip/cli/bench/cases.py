@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from gradclip import clip_by_global_norm_, global_norm
-from gradclip._clip import survey
-from gradclip.cli import _contenders, _ranks, _training
-from gradclip.cli._contenders import Arrays, Call
-from gradclip.core.exact import FLOAT32, Total, merge, norm, normalised
-from gradclip.kernels.cpu import threads
+from gradclip import global_norm
+from gradclip.cli.bench import contenders, fresh, jobs, ranks, training
+from gradclip.cli.bench.contenders import Arrays, Call
+from gradclip.cli.bench.jobs import Shapes
 
 LARGE, HALF = 400_000_000, 200_000_000
 
@@ -59,94 +54,6 @@ class Fresh(NamedTuple):
     processes: int = 1
 
 
-Shapes = list[tuple[int, ...]]
-
-
-def _normal(nbytes: int, dtype: str = "float32") -> Arrays:
-    size = nbytes // _named(dtype).itemsize // 4
-    return _random([(size,)] * 4, dtype)
-
-
-def _random(shapes: Shapes, dtype: str = "float32") -> Arrays:
-    generator = np.random.default_rng(0)
-    drawn = np.float64 if dtype == "float64" else np.float32
-    return [
-        generator.standard_normal(shape, drawn).astype(_named(dtype), copy=False)
-        for shape in shapes
-    ]
-
-
-def _named(dtype: str) -> np.dtype[Any]:
-    if dtype == "bfloat16":
-        import ml_dtypes  # noqa: F401  (makes the name known)
-    return np.dtype(dtype)
-
-
-def _large(shrink: int) -> Arrays:
-    return _normal(400_000_000 // shrink)
-
-
-def _small(shrink: int) -> Arrays:
-    return list(np.random.default_rng(0).standard_normal((1000 // shrink, 1000), np.float32))
-
-
-def _norm(dtype: str, nbytes: int, shrink: int) -> dict[str, Call]:
-    arrays = _normal(nbytes // shrink, dtype)
-    readable = arrays if dtype in ("float32", "float64") else _normal(nbytes // shrink)
-    return {
-        "gradclip": partial(global_norm, arrays),
-        "R": partial(_read, readable),
-        **_contenders.norms(arrays),
-    }
-
-
-def _exact(shrink: int) -> dict[str, Call]:
-    arrays = _large(shrink)
-    return {"gradclip": partial(survey, arrays), "R": partial(_read, arrays)}
-
-
-def _clip(make: Callable[[int], Arrays], shrink: int) -> dict[str, Call]:
-    arrays = make(shrink)
-    limit = float(global_norm(arrays))
-
-    def next_limit() -> float:
-        nonlocal limit
-        limit *= 0.999
-        return limit
-
-    return {
-        "gradclip": lambda: clip_by_global_norm_(arrays, next_limit()),
-        "R": partial(_read, arrays),
-        "S": _writer(arrays),
-        **_contenders.clips(arrays, next_limit),
-    }
-
-
-def _keep(make: Callable[[int], Arrays], shrink: int) -> dict[str, Call]:
-    arrays = make(shrink)
-    return {
-        "gradclip": partial(clip_by_global_norm_, arrays, 1e9),
-        "R": partial(_read, arrays),
-        **_contenders.clips(arrays, lambda: 1e9),
-    }
-
-
-def _read(arrays: Arrays) -> None:
-    for array in arrays:
-        np.dot(array, array)
-
-
-def _writer(arrays: Arrays) -> Call:
-    pool = ThreadPoolExecutor(threads())
-    shares = zip(*(np.array_split(array, threads()) for array in arrays), strict=True)
-
-    def write(share: Arrays) -> None:
-        for array in share:
-            np.multiply(array, array.dtype.type(1), out=array)
-
-    return partial(lambda shares: list(pool.map(write, shares)), list(shares))
-
-
 _LARGE_SHAPES: Shapes = [(5_000_000,)] * 10
 _SMALL_SHAPES: Shapes = [(1000,)] * 1000
 _BF16_SHAPES: Shapes = [(256,)] * 500
@@ -169,8 +76,8 @@ def _beside_tensorflow(
     what: str, limit: float, shapes: Shapes, *, graph: bool = False, clipping: bool = False
 ) -> Case:
     def systems(shrink: int) -> dict[str, Call]:
-        arrays = _random(_fewer(shapes, shrink))
-        return _contenders.tensorflow_clips(arrays, _limit(arrays, clipping=clipping), graph=graph)
+        arrays = jobs.random(_fewer(shapes, shrink))
+        return contenders.tensorflow_clips(arrays, _limit(arrays, clipping=clipping), graph=graph)
 
     return Case(what, (Bar(limit, "TensorFlow"),), systems)
 
@@ -184,7 +91,7 @@ def _beside_torch(
     clipping: bool = False,
 ) -> Case:
     def systems(shrink: int) -> dict[str, Call]:
-        return _contenders.torch_clips(_fewer(shapes, shrink), dtype, clipping=clipping)
+        return contenders.torch_clips(_fewer(shapes, shrink), dtype, clipping=clipping)
 
     return Case(what, (Bar(limit, "PyTorch"),), systems)
 
@@ -195,28 +102,13 @@ def _in_training(what: str, limit: float, turns: Callable[..., Any], *, clipping
 
 def _of_dtensors(what: str, limit: float, count: int) -> Turns:
     def turns(shrink: int) -> Iterator[dict[str, float]]:
-        return _ranks.clips_of_dtensors(count // shrink)
+        return ranks.clips_of_dtensors(count // shrink)
 
     return Turns(what, (Bar(limit, "PyTorch"),), turns)
 
 
-def _merge(shrink: int) -> dict[str, Call]:
-    """What all_reduce adds up, without the network: random gradients in ever more parts."""
-    generator = np.random.default_rng(0)
-    size = 1_000_000 // shrink
-    values = generator.standard_normal(size, np.float32)
-    # Of many magnitudes, so that words carry into each other.
-    np.ldexp(values, generator.integers(-50, 50, size, np.int32), out=values)
-    alone = survey([values]).norm
-    totals: list[Total] = []
-    for workers in (10, 1000, 100_000 // shrink):
-        totals = [normalised(survey([part]).total) for part in np.array_split(values, workers)]
-        assert norm(merge(totals), FLOAT32) == alone
-    return {"gradclip": lambda: merge(totals)}
-
-
 def _tensorflow_trace(shrink: int) -> dict[str, Call]:
-    return _contenders.tensorflow_traces(3000 // shrink)
+    return contenders.tensorflow_traces(3000 // shrink)
 
 
 def _beside_optax(
@@ -229,90 +121,53 @@ def _beside_optax(
     clipping: bool = False,
 ) -> Case:
     def systems(shrink: int) -> dict[str, Call]:
-        arrays = _random(_fewer(shapes, shrink), dtype)
-        return _contenders.optax_updates(arrays, _limit(arrays, clipping=clipping), jit=jit)
+        arrays = jobs.random(_fewer(shapes, shrink), dtype)
+        return contenders.optax_updates(arrays, _limit(arrays, clipping=clipping), jit=jit)
 
     return Case(what, (Bar(limit, "optax"),), systems)
 
 
 def _donated_to_optax(what: str, limit: float, *, clipping: bool) -> Turns:
     def turns(shrink: int) -> Iterator[dict[str, float]]:
-        arrays = _large(shrink)
-        return _contenders.optax_donations(arrays, _limit(arrays, clipping=clipping))
+        arrays = jobs.large(shrink)
+        return contenders.optax_donations(arrays, _limit(arrays, clipping=clipping))
 
     return Turns(what, (Bar(limit, "optax"),), turns)
 
 
 def _optax_compilation(shrink: int) -> Iterator[dict[str, float]]:
     # The first turn warms up. One more is all there is time for: optax takes a minute.
-    return _contenders.optax_compilations((2, 3000 // shrink))
-
-
-_IMPORT = """
-import numpy
-from time import perf_counter
-started = perf_counter()
-import gradclip
-print(1e3 * (perf_counter() - started))
-"""
-_FIRST_CALL = """
-import gradclip, numpy
-from time import perf_counter
-arrays = [numpy.ones(1000, numpy.float32)]
-started = perf_counter()
-gradclip.clip_by_global_norm_(arrays, 1.0)
-print(1e3 * (perf_counter() - started))
-"""
-
-
-def _memory(function: str, outputs: int) -> str:
-    return f"""
-import gradclip, numpy, re
-def megabytes(key):
-    with open("/proc/self/status") as status:
-        return int(re.search(key + r":\\s+(\\d+)", status.read())[1]) * 1024 / 1e6
-arrays = [numpy.ones({LARGE} // 4, numpy.float32)]
-before = megabytes("VmRSS")
-result = gradclip.{function}(arrays, 1.0)
-print(megabytes("VmHWM") - before - {outputs} / 1e6)
-"""
-
-
-def written(size: int, *, limit: float) -> str:
-    """Clip an array of ``size`` bytes that is mapped copy-on-write; print the kB copied."""
-    return f"""
-import gradclip, numpy, re, tempfile
-with tempfile.NamedTemporaryFile() as file:
-    file.write(numpy.ones(1000, numpy.float32).tobytes())
-    file.truncate({size})
-    array = numpy.asarray(numpy.memmap(file.name, numpy.float32, "c"))
-    gradclip.clip_by_global_norm_([array], {limit})
-    with open("/proc/self/smaps") as maps:
-        mine = [part for part in maps.read().split("VmFlags") if file.name in part]
-    print(sum(int(re.search(r"Anonymous:\\s+(\\d+)", part)[1]) for part in mine))
-"""
+    return contenders.optax_compilations((2, 3000 // shrink))
 
 
 _LOOP = (Bar(1 / 8, "NumPy loop"), Bar(0.25, "ms"))
 
 _10000_SHAPES: Shapes = [(16,)] * 10000
-_STEP, _INSIDE = _training.steps_that_clip, _training.steps_that_clip_inside
+_STEP, _INSIDE = training.steps_that_clip, training.steps_that_clip_inside
 
 CASES: dict[str, Case | Turns | Fresh] = {
-    "norm-fp32": Case("norm, 400 MB fp32", (Bar(1.05, "R"),), partial(_norm, "float32", LARGE)),
-    "norm-fp64": Case("norm, 400 MB fp64", (Bar(1.05, "R"),), partial(_norm, "float64", LARGE)),
-    "norm-bf16": Case("norm, 200 MB bf16", (Bar(1.2, "R"),), partial(_norm, "bfloat16", HALF)),
-    "norm-fp16": Case("norm, 200 MB fp16", (Bar(1.3, "R"),), partial(_norm, "float16", HALF)),
+    "norm-fp32": Case(
+        "norm, 400 MB fp32", (Bar(1.05, "R"),), partial(jobs.norms, "float32", LARGE)
+    ),
+    "norm-fp64": Case(
+        "norm, 400 MB fp64", (Bar(1.05, "R"),), partial(jobs.norms, "float64", LARGE)
+    ),
+    "norm-bf16": Case("norm, 200 MB bf16", (Bar(1.2, "R"),), partial(jobs.norms, "bfloat16", HALF)),
+    "norm-fp16": Case("norm, 200 MB fp16", (Bar(1.3, "R"),), partial(jobs.norms, "float16", HALF)),
     "keep": Case(
-        "in place, nothing to clip, 400 MB fp32", (Bar(1.1, "R"),), partial(_keep, _large)
+        "in place, nothing to clip, 400 MB fp32", (Bar(1.1, "R"),), partial(jobs.keep, jobs.large)
     ),
-    "clip": Case("in place, clipping, 400 MB fp32", (Bar(1.1, "R + S"),), partial(_clip, _large)),
-    "exact": Case("exact accumulator, 400 MB fp32", (Bar(1.1, "R"),), _exact),
+    "clip": Case(
+        "in place, clipping, 400 MB fp32", (Bar(1.1, "R + S"),), partial(jobs.clip, jobs.large)
+    ),
+    "exact": Case("exact accumulator, 400 MB fp32", (Bar(1.1, "R"),), jobs.exact),
     "exact-1-thread": Case(
-        "exact accumulator, 1 thread, 400 MB fp32", (Bar(1.35, "R"),), _exact, threads=1
+        "exact accumulator, 1 thread, 400 MB fp32", (Bar(1.35, "R"),), jobs.exact, threads=1
     ),
-    "small-keep": Case("in place, nothing to clip, 1000 x 1000", _LOOP, partial(_keep, _small)),
-    "small-clip": Case("in place, clipping, 1000 x 1000", _LOOP, partial(_clip, _small)),
+    "small-keep": Case(
+        "in place, nothing to clip, 1000 x 1000", _LOOP, partial(jobs.keep, jobs.small)
+    ),
+    "small-clip": Case("in place, clipping, 1000 x 1000", _LOOP, partial(jobs.clip, jobs.small)),
     "tf-eager-keep": _beside_tensorflow(
         "TensorFlow eager, nothing to clip, 200 MB", 0.35, _LARGE_SHAPES
     ),
@@ -397,18 +252,20 @@ CASES: dict[str, Case | Turns | Fresh] = {
     "optax-compile": Turns(
         "optax under jit, compiling 3000 leaves", (Bar(0.2, "optax"),), _optax_compilation
     ),
-    "merge": Case("adding the totals of 100,000 workers", (Bar(None, "ms"),), _merge),
-    "import": Fresh("import, beyond NumPy's own", Bar(50, "ms"), _IMPORT, 21),
-    "first-call": Fresh("first call", Bar(10, "ms"), _FIRST_CALL, 21),
+    "merge": Case("adding the totals of 100,000 workers", (Bar(None, "ms"),), jobs.merging),
+    "import": Fresh("import, beyond NumPy's own", Bar(50, "ms"), fresh.IMPORT, 21),
+    "first-call": Fresh("first call", Bar(10, "ms"), fresh.FIRST_CALL, 21),
     "memory-in-place": Fresh(
-        "memory, in place, 400 MB fp32", Bar(1, "MB"), _memory("clip_by_global_norm_", 0)
+        "memory, in place, 400 MB fp32",
+        Bar(1, "MB"),
+        fresh.memory("clip_by_global_norm_", LARGE, 0),
     ),
     "memory-new": Fresh(
         "memory beyond the outputs, 400 MB fp32",
         Bar(1, "MB"),
-        _memory("clip_by_global_norm", LARGE),
+        fresh.memory("clip_by_global_norm", LARGE, LARGE),
     ),
     "pages-written": Fresh(
-        "written in place, nothing to clip", Bar(0, "kB"), written(LARGE, limit=1e9)
+        "written in place, nothing to clip", Bar(0, "kB"), fresh.written(LARGE, limit=1e9)
     ),
 }

@@ -1,0 +1,193 @@
+"""Leaves that JAX follows: under a transformation, on other devices, sharded, or in a group."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.core import Tracer
+from jax.experimental.sparse import BCOO
+
+from gradclip.core.decide import check_clip_norm, check_use_norm
+from gradclip.core.held import Clip, Held
+from gradclip.core.sparse import IndexedSlices
+from gradclip.jax import xla
+from gradclip.jax.derivative import LOWER, pushed_forward, rows_of
+from gradclip.jax.leaf import SPARSE, checked, places_of, values_of, with_values
+from gradclip.jax.operations import Operations
+from gradclip.kernels.traced import norms, numbers
+
+_OPS = Operations()
+
+
+class Traced(Held):
+    """Clipped by operations that JAX can transform."""
+
+    __slots__ = ("_axes",)
+
+    follows = True
+
+    def __init__(self, axes: tuple[Any, ...] | None) -> None:
+        self._axes = axes  # over which other parts of the same gradient lie
+
+    def clipped(self, clip: Clip) -> tuple[list[Any], Any]:
+        """New leaves and the norm.
+
+        Raises:
+            TypeError: a leaf is of another dtype or type than those clipped, or a limit no number.
+            ValueError: a sparse leaf is malformed, a limit is out of range, or the policy is to
+                raise.
+        """
+        if clip.on_nonfinite == "raise":
+            raise ValueError(
+                'on_nonfinite is "raise"; what is traced, sharded, or on another device, cannot '
+                'raise: choose "nan", "zero" or "keep"'
+            )
+        return self._recorded(clip, clip.on_nonfinite, clip.name or "clip_by_global_norm")
+
+    def norm(self, clip: Clip) -> Any:
+        """The global norm."""
+        return self._recorded(clip, "keep", clip.name or "global_norm")[1]
+
+    def _recorded(self, clip: Clip, policy: str, name: str) -> tuple[list[Any], Any]:
+        with jax.enable_x64(True), jax.named_scope(name):
+            limit = _limit("clip_norm", clip.clip_norm, check_clip_norm)
+            given = clip.use_norm
+            if given is not None:
+                given = _limit("use_norm", given, check_use_norm)
+            values = [checked(leaf, partial(clip.path, i)) for i, leaf in enumerate(clip.leaves)]
+            rows = [_rows(leaf, partial(clip.path, i)) for i, leaf in enumerate(clip.leaves)]
+            norm, new = _recorded(self._axes, policy, limit, given, values, rows)
+        return list(map(with_values, clip.leaves, new)), norm
+
+
+# ---- if it is followed ----
+
+
+def axes_of(group: Any) -> Any:
+    """Names of axes, as JAX takes them."""
+    axes = tuple(group) if isinstance(group, list | tuple) else (group,)
+    if any(isinstance(axis, int) for axis in axes):
+        raise TypeError(f"group is {group!r}; for JAX it is the name of an axis, or several")
+    return None if group is None else axes
+
+
+def is_followed(values: Sequence[Any]) -> bool:
+    """If JAX traces one of leaves and limits, or the host's kernels do not reach an array."""
+    if any(issubclass(kind, Tracer) for kind in _kinds(values)):
+        return True
+    if one_device():
+        return False
+    return not all(_on_host(x) for x in map(values_of, values) if isinstance(x, jax.Array))
+
+
+def _kinds(values: Sequence[Any]) -> set[type]:
+    kinds = set(map(type, values))
+    return set(map(type, map(values_of, values))) if kinds & set(SPARSE) else kinds
+
+
+def one_device() -> bool:
+    """If the only device that arrays can be on is one CPU."""
+    return jax.default_backend() == "cpu" and jax.device_count() == 1
+
+
+def _on_host(array: jax.Array) -> bool:
+    devices: set[Any] = array.sharding.device_set
+    return len(devices) == 1 and all(
+        device.platform == "cpu" and device.process_index == jax.process_index()
+        for device in devices
+    )
+
+
+# ---- what it consists of ----
+
+
+def _limit(name: str, value: Any, check: Callable[[Any], Any]) -> Any:
+    """A limit as an array; checked, where its value is known."""
+    if not isinstance(value, Tracer):
+        return np.float64(check(value))
+    if not (jnp.issubdtype(value.dtype, np.floating) or jnp.issubdtype(value.dtype, np.integer)):
+        raise TypeError(f"{name} is traced, of {value.dtype}; it must be a real number")
+    if value.shape != ():
+        raise ValueError(f"{name} is traced, of shape {value.shape}; it must be a scalar")
+    return value
+
+
+def _rows(leaf: Any, path: Callable[[], str]) -> Any:
+    """The place of each row of a sparse leaf, and if it is in the array; None of a dense one."""
+    if isinstance(leaf, BCOO):
+        places, inside = places_of(leaf, leaf.indices)
+        return jnp.where(inside, places, -1)
+    if not isinstance(leaf, IndexedSlices):
+        return None
+    indices = jnp.asarray(leaf.indices)
+    if not jnp.issubdtype(indices.dtype, np.integer):
+        raise ValueError(f"{path()}.indices is {indices.dtype}; indices are integers")
+    if indices.ndim != 1 or leaf.values.shape[:1] != indices.shape:
+        raise ValueError(
+            f"{path()} has indices of shape {indices.shape} and values of shape "
+            f"{leaf.values.shape}; each row of values needs one index"
+        )
+    return indices
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _recorded(
+    axes: Any, policy: str, limit: Any, given: Any, values: list[Any], rows: list[Any]
+) -> tuple[Any, list[Any]]:
+    norm, _, _, new = _clip(axes, policy, limit, given, values, rows)
+    return norm, new
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _clip(
+    axes: Any, policy: str, limit: Any, given: Any, values: list[Any], rows: list[Any]
+) -> tuple[Any, Any, Any, list[Any]]:
+    """The norm in its dtype, as float64, as float64 times `LOWER`, and new values."""
+    with jax.enable_x64(True):
+        wide = norms.is_wide(_OPS, [(x, None) for x in values])
+        if given is None:
+            number = _norm(axes, values, rows, wide=wide)
+        else:
+            number = numbers.number_of(_OPS, _real(given))
+        above, factor = numbers.compared(_OPS, number, numbers.number_of(_OPS, _real(limit)))
+        failed = {"nan": xla.NAN, "zero": xla.ZERO, "keep": xla.KEEP}[policy]
+        action = jnp.where(above, jnp.where(factor.nan, xla.NAN, xla.SCALE), xla.KEEP)
+        action = jnp.where(number.inf | number.nan, failed, action)
+        new = xla.carry_out(values, action, factor)
+        low = number._replace(exponent=number.exponent + int(math.log2(LOWER)))
+        pairs = ((number, wide), (number, True), (low, True))
+        rounded = [numbers.rounded(_OPS, each, wide=wide) for each, wide in pairs]
+        return (*rounded, new)
+
+
+def _real(limit: Any) -> Any:
+    """A limit of a dtype that `traced` takes apart."""
+    return limit.astype("float64") if jnp.issubdtype(limit.dtype, np.integer) else limit
+
+
+def _norm(axes: Any, values: list[Any], rows: list[Any], *, wide: bool) -> numbers.Number:
+    xs = []
+    for x, places in zip(values, rows, strict=True):
+        if places is None:
+            xs.append(x)
+        else:
+            xs += norms.addends(_OPS, [rows_of(x, places)])
+    if axes is None:
+        return xla.norm(xs, wide=wide)
+    return xla.root(lax.psum(xla.total(xs), axes), wide=wide)
+
+
+@_clip.defjvp
+def _clip_jvp(axes: Any, policy: str, primals: Any, tangents: Any) -> Any:
+    norm, wide, low, new = _clip(axes, policy, *primals)
+    with jax.enable_x64(True):
+        d_wide, d_new = pushed_forward(axes, policy, wide, low, primals, tangents)
+        d_norm = d_wide.astype(norm.dtype)
+        return (norm, wide, low, new), (d_norm, d_wide, d_wide * LOWER, d_new)

@@ -1,0 +1,49 @@
+"""Keras 3 optimizers whose ``global_clipnorm`` clips by the exact norm of the whole gradient.
+
+They are Keras's own classes, on its TensorFlow, JAX and torch backends; their names are Keras's:
+
+>>> import gradclip.keras
+>>> optimizer = gradclip.keras.Adam(1e-3, global_clipnorm=1.0)
+
+What differs from ``keras.optimizers``, with ``global_clipnorm`` alone:
+
+- the norm is correctly rounded, and no finite gradient overflows on the way to it;
+- under ``tf.distribute`` gradients are summed over the replicas first and clipped then. Keras
+  clips the part of each replica, so that its update can be as many times the limit as there are
+  replicas;
+- ``tf.IndexedSlices`` stay sparse, and rows with the same index count as their sum;
+- 0, negative numbers and NaN are errors, ``inf`` only measures;
+- the norm is kept: `GlobalNorm` logs it, and ``optimizer.last_global_norm`` is the latest.
+
+With ``global_clipnorm=None`` they are Keras's to the bit, and so they are with a ``clipnorm`` that
+has been set beside it, by which Keras clips instead. What they save and copy is what Keras's do,
+and the norms; the state that Keras's own optimizer has saved is taken over.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import keras
+
+from gradclip.keras.callback import GlobalNorm
+from gradclip.keras.optimizer import COMPOSITES, exact
+from gradclip.keras.optimizer import _restored as _restored
+
+__all__ = ["GlobalNorm", "exact"]
+
+if TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        """Adam, SGD, ...: every optimizer that the installed Keras has."""
+
+
+for _name, _class in list(vars(keras.optimizers).items()):
+    if (
+        isinstance(_class, type)
+        and issubclass(_class, keras.Optimizer)
+        and _class is not keras.Optimizer
+        and not issubclass(_class, COMPOSITES)
+    ):
+        globals()[_name] = exact(_class)
+        __all__ += [_name]  # noqa: PLE0604

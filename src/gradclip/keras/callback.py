@@ -1,0 +1,78 @@
+"""The global norm in the logs of ``fit``."""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Any
+
+import keras
+import numpy as np
+
+from gradclip.keras.clipping import by_global_norm
+from gradclip.keras.optimizer import DOOR, NORMS, ExactGlobalNorm
+
+
+class GlobalNorm(keras.callbacks.Callback):  # type: ignore[misc]
+    """Adds the global norm to the logs of each epoch of ``fit``.
+
+    - ``global_norm``: the mean over the epoch's updates of the norm before clipping;
+    - ``clipped``: the share of the epoch's updates that were clipped, from 0 to 1. An update counts
+      as clipped if its norm was not at most the limit: above it, as inf is above every finite
+      limit, or NaN. Where the backend flushes subnormal numbers, such a norm counts as 0.
+
+    An update that a loss scale or gradient accumulation leaves out does not count; both are NaN
+    in an epoch without any. The place in ``callbacks=`` does not matter: it moves to the front,
+    so that CSVLogger, TensorBoard and all others find its numbers.
+
+    Raises:
+        TypeError: at the start of ``fit``, if the model's optimizer is none of `exact`, has no
+            ``global_clipnorm``, or a ``clipnorm`` beside it, by which Keras clips instead.
+
+    >>> import keras, numpy as np
+    >>> model = keras.Sequential([keras.layers.Dense(1, "linear", False, "zeros")])
+    >>> model.compile(exact(keras.optimizers.SGD)(1.0, global_clipnorm=1.0), "mse")
+    >>> x, y = np.array([[3.0, 4.0]]), np.array([[0.5]])
+    >>> history = model.fit(x, y, callbacks=[GlobalNorm()], verbose=0).history
+    >>> print(history["global_norm"], history["clipped"])
+    [5.0] [1.0]
+    """
+
+    __module__ = DOOR
+
+    def set_model(self, model: Any) -> None:
+        """Take the model, and the first place among the callbacks."""
+        super().set_model(model)
+        # Callbacks share one dict of logs, one after the other, and are not shown their list.
+        caller = sys._getframe(1).f_locals.get("self")
+        if isinstance(caller, keras.callbacks.CallbackList):
+            caller.callbacks.remove(self)
+            caller.callbacks.insert(0, self)
+
+    def on_train_begin(self, logs: Any = None) -> None:  # noqa: ARG002
+        """Find the optimizer."""
+        found = getattr(self.model.optimizer, "inner_optimizer", self.model.optimizer)
+        if not isinstance(found, ExactGlobalNorm) or found.global_clipnorm is None:
+            raise TypeError(
+                f"GlobalNorm needs an optimizer of gradclip.keras with a global_clipnorm (inf: "
+                f"only measure), but the model has {found!r}"
+            )
+        if not by_global_norm(found):
+            raise TypeError(
+                f"GlobalNorm finds clipnorm {found.clipnorm!r} beside global_clipnorm "
+                f"{found.global_clipnorm!r}: Keras clips by clipnorm then, and measures no global "
+                "norm; set clipnorm to None"
+            )
+        self._optimizer = found
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:  # noqa: ARG002
+        """Start to count anew."""
+        # Where the model's input shape is not known, it is not built before its first step.
+        if self._optimizer.built:
+            self._optimizer.assign(self._optimizer._norms, np.zeros(NORMS, np.float32))
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:  # noqa: ARG002
+        """Write the epoch's mean and share into the logs."""
+        _, mean, clipped, count = np.asarray(self._optimizer._norms.value).tolist()
+        logs["global_norm"] = mean if count else math.nan
+        logs["clipped"] = clipped / count if count else math.nan

@@ -1,0 +1,81 @@
+"""By what an optimizer's gradients are clipped: one limit, or one for each parameter group."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from gradclip.core.decide import check_clip_norm
+
+# What a limit may be: a number, or a schedule: from how many steps were begun before to a number.
+Limit = float | Callable[[int], Any]
+
+
+class Limits(NamedTuple):
+    """The limits of all lists of gradients that are clipped together."""
+
+    every: list[Limit]
+    per_group: bool  # if each parameter group has one
+
+    @classmethod
+    def of(cls, max_norm: Any) -> Limits:
+        """What a user gives.
+
+        Raises:
+            TypeError, ValueError: one is no number, or out of range.
+        """
+        per_group = isinstance(max_norm, Sequence) and not isinstance(max_norm, str)
+        every = max_norm if per_group else [max_norm]
+        return cls(
+            [limit if callable(limit) else check_clip_norm(limit, "max_norm") for limit in every],
+            per_group,
+        )
+
+    @property
+    def given(self) -> Any:
+        """As a user gives them."""
+        return tuple(self.every) if self.per_group else self.every[0]
+
+    def replaced_by(self, max_norm: Any) -> Limits:
+        """Others, for the same lists.
+
+        Raises:
+            TypeError, ValueError: they are none, or not as many.
+        """
+        new = Limits.of(max_norm)
+        if new.per_group != self.per_group or len(new.every) != len(self.every):
+            ours = f"{len(self.every)} limits" if self.per_group else "one limit for all groups"
+            raise ValueError(f"max_norm is {max_norm!r}; this clipper has {ours}: attach another")
+        return new
+
+    def check_number(self, optimizer: Any) -> None:
+        """Count parameter groups.
+
+        Raises:
+            ValueError: each has a limit, and there are more of the ones or the others.
+        """
+        groups = len(optimizer.param_groups)
+        if self.per_group and len(self.every) != groups:
+            raise ValueError(
+                f"max_norm has {len(self.every)} limits, and the optimizer {groups} parameter "
+                "groups"
+            )
+
+    def after(self, begun: int, knows: Callable[[Any], bool]) -> list[Any]:
+        """Those of the step before which so many were begun.
+
+        Args:
+            begun: what schedules are called with.
+            knows: if a limit need not be read by the host.
+
+        Raises:
+            TypeError, ValueError: a schedule gives no number, or one out of range.
+        """
+        return [
+            _number(limit(begun), begun, knows) if callable(limit) else limit
+            for limit in self.every
+        ]
+
+
+def _number(limit: Any, begun: int, knows: Callable[[Any], bool]) -> Any:
+    return limit if knows(limit) else check_clip_norm(limit, f"max_norm({begun})")

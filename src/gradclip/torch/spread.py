@@ -1,0 +1,146 @@
+"""What a process counts of leaves that it shares with others; and leaves that are DTensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from operator import is_
+from typing import Any, ClassVar
+
+import torch
+
+from gradclip.core.exact import Scaled, Total
+from gradclip.core.held import Clip, Held
+from gradclip.core.workers import Joint
+from gradclip.torch import mesh
+from gradclip.torch.elements import copy, count_nonfinite, fill_
+from gradclip.torch.overlap import distinct
+from gradclip.torch.tensors import detached, values_of, with_values
+
+
+class Tensors(Held):
+    """Tensors in some memory, of which a process may count only a part."""
+
+    __slots__ = ()
+
+    leaves: Sequence[Any]
+    writable: bool
+    hold: ClassVar[Callable[..., Any]]  # that of `backend`, which stands on this file
+
+    def addend(self, joint: Joint) -> Any:
+        """What all of the leaves add to the sum of squares of all workers."""
+        del joint  # only a device's memory can leave it where it is
+        return self.total()[0]
+
+    def share(self, joint: Joint) -> tuple[Any, bool]:
+        """What this process adds to the sum of squares of all, and if a leaf is float64."""
+        return self.counted(joint).addend(joint), self.wide
+
+    def counted(self, joint: Joint) -> Tensors:
+        """What this process counts of the leaves: not what another counts.
+
+        Raises:
+            ValueError: leaves have no memory, and another worker waits for what is in it.
+            RuntimeError: another worker has failed, and terms are to be added up.
+        """
+        return _counted(self, self.leaves, joint)
+
+    def count_nonfinite(self, leaf: Any) -> tuple[int, int]:
+        return count_nonfinite(leaf)
+
+    def copied(self) -> list[Any]:
+        return self.rewrapped(list(map(copy, self.leaves)))
+
+    def filled(self, value: float) -> list[Any]:
+        new = [torch.empty_like(detached(leaf)) for leaf in self.leaves]
+        fill_(new, value)
+        return self.rewrapped(new)
+
+    def rewrapped(self, new: list[Any]) -> list[Any]:
+        """The leaves again, with new elements."""
+        return list(map(with_values, self.leaves, new))
+
+    def fill_(self, value: float) -> None:
+        """Put ``value`` into every element; autograd sees that it has changed."""
+        fill_(map(values_of, self.leaves), value)
+
+
+def _counted(here: Tensors, leaves: Sequence[Any], joint: Joint) -> Tensors:
+    here.check_there()
+    if not isinstance(joint.workers, mesh.Ring):
+        return here
+    if mesh.any_terms(leaves):
+        joint.agree()  # adding up is a collective, for which one that has failed would be missed
+    else:
+        found = mesh.counted(leaves, joint.workers)
+        if len(found) == len(here.leaves) and all(map(is_, found, here.leaves)):
+            return here
+    # One memory listed twice counts once where it is written once.
+    once = distinct(leaves) if here.writable else leaves
+    counted: Tensors = Tensors.hold(mesh.counted(once, joint.workers), str, writable=False)
+    return counted
+
+
+class Spread(Tensors):
+    """DTensors, and what this process holds of them."""
+
+    __slots__ = ("here", "leaves", "writable")
+
+    def __init__(self, leaves: Sequence[Any], here: Tensors) -> None:
+        self.leaves = leaves
+        self.here = here
+        self.writable = here.writable
+
+    @property
+    def wide(self) -> bool:
+        return self.here.wide
+
+    def measure(self) -> Scaled:
+        """The norm of what is here."""
+        return self.here.measure()
+
+    def total(self) -> tuple[Total, float, bool]:
+        """The exact sum of what is here, the largest finite |x|, if any is wide."""
+        return self.here.total()
+
+    def counted(self, joint: Joint) -> Tensors:
+        return _counted(self.here, self.leaves, joint)
+
+    def check_there(self) -> None:
+        self.here.check_there()
+
+    def knows(self, value: Any) -> bool:
+        return self.here.knows(value)
+
+    def norm(self, clip: Clip) -> Any:
+        """The norm: of what is here, where nobody else takes part."""
+        return self.here.norm(clip) if clip.part is None else super().norm(clip)
+
+    def clip_(self, clip: Clip) -> Any:
+        return self.here.clip_(clip) if clip.part is None else super().clip_(clip)
+
+    def clipped(self, clip: Clip) -> tuple[list[Any], Any]:
+        if clip.part is not None:
+            return super().clipped(clip)
+        new, norm = self.here.clipped(clip)
+        return self.rewrapped(new), norm
+
+    def scalar(self, norm: Scaled, *, wide: bool = False) -> Any:
+        return self.here.scalar(norm, wide=wide)
+
+    def copied(self) -> list[Any]:
+        return self.rewrapped(self.here.copied())
+
+    def filled(self, value: float) -> list[Any]:
+        return self.rewrapped(self.here.filled(value))
+
+    def scaled(self, factor: Scaled) -> list[Any]:
+        return self.rewrapped(self.here.scaled(factor))
+
+    def fill_(self, value: float) -> None:
+        self.here.fill_(value)
+
+    def scale_(self, factor: Scaled) -> None:
+        self.here.scale_(factor)
+
+    def rewrapped(self, new: list[Any]) -> list[Any]:
+        return list(map(mesh.like, self.leaves, new))
