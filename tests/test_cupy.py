@@ -123,7 +123,14 @@ def assert_all_as(leaves: list[Any], values: list[Any]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", some_named("bfloat16", "float64"))
+@pytest.mark.parametrize(
+    "name",
+    [
+        "bfloat16",
+        "float64",
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("float16", "float32")),
+    ],
+)
 def test_norms_near_the_middle_of_two_numbers(name: str) -> None:
     for leaves in cases.near_midpoints(np.random.default_rng(3), DTYPES[name], 4):
         assert_norm(read(global_norm(list(map(make, leaves))))[()], oracle.norm(leaves)[1])
