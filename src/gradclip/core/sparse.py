@@ -40,7 +40,7 @@ def check_rows(slices: IndexedSlices, path: Callable[[], str]) -> npt.NDArray[np
         ValueError: they do not.
     """
     indices = np.asarray(slices.indices)
-    values_shape = np.shape(slices.values)
+    values_shape = tuple(np.shape(slices.values))
     if indices.dtype.kind not in "iu":
         raise ValueError(f"{path()}.indices is {indices.dtype}; indices are integers")
     if indices.ndim != 1 or not values_shape or values_shape[0] != indices.size:

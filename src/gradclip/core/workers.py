@@ -75,6 +75,10 @@ def workers_of(group: Any) -> Workers | None:
     return Mpi(group)
 
 
+def nobody(leaves: Sequence[Any]) -> None:
+    """Nobody: no leaf says by itself who has other parts of the same gradient."""
+
+
 class Joint:
     """One worker's part in a measurement in which all take part, also those that fail.
 

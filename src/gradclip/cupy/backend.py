@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import cupy
 import numpy as np
@@ -17,7 +17,7 @@ import numpy as np
 from gradclip.core.exact import Scaled, Total, counts
 from gradclip.core.held import Clip
 from gradclip.core.sparse import IndexedSlices, check_rows, merged_rows
-from gradclip.core.workers import Workers, workers_of
+from gradclip.core.workers import Workers, nobody, workers_of
 from gradclip.kernels import layout
 from gradclip.kernels.cpu import leaves as host
 from gradclip.kernels.cpu.leaves import Array
@@ -63,8 +63,7 @@ def workers(leaves: Sequence[Any], group: Any) -> Workers | None:  # noqa: ARG00
     return workers_of(group)
 
 
-def everyone(leaves: Sequence[Any]) -> None:
-    """Nobody: no array says who has other parts of the same gradient."""
+everyone = nobody
 
 
 def hold(
@@ -228,14 +227,8 @@ def _device_of(values: Sequence[Any], path: Callable[[int], str]) -> int:
 def _has_repeats(slices: IndexedSlices, memory: Memory, path: Callable[[], str]) -> bool:
     """If rows of slices share an index."""
     rows = _indices(slices, memory)
-    indices = check_rows(slices._replace(values=_Shape(slices.values.shape), indices=rows), path)
+    indices = check_rows(slices._replace(indices=rows), path)
     return len(np.unique(indices)) < len(indices)
-
-
-class _Shape(NamedTuple):
-    """What `check_rows` asks of values."""
-
-    shape: tuple[int, ...]
 
 
 def _check_apart(values: Sequence[Any], path: Callable[[int], str]) -> list[int]:

@@ -18,6 +18,7 @@ from jax.experimental.sparse import BCOO
 from gradclip.core.exact import Scaled
 from gradclip.core.protocol import Beside
 from gradclip.core.sparse import IndexedSlices, check_rows, merged_rows
+from gradclip.core.workers import nobody
 from gradclip.jax.leaf import SPARSE, checked, places_of, values_of, with_values
 from gradclip.jax.traced import Traced, axes_of, is_followed, one_device
 from gradclip.kernels import cpu
@@ -29,8 +30,7 @@ def workers(leaves: Sequence[Any], group: Any) -> None:
     """Nobody here: a group of JAX names axes, which only what is traced has."""
 
 
-def everyone(leaves: Sequence[Any]) -> None:
-    """Nobody: no array says who has other parts of the same gradient."""
+everyone = nobody
 
 
 def hold(
@@ -82,20 +82,13 @@ class Leaves(host.Leaves):
         """The leaves themselves: no array can be changed."""
         return list(self.leaves)
 
-    def filled(self, value: float) -> list[Any]:
-        new = self._new()
-        host.fill(new, value)
-        return self.rewrapped(new)
-
-    def scaled(self, factor: Scaled) -> list[Any]:
-        new = self._new()
+    def scale_to(self, targets: Sequence[Array], factor: Scaled) -> None:
         if self.values:
-            self.scale_to(new, factor)
-        else:
-            target = cpu.take(new, None, writable=False)
-            assert target is not None, "new arrays"
-            cpu.scale(self.memory, target, *factor, None)
-        return self.rewrapped(new)
+            super().scale_to(targets, factor)
+            return
+        memory = cpu.take(list(targets), None, writable=False)
+        assert memory is not None, "new arrays"
+        self.scale_into(memory, factor)
 
     def rewrapped(self, new: list[Array]) -> list[Any]:
         """The leaves again, with new elements, each in its place."""
@@ -103,7 +96,7 @@ class Leaves(host.Leaves):
         arrays = _arrays(new, places)  # which asks for them only if there is a choice
         return [with_values(leaf, array) for leaf, array in zip(self.leaves, arrays, strict=True)]
 
-    def _new(self) -> list[Array]:
+    def empty(self) -> list[Array]:
         return [_new(values.shape, values.dtype) for values in map(values_of, self.leaves)]
 
 

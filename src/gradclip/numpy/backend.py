@@ -11,7 +11,7 @@ import numpy as np
 
 from gradclip.core.exact import Scaled
 from gradclip.core.sparse import IndexedSlices, check_rows, merged_rows
-from gradclip.core.workers import Workers, workers_of
+from gradclip.core.workers import Workers, nobody, workers_of
 from gradclip.kernels.cpu import leaves as host
 from gradclip.kernels.cpu.leaves import Array
 
@@ -24,8 +24,7 @@ def workers(leaves: Sequence[Any], group: Any) -> Workers | None:  # noqa: ARG00
     return workers_of(group)
 
 
-def everyone(leaves: Sequence[Any]) -> None:
-    """Nobody: no array says who has other parts of the same gradient."""
+everyone = nobody
 
 
 def hold(

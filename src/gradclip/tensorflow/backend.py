@@ -14,6 +14,7 @@ import tensorflow as tf
 from gradclip.core.decide import check_no_group
 from gradclip.core.held import Held
 from gradclip.core.protocol import Beside
+from gradclip.core.workers import nobody
 from gradclip.tensorflow import eager
 from gradclip.tensorflow.graph import Followed, is_followed
 
@@ -28,8 +29,7 @@ def workers(leaves: Sequence[Any], group: Any) -> None:
         check_no_group(group)
 
 
-def everyone(leaves: Sequence[Any]) -> None:
-    """Nobody: no tensor says who has other parts of the same gradient."""
+everyone = nobody
 
 
 def hold(

@@ -161,17 +161,17 @@ _clip_op.register_autograd(_pulled_back, setup_context=_save)
 # ---- what comes out, of tensors without memory ----
 
 
-def _scalar_like(leaves: Sequence[Tensor]) -> Tensor:
+def scalar_like(leaves: Sequence[Tensor]) -> Tensor:
     """A norm of leaves, of which nothing is known but its dtype and device."""
     device = leaves[0].device if leaves else torch.device("cpu")
     return torch.empty((), dtype=norm_dtype(leaves), device=device)
 
 
 def _new_like(leaves: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
-    norm = _scalar_like(leaves)
+    norm = scalar_like(leaves)
     return norm, norm.to(torch.float64, copy=True), [torch.empty_like(leaf) for leaf in leaves]
 
 
 _clip_op.register_fake(lambda leaves, *_: _new_like(leaves))
-_clip_op_.register_fake(lambda leaves, *_: _scalar_like(leaves))
-_norm_op.register_fake(lambda leaves, *_: _scalar_like(leaves))
+_clip_op_.register_fake(lambda leaves, *_: scalar_like(leaves))
+_norm_op.register_fake(lambda leaves, *_: scalar_like(leaves))

@@ -30,10 +30,9 @@ from gradclip.torch.following import (
     is_written_down,
     looked_away_from,
 )
-from gradclip.torch.library import number, operand
+from gradclip.torch.library import number, operand, scalar_like
 from gradclip.torch.orders import norm_of_order, powers_of_order
 from gradclip.torch.overlap import distinct
-from gradclip.torch.tensors import norm_dtype
 from gradclip.torch.unread import ByOperation, Unread, is_without_numbers
 
 
@@ -229,12 +228,6 @@ def clip_with_norm_(
 # ---- operations that torch.compile takes as they are ----
 
 
-def _scalar_of(grads: list[Tensor]) -> Tensor:
-    """A norm of gradients, of which nothing is known but its dtype and device."""
-    device = grads[0].device if grads else "cpu"
-    return torch.empty((), dtype=norm_dtype(grads), device=device)
-
-
 @torch.library.custom_op("gradclip::clip_grads_", mutates_args=("grads",))
 def _clip_grads_op(
     grads: list[Tensor],
@@ -259,6 +252,6 @@ def _total_norm_op(tensors: list[Tensor], norm_type: float, error_if_nonfinite: 
     return total_norm(tensors, "tensors[{}]".format, norm_type, error_if_nonfinite)
 
 
-_clip_grads_op.register_fake(lambda grads, *_: _scalar_of(grads))
+_clip_grads_op.register_fake(lambda grads, *_: scalar_like(grads))
 _clip_grads_with_norm_op.register_fake(lambda *_: None)
-_total_norm_op.register_fake(lambda tensors, *_: _scalar_of(tensors))
+_total_norm_op.register_fake(lambda tensors, *_: scalar_like(tensors))

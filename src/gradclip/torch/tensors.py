@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -170,9 +170,7 @@ def needed(values: Tensor) -> int:
 
 def _check_indices(leaf: Any, path: Callable[[], str]) -> None:
     if isinstance(leaf, IndexedSlices):
-        shape = leaf.dense_shape
-        rows = IndexedSlices(_Shape(tuple(leaf.values.shape)), array_of(leaf.indices), shape)
-        check_rows(rows, path)
+        check_rows(leaf._replace(indices=array_of(leaf.indices)), path)
     elif leaf.layout in _COMPRESSED:
         try:
             torch._validate_sparse_compressed_tensor_args(
@@ -189,9 +187,3 @@ def _check_indices(leaf: Any, path: Callable[[], str]) -> None:
             raise ValueError(
                 f"{path()} has an index out of range on axis {axis} of length {leaf.shape[axis]}"
             )
-
-
-class _Shape(NamedTuple):
-    """What `check_rows` asks of values."""
-
-    shape: tuple[int, ...]

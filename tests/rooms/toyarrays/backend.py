@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from gradclip.core.exact import Scaled
-from gradclip.core.workers import Workers, workers_of
+from gradclip.core.workers import Workers, nobody, workers_of
 from gradclip.kernels.cpu import leaves as host
 from toyarrays import Array
 
@@ -19,8 +19,7 @@ def workers(leaves: Sequence[Any], group: Any) -> Workers | None:  # noqa: ARG00
     return workers_of(group)
 
 
-def everyone(leaves: Sequence[Any]) -> None:
-    """Nobody: no array says who has other parts of the same gradient."""
+everyone = nobody
 
 
 def hold(

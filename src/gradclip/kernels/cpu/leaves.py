@@ -110,9 +110,13 @@ class Leaves(Held):
 
     def _written(self, write: Callable[[list[Array]], None]) -> list[Any]:
         """New leaves, their elements written by ``write``."""
-        new = list(map(np.empty_like, self.values))
+        new = self.empty()
         write(new)
         return self.rewrapped(new)
+
+    def empty(self) -> list[Array]:
+        """New arrays like those of the elements, which nobody has written yet."""
+        return list(map(np.empty_like, self.values))
 
     def rewrapped(self, new: list[Array]) -> list[Any]:
         """The leaves again, with new elements."""

@@ -154,10 +154,8 @@ class Leaves(Held):
         """Clip where the leaves lie; the norm, as a scalar on the device."""
         if not self.decides(clip):
             return super().clip_(clip)
-        limit, given = clip.limits(self)
-        check = partial(clip.check, self) if clip.may_refuse else None
         with self.runs() as runs:
-            norm = runs.clip_(limit, clip.policy, given=given, check=check, **clip.into)
+            norm = self._clip(runs, clip)
         self.written()
         return norm
 
@@ -166,10 +164,14 @@ class Leaves(Held):
         if not self.decides(clip):
             return super().clipped(clip)
         new = self.duplicated()
+        norm = self._clip(self.new_runs(new), clip)
+        return self.rewrapped(new), norm
+
+    def _clip(self, runs: Runs, clip: Clip) -> Any:
+        """Clip what lies in runs, the leaves or new ones of the same elements."""
         limit, given = clip.limits(self)
         check = partial(clip.check, self) if clip.may_refuse else None
-        norm = self.new_runs(new).clip_(limit, clip.policy, given=given, check=check)
-        return self.rewrapped(new), norm
+        return runs.clip_(limit, clip.policy, given=given, check=check, **clip.into)
 
     def copied(self) -> list[Any]:
         return self.rewrapped(self.duplicated())
