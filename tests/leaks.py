@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import math
 import mmap
 import sys
@@ -57,10 +58,14 @@ def check_many_calls(number_of_threads: int, calls: int) -> None:
     with machine(cpu.kernel(), number_of_threads):
         rounds(5000)
         blocks, references = in_use()
-        memory = resident()
-        rounds(calls)
+        memory = [resident()]
+        for _ in range(5):
+            rounds(calls // 5)
+            memory.append(resident())
         more_blocks, more_references = in_use()
-        assert resident() - memory < (1 << 20) * calls // 100_000
+        # Allocators take and keep up to 1 MB now and then; what leaks grows in every fifth.
+        growth = [after - before for before, after in itertools.pairwise(memory)]
+        assert min(growth) < 2 * calls // 5, growth
         # One block left by one of the ten kinds of call would be a tenth of the calls.
         assert more_blocks - blocks < calls // 20
         assert more_references - references < calls // 20
