@@ -16,7 +16,7 @@ import pytest
 
 from cli_files import NO_REGULAR_FILES, no_regular_file
 from gradclip.cli import bench, main
-from gradclip.cli.bench import cases, fresh, jobs, measuring, ranks
+from gradclip.cli.bench import cases, fresh, jobs, measuring, ranks, timing
 from gradclip.core.exact import merge
 
 DRAW = Path(__file__).parent.parent / "bench" / "draw.py"
@@ -31,27 +31,19 @@ SOME = ["norm-fp32", "exact-1-thread", "torch-small-keep", "merge", "first-call"
     "names",
     [
         pytest.param(SOME, marks=pytest.mark.slow, id="some"),
-        pytest.param([], marks=pytest.mark.long, id="all"),
+        pytest.param([*cases.CASES], marks=pytest.mark.long, id="all"),
     ],
 )
-def test_quick_has_every_row(framework: Any, names: list[str]) -> None:
+def test_every_case_has_its_rows(framework: Any, names: list[str]) -> None:
     for name in ("torch", "tensorflow", "jax", "optax"):
         framework(name)
-    chosen = ["--case", *names] if names else []
-    command = [sys.executable, "-m", "gradclip", "bench", "--quick", "--json", *chosen]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
-    found = json.loads(done.stdout)
-    assert {"date", "processor", "memory_gb", "threads", "kernel", "versions"} <= {
-        *found["machine"]
-    }
-    systems: dict[str, set[str]] = {}
-    for row in found["rows"]:
-        assert isinstance(row["value"], float)
-        assert row["bar"] is row["met"] is None
-        systems.setdefault(row["case"], set()).add(row["system"])
-    wanted = [name for name in cases.CASES if name in (names or cases.CASES)]
-    assert list(systems) == wanted
+    chosen = {name: cases.CASES[name] for name in names}
+    systems: dict[str, set[str]] = {name: set() for name in names}
+    for rows in measuring.measured(chosen, quick=False, shrink=20):
+        for row in rows:
+            assert isinstance(row["value"], float)
+            assert row["bar"] is row["met"] is None
+            systems[row["case"]].add(row["system"])
     norms = {"gradclip", "R", "PyTorch"}
     timed = {
         "norm-fp32": norms | {"np.linalg.norm"},
@@ -60,20 +52,59 @@ def test_quick_has_every_row(framework: Any, names: list[str]) -> None:
         "norm-fp16": norms,
         "keep": {"gradclip", "R"} | OTHERS,
         "clip": {"gradclip", "R", "S"} | OTHERS,
+        "clip-fp64": {"gradclip", "R", "S", "PyTorch"},
+        "clip-bf16": {"gradclip", "R", "S", "PyTorch"},
         "exact": {"gradclip", "R"},
         "exact-1-thread": {"gradclip", "R"},
-        "small-keep": {"gradclip", "R"} | OTHERS,
-        "small-clip": {"gradclip", "R", "S"} | OTHERS,
+        "small-keep": {"gradclip"} | OTHERS,
+        "small-clip": {"gradclip"} | OTHERS,
     }
-    timed |= {name: {"gradclip", "TensorFlow"} for name in systems if name.startswith("tf-")}
-    beside_torch = [name for name in systems if name.startswith(("torch-", "dtensor-"))]
-    timed |= {name: {"gradclip", "PyTorch"} for name in beside_torch}
-    timed |= {name: {"gradclip", "optax"} for name in systems if name.startswith("optax-")}
-    assert systems == {name: timed.get(name, {"gradclip"}) for name in wanted}
+    for prefix, more in {
+        "tf-": {"TensorFlow"},
+        "torch-": {"PyTorch"},
+        "dtensor-": {"PyTorch", "all-reduce", "allowed"},
+        "optax-": {"optax"},
+        "busy-": {"one thread"},
+        "busy-torch-": {"one thread", "PyTorch"},
+    }.items():
+        timed |= {name: {"gradclip"} | more for name in names if name.startswith(prefix)}
+    assert systems == {name: timed.get(name, {"gradclip"}) for name in names}
+
+
+@pytest.mark.long
+def test_quick_shows_five_cases_and_their_bars() -> None:
+    command = [sys.executable, "-m", "gradclip", "bench", "--quick", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    found = json.loads(done.stdout)
+    assert {"date", "processor", "memory_gb", "threads", "kernel", "versions"} <= {
+        *found["machine"]
+    }
+    ours = [row for row in found["rows"] if row["system"] == "gradclip"]
+    assert [row["case"] for row in ours] == [*cases.cases_of(quick=True)]
+    assert all(row["met"] is (row["value"] <= row["bar"]) for row in ours)
+
+
+@pytest.mark.parametrize(
+    ("installed", "beside"),
+    [
+        (["torch", "tensorflow", "optax"], "PyTorch"),
+        (["tensorflow", "optax"], "TensorFlow"),
+        (["optax"], "optax"),
+        ([], None),
+    ],
+)
+def test_quick_has_a_framework_that_is_installed(
+    monkeypatch: pytest.MonkeyPatch, installed: list[str], beside: str | None
+) -> None:
+    monkeypatch.setattr(cases, "find_spec", lambda name: name in installed or None)
+    found = cases.cases_of(quick=True)
+    assert len(found) == (5 if beside else 4)
+    assert beside is None or found["framework"].bar.of == beside
 
 
 def row(case: str, system: str, value: float, **more: Any) -> dict[str, Any]:
-    unit = cases.CASES[case].bars[0].of
+    unit = cases.CASES[case].bar.of
     found = dict.fromkeys(("bar", "met")) | {"value": value, "unit": unit} | more
     return {"case": case, "system": system, "median_s": 0.001, "min_s": 0.001} | found
 
@@ -83,14 +114,12 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Made-up figures, in no time."""
     rows = {
         "norm-fp32": [
-            row("norm-fp32", "gradclip", 0.98, bar=1.05, met=True),
+            row("norm-fp32", "gradclip", 0.98, bar=1.1, met=True),
             row("norm-fp32", "R", 1.0),
         ],
-        "small-keep": [row("small-keep", "gradclip", 0.5, bar=0.125, met=False)],
+        "small-keep": [row("small-keep", "gradclip", 0.5, bar=0.15, met=False)],
     }
-    monkeypatch.setattr(
-        bench, "in_process", lambda names, *_args, **_more: [rows[name] for name in names]
-    )
+    monkeypatch.setattr(bench, "measured", lambda names, **_: [rows[name] for name in names])
 
 
 ARGUMENTS = ["bench", "--case", "small-keep", "norm-fp32"]
@@ -102,11 +131,21 @@ def test_table(capsys: pytest.CaptureFixture[str]) -> None:
     out, err = capsys.readouterr()
     lines = [" ".join(line.split()) for line in out.splitlines()]
     assert "norm, 400 MB fp32" in lines
-    assert "gradclip 1.000 1.000 0.98 R 1.05 R met" in lines
-    assert "gradclip 1.000 1.000 0.5 NumPy loop 0.125 NumPy loop MISSED" in lines
+    assert "gradclip 1.000 1.000 0.98 R 1.1 R met" in lines
+    assert "gradclip 1.000 1.000 0.5 NumPy loop 0.15 NumPy loop MISSED" in lines
     assert lines.index("norm, 400 MB fp32") < lines.index("in place, nothing to clip, 1000 x 1000")
     assert any(line.startswith("processor: ") for line in lines)
+    explained = bench.COLUMNS | {unit: bench.UNITS[unit] for unit in ("R", "NumPy loop")}
+    assert lines[-len(explained) :] == [f"{word}: {means}" for word, means in explained.items()]
     assert not err
+
+
+def test_every_unit_is_explained_here_and_in_the_docs() -> None:
+    units = {part for case in cases.CASES.values() for part in case.bar.of.split(" + ")}
+    assert units - {"PyTorch", "TensorFlow", "optax", "ms", "MB", "kB"} == {*bench.UNITS}
+    docs = (DRAW.parent.parent / "docs" / "benchmarks.md").read_text()
+    for word, means in (bench.COLUMNS | bench.UNITS).items():
+        assert f"| {word} | {means} |" in docs
 
 
 @pytest.mark.usefixtures("measured")
@@ -120,6 +159,8 @@ def test_csv_is_appended_to_and_drawn(
     with results.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["system"] for row in rows] == 2 * ["gradclip", "R", "gradclip"]
+    with (DRAW.parent / "results.csv").open(newline="") as file:
+        assert csv.DictReader(file).fieldnames == [*rows[0]]
     assert rows[0]["value"] == "0.98"
     assert rows[0]["processor"]
     assert "numpy" in rows[0]["versions"]
@@ -128,10 +169,14 @@ def test_csv_is_appended_to_and_drawn(
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+QUICK_ALONE = "--quick has cases of its own, to look at; leave out --case and --csv"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--quick", "--csv", "x.csv"], "--quick measures nothing to keep; leave out --csv"),
+        (["--quick", "--csv", "x.csv"], QUICK_ALONE),
+        (["--quick", "--case", "exact"], QUICK_ALONE),
         (["--csv", "/nowhere/x.csv"], "/nowhere/x.csv: No such file or directory"),
         (["--case", "speed"], "argument --case: invalid choice: 'speed'"),
     ],
@@ -159,7 +204,7 @@ def test_a_dead_process_is_an_error(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    assert main(["bench", "--quick", "--case", "exact"]) == 1
+    assert main(["bench", "--case", "exact"]) == 1
     assert capsys.readouterr().err == "gradclip: the measuring process ended with status 1\n"
 
 
@@ -171,18 +216,25 @@ def test_pages_written_are_seen(limit: float, expected: str) -> None:
     assert done.stdout.strip() == expected
 
 
+def shrunk(name: str) -> list[dict[str, Any]]:
+    return measuring.measure(name, cases.CASES[name], shrink=20)
+
+
 def test_a_framework_that_is_absent_has_no_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("contenders", "ranks"):
+    for module in ("busy", "contenders", "ranks"):
         monkeypatch.setattr(f"gradclip.cli.bench.{module}.find_spec", lambda _: None)
     for name in (
+        "busy-torch-small",
+        "busy-jit-small",
         "dtensor-100",
+        "optax-examples-3",
         "tf-eager-keep",
         "tf-trace",
         "optax-bf16-clip",
         "optax-donated-clip",
         "optax-compile",
     ):
-        assert measuring._measure(name, quick=True) == []
+        assert shrunk(name) == []
 
 
 @pytest.fixture
@@ -197,8 +249,8 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen[str]]:
 @pytest.mark.long
 def test_ranks_end_with_their_case(framework: Any, started: list[subprocess.Popen[str]]) -> None:
     framework("torch")
-    rows = measuring._measure("dtensor-100", quick=True)
-    assert [row["system"] for row in rows] == ["gradclip", "PyTorch"]
+    rows = shrunk("dtensor-100")
+    assert [row["system"] for row in rows] == ["gradclip", "PyTorch", "all-reduce", "allowed"]
     assert all(row["median_s"] > 0 for row in rows)
     assert [process.returncode for process in started] == 2 * [-signal.SIGKILL]
 
@@ -209,7 +261,9 @@ def test_ranks_end_where_their_case_is_broken_off(
 ) -> None:
     framework("torch")
     turns = ranks.clips_of_dtensors(5)
-    assert next(turns).keys() == {"gradclip", "PyTorch"}
+    turn = next(turns)
+    assert turn.keys() == {"gradclip", "PyTorch", "all-reduce", "allowed"}
+    assert turn["allowed"] == 1.2 * turn["all-reduce"] + 1e-4 + 5e-6
     assert [process.poll() for process in started] == [None, None]
     with pytest.raises(KeyboardInterrupt):
         turns.throw(KeyboardInterrupt)
@@ -224,13 +278,13 @@ def test_a_rank_that_ends_is_an_error(framework: Any, monkeypatch: pytest.Monkey
 
 
 def test_merge_is_told_without_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
-    (row,) = measuring._measure("merge", quick=True)
+    (row,) = shrunk("merge")
     assert row["value"] == row["median_s"] / 1e-3 > 0  # 1e3 times it may be one bit away
-    row = measuring._row("merge", "gradclip", 3.0, cases.CASES["merge"].bars[0], quick=False)
+    row = measuring._row("merge", "gradclip", 3.0, cases.CASES["merge"].bar)
     assert (row["value"], row["unit"], row["bar"], row["met"]) == (3.0, "ms", None, None)
     monkeypatch.setattr(jobs, "merge", lambda totals: merge(totals[1:]))
     with pytest.raises(AssertionError):
-        measuring._measure("merge", quick=True)
+        shrunk("merge")
 
 
 def test_one_turn_of_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,17 +296,17 @@ def test_one_turn_of_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
             yield {"gradclip": count / 10, "optax": float(count)}
 
     monkeypatch.setattr("gradclip.cli.bench.contenders.optax_compilations", turns)
-    ours, theirs = measuring._measure("optax-compile", quick=False)
+    ours, theirs = measuring.measure("optax-compile", cases.CASES["optax-compile"])
     assert counts == [2, 3000]
     assert (ours["value"], ours["bar"], ours["met"]) == (0.1, 0.2, True)
     assert (ours["median_s"], theirs["median_s"], theirs["value"]) == (300.0, 3000.0, 1.0)
 
 
 def test_systems_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measuring, "PAUSE", 0.0)
-    monkeypatch.setattr(measuring, "BATCH", 0.0)
+    monkeypatch.setattr(timing, "PAUSE", 0.0)
+    monkeypatch.setattr(timing, "BATCH", 0.0)
     calls: list[str] = []
     systems = {name: lambda name=name: calls.append(name) for name in "abc"}
-    seconds = measuring.timings(systems, 3)
+    seconds = timing.timings(systems, 3)
     assert "".join(calls) == "aabbcc" + "abc" + "bca" + "cab"
     assert {name: len(each) for name, each in seconds.items()} == {"a": 3, "b": 3, "c": 3}

@@ -14,6 +14,7 @@ import pytest
 import cli_files
 import gradclip
 from cli_files import run_main
+from gradclip.cli import env
 from gradclip.core.rooms import backend_names
 from gradclip.kernels import cpu
 from gradclip.kernels.cpu import threads as team
@@ -87,6 +88,30 @@ def test_the_table_names_everything() -> None:
         "threads",
     ):
         assert f"\n {name} " in out
+
+
+@pytest.mark.parametrize(
+    ("lines", "name"),
+    [
+        (
+            "cpu family\t: 25\nmodel\t\t: 1\nmodel name\t: AMD EPYC\n\nmodel\t\t: 2",
+            "AMD EPYC (family 25, model 1)",
+        ),
+        ("model name\t: ARMv7 Processor rev 3", "ARMv7 Processor rev 3"),
+        ("CPU part\t: 0xd0c", "aarch64"),
+        (None, "aarch64"),
+    ],
+)
+def test_the_processor(monkeypatch: pytest.MonkeyPatch, lines: str | None, name: str) -> None:
+    def read(_: object) -> str:
+        if lines is None:
+            raise FileNotFoundError
+        return lines
+
+    monkeypatch.setattr("gradclip.cli.env.Path.read_text", read)
+    monkeypatch.setattr(platform, "processor", lambda: "")
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    assert env._processor() == name
 
 
 def test_a_wrong_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,13 +85,19 @@ def _versions() -> dict[str, str | None]:
 
 
 def _processor() -> str:
-    """The name of the processor, as far as the system tells it."""
+    """The name of the processor, as far as the system tells it.
+
+    Some virtual machines name no more than a brand: the family and model of x86 tell which it is.
+    """
+    found: dict[str, str] = {}
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                return value.strip()
-    return platform.processor() or platform.machine()
+            found.setdefault(key.strip(), value.strip())
+    name = found.get("model name") or platform.processor() or platform.machine()
+    if {"cpu family", "model"} <= {*found}:
+        return f"{name} (family {found['cpu family']}, model {found['model']})"
+    return name
 
 
 def _kernels() -> list[str]:

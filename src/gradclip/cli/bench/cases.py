@@ -2,246 +2,163 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from importlib.util import find_spec
 
-from gradclip import global_norm
-from gradclip.cli.bench import contenders, fresh, jobs, ranks, training
-from gradclip.cli.bench.contenders import Arrays, Call
+from gradclip._clip import survey
+from gradclip.cli.bench import contenders, fresh, jobs, training
+from gradclip.cli.bench.builders import (
+    Bar,
+    Case,
+    Cases,
+    Fresh,
+    Turns,
+    beside_optax,
+    beside_tensorflow,
+    beside_torch,
+    donated_to_optax,
+    in_place,
+    in_training,
+    norm,
+    of_dtensors,
+    of_examples,
+    on_busy_machine,
+    on_busy_machine_under_xla,
+    optax_compilation,
+    tensorflow_trace,
+)
 from gradclip.cli.bench.jobs import Shapes
 
-LARGE, HALF = 400_000_000, 200_000_000
-
-
-class Bar(NamedTuple):
-    """What gradclip is held to: a multiple of the time of others, or a number of units.
-
-    Without a limit the figure is only told.
-    """
-
-    limit: float | None
-    of: str
-
-
-class Case(NamedTuple):
-    """Systems that take turns at one job. ``systems`` is told by how much to shrink it."""
-
-    what: str
-    bars: tuple[Bar, ...]
-    systems: Callable[[int], dict[str, Call]]
-    threads: int | None = None
-
-
-class Turns(NamedTuple):
-    """Systems that take turns within something larger, and tell their own time."""
-
-    what: str
-    bars: tuple[Bar, ...]
-    turns: Callable[[int], Iterator[dict[str, float]]]
-    threads: None = None
-
-
-class Fresh(NamedTuple):
-    """A figure that takes new processes: ``code`` prints it, in the unit of the bar.
-
-    The code that measures memory reads /proc.
-    """
-
-    what: str
-    bar: Bar
-    code: str
-    processes: int = 1
-
+LARGE, HALF, QUICK = jobs.LARGE, 200_000_000, 128_000_000
 
 _LARGE_SHAPES: Shapes = [(5_000_000,)] * 10
 _SMALL_SHAPES: Shapes = [(1000,)] * 1000
+_BUSY_SHAPES: Shapes = [(2_500_000,)] * 4
 _BF16_SHAPES: Shapes = [(256,)] * 500
 _NORM, _WIDE = (768,), 4 * 768
 _ATTENTION: Shapes = [(768, 3 * 768), (3 * 768,), (768, 768), _NORM]
 _PERCEPTRON: Shapes = [(768, _WIDE), (_WIDE,), (_WIDE, 768), _NORM]
 _BLOCK: Shapes = [_NORM, _NORM, *_ATTENTION, _NORM, _NORM, *_PERCEPTRON]
 _GPT2_SHAPES: Shapes = [(50257, 768), (1024, 768), *(_BLOCK * 12), _NORM, _NORM]
-
-
-def _fewer(shapes: Shapes, shrink: int) -> Shapes:
-    return shapes[: max(1, len(shapes) // shrink)]
-
-
-def _limit(arrays: Arrays, *, clipping: bool) -> float:
-    return float(global_norm(arrays)) * (0.5 if clipping else 2)
-
-
-def _beside_tensorflow(
-    what: str, limit: float, shapes: Shapes, *, graph: bool = False, clipping: bool = False
-) -> Case:
-    def systems(shrink: int) -> dict[str, Call]:
-        arrays = jobs.random(_fewer(shapes, shrink))
-        return contenders.tensorflow_clips(arrays, _limit(arrays, clipping=clipping), graph=graph)
-
-    return Case(what, (Bar(limit, "TensorFlow"),), systems)
-
-
-def _beside_torch(
-    what: str,
-    limit: float,
-    shapes: Shapes,
-    *,
-    dtype: str = "float32",
-    clipping: bool = False,
-) -> Case:
-    def systems(shrink: int) -> dict[str, Call]:
-        return contenders.torch_clips(_fewer(shapes, shrink), dtype, clipping=clipping)
-
-    return Case(what, (Bar(limit, "PyTorch"),), systems)
-
-
-def _in_training(what: str, limit: float, turns: Callable[..., Any], *, clipping: bool) -> Turns:
-    return Turns(what, (Bar(limit, "PyTorch"),), partial(turns, clipping=clipping))
-
-
-def _of_dtensors(what: str, limit: float, count: int) -> Turns:
-    def turns(shrink: int) -> Iterator[dict[str, float]]:
-        return ranks.clips_of_dtensors(count // shrink)
-
-    return Turns(what, (Bar(limit, "PyTorch"),), turns)
-
-
-def _tensorflow_trace(shrink: int) -> dict[str, Call]:
-    return contenders.tensorflow_traces(3000 // shrink)
-
-
-def _beside_optax(
-    what: str,
-    limit: float,
-    shapes: Shapes,
-    *,
-    dtype: str = "float32",
-    jit: bool = False,
-    clipping: bool = False,
-) -> Case:
-    def systems(shrink: int) -> dict[str, Call]:
-        arrays = jobs.random(_fewer(shapes, shrink), dtype)
-        return contenders.optax_updates(arrays, _limit(arrays, clipping=clipping), jit=jit)
-
-    return Case(what, (Bar(limit, "optax"),), systems)
-
-
-def _donated_to_optax(what: str, limit: float, *, clipping: bool) -> Turns:
-    def turns(shrink: int) -> Iterator[dict[str, float]]:
-        arrays = jobs.large(shrink)
-        return contenders.optax_donations(arrays, _limit(arrays, clipping=clipping))
-
-    return Turns(what, (Bar(limit, "optax"),), turns)
-
-
-def _optax_compilation(shrink: int) -> Iterator[dict[str, float]]:
-    # The first turn warms up. One more is all there is time for: optax takes a minute.
-    return contenders.optax_compilations((2, 3000 // shrink))
-
-
-_LOOP = (Bar(1 / 8, "NumPy loop"), Bar(0.25, "ms"))
-
 _10000_SHAPES: Shapes = [(16,)] * 10000
 _STEP, _INSIDE = training.steps_that_clip, training.steps_that_clip_inside
 
-CASES: dict[str, Case | Turns | Fresh] = {
-    "norm-fp32": Case(
-        "norm, 400 MB fp32", (Bar(1.05, "R"),), partial(jobs.norms, "float32", LARGE)
-    ),
-    "norm-fp64": Case(
-        "norm, 400 MB fp64", (Bar(1.05, "R"),), partial(jobs.norms, "float64", LARGE)
-    ),
-    "norm-bf16": Case("norm, 200 MB bf16", (Bar(1.2, "R"),), partial(jobs.norms, "bfloat16", HALF)),
-    "norm-fp16": Case("norm, 200 MB fp16", (Bar(1.3, "R"),), partial(jobs.norms, "float16", HALF)),
+CASES: Cases = {
+    "norm-fp32": norm("float32", LARGE, 1.1),
+    "norm-fp64": norm("float64", LARGE, 1.1),
+    "norm-bf16": norm("bfloat16", HALF, 1.1),
+    "norm-fp16": norm("float16", HALF, 1.2),
     "keep": Case(
-        "in place, nothing to clip, 400 MB fp32", (Bar(1.1, "R"),), partial(jobs.keep, jobs.large)
+        "in place, nothing to clip, 400 MB fp32",
+        Bar(1.1, "R"),
+        partial(jobs.keep, jobs.large, [jobs.reading, contenders.clips]),
     ),
-    "clip": Case(
-        "in place, clipping, 400 MB fp32", (Bar(1.1, "R + S"),), partial(jobs.clip, jobs.large)
+    "clip": in_place("float32", LARGE, 1.1, contenders.clips),
+    "clip-fp64": in_place("float64", LARGE, 1.15, contenders.torch_clips),
+    "clip-bf16": in_place("bfloat16", HALF, 1.2, contenders.torch_clips),
+    "exact": Case(
+        "exact accumulator, 400 MB fp32", Bar(1.1, "R"), partial(jobs.measured, survey, jobs.large)
     ),
-    "exact": Case("exact accumulator, 400 MB fp32", (Bar(1.1, "R"),), jobs.exact),
     "exact-1-thread": Case(
-        "exact accumulator, 1 thread, 400 MB fp32", (Bar(1.35, "R"),), jobs.exact, threads=1
+        "exact accumulator, 1 thread, 400 MB fp32",
+        Bar(1.1, "R"),
+        partial(jobs.measured, survey, jobs.large),
+        threads=1,
     ),
     "small-keep": Case(
-        "in place, nothing to clip, 1000 x 1000", _LOOP, partial(jobs.keep, jobs.small)
+        "in place, nothing to clip, 1000 x 1000",
+        Bar(0.15, "NumPy loop"),
+        partial(jobs.keep, jobs.small, [contenders.clips]),
     ),
-    "small-clip": Case("in place, clipping, 1000 x 1000", _LOOP, partial(jobs.clip, jobs.small)),
-    "tf-eager-keep": _beside_tensorflow(
+    "small-clip": Case(
+        "in place, clipping, 1000 x 1000",
+        Bar(0.2, "NumPy loop"),
+        partial(jobs.clip, jobs.small, [contenders.clips]),
+    ),
+    "busy-small": on_busy_machine("in place, clipping, 1000 x 1000", _SMALL_SHAPES),
+    "busy-large": on_busy_machine("in place, clipping, 4 x 10 MB", _BUSY_SHAPES),
+    "busy-torch-small": on_busy_machine(
+        "PyTorch, clipping, 1000 x 1000", _SMALL_SHAPES, torch=True
+    ),
+    "busy-torch-large": on_busy_machine("PyTorch, clipping, 4 x 10 MB", _BUSY_SHAPES, torch=True),
+    "busy-jit-small": on_busy_machine_under_xla(
+        "optax under jit, clipping, 1000 x 1000", _SMALL_SHAPES
+    ),
+    "busy-jit-large": on_busy_machine_under_xla(
+        "optax under jit, clipping, 4 x 10 MB", _BUSY_SHAPES
+    ),
+    "tf-eager-keep": beside_tensorflow(
         "TensorFlow eager, nothing to clip, 200 MB", 0.35, _LARGE_SHAPES
     ),
-    "tf-eager-clip": _beside_tensorflow(
+    "tf-eager-clip": beside_tensorflow(
         "TensorFlow eager, clipping, 200 MB", 0.9, _LARGE_SHAPES, clipping=True
     ),
-    "tf-small-keep": _beside_tensorflow(
+    "tf-small-keep": beside_tensorflow(
         "TensorFlow eager, nothing to clip, 1000 x 1000", 0.1, _SMALL_SHAPES
     ),
-    "tf-small-clip": _beside_tensorflow(
+    "tf-small-clip": beside_tensorflow(
         "TensorFlow eager, clipping, 1000 x 1000", 0.35, _SMALL_SHAPES, clipping=True
     ),
-    "tf-graph-keep": _beside_tensorflow(
+    "tf-graph-keep": beside_tensorflow(
         "tf.function, nothing to clip, 200 MB", 1.1, _LARGE_SHAPES, graph=True
     ),
-    "tf-graph-clip": _beside_tensorflow(
-        "tf.function, clipping, 200 MB", 1.1, _LARGE_SHAPES, graph=True, clipping=True
+    "tf-graph-clip": beside_tensorflow(
+        "tf.function, clipping, 200 MB", 1.05, _LARGE_SHAPES, graph=True, clipping=True
     ),
-    "tf-gpt2-keep": _beside_tensorflow(
+    "tf-gpt2-keep": beside_tensorflow(
         "tf.function, nothing to clip, GPT-2: 148 tensors", 1.1, _GPT2_SHAPES, graph=True
     ),
-    "tf-gpt2-clip": _beside_tensorflow(
+    "tf-gpt2-clip": beside_tensorflow(
         "tf.function, clipping, GPT-2: 148 tensors", 1.1, _GPT2_SHAPES, graph=True, clipping=True
     ),
-    "tf-trace": Case(
-        "tf.function, tracing 3000 tensors", (Bar(0.5, "TensorFlow"),), _tensorflow_trace
-    ),
-    "torch-keep": _beside_torch("PyTorch, nothing to clip, 400 MB fp32", 0.5, [(10_000_000,)] * 10),
-    "torch-clip": _beside_torch(
+    "tf-trace": Case("tf.function, tracing 3000 tensors", Bar(0.5, "TensorFlow"), tensorflow_trace),
+    "torch-keep": beside_torch("PyTorch, nothing to clip, 400 MB fp32", 0.5, [(10_000_000,)] * 10),
+    "torch-clip": beside_torch(
         "PyTorch, clipping, 400 MB fp32", 1.0, [(10_000_000,)] * 10, clipping=True
     ),
-    "torch-bf16": _beside_torch(
+    "torch-bf16": beside_torch(
         "PyTorch, nothing to clip, 160 MB bf16", 0.4, [(8_000_000,)] * 10, dtype="bfloat16"
     ),
-    "torch-fp16": _beside_torch(
+    "torch-fp16": beside_torch(
         "PyTorch, nothing to clip, 160 MB fp16", 0.2, [(8_000_000,)] * 10, dtype="float16"
     ),
-    "torch-gpt2": _beside_torch("PyTorch, nothing to clip, GPT-2: 148 tensors", 0.5, _GPT2_SHAPES),
-    "torch-small-keep": _beside_torch("PyTorch, nothing to clip, 1000 x 1000", 0.12, _SMALL_SHAPES),
-    "torch-small-clip": _beside_torch(
-        "PyTorch, clipping, 1000 x 1000", 0.12, _SMALL_SHAPES, clipping=True
+    "torch-gpt2": beside_torch("PyTorch, nothing to clip, GPT-2: 148 tensors", 0.5, _GPT2_SHAPES),
+    "torch-small-keep": beside_torch("PyTorch, nothing to clip, 1000 x 1000", 0.1, _SMALL_SHAPES),
+    "torch-small-clip": beside_torch(
+        "PyTorch, clipping, 1000 x 1000", 0.1, _SMALL_SHAPES, clipping=True
     ),
-    "torch-many-keep": _beside_torch("PyTorch, nothing to clip, 10000 x 16", 0.15, _10000_SHAPES),
-    "torch-many-clip": _beside_torch(
-        "PyTorch, clipping, 10000 x 16", 0.15, _10000_SHAPES, clipping=True
+    "torch-many-keep": beside_torch("PyTorch, nothing to clip, 10000 x 16", 0.12, _10000_SHAPES),
+    "torch-many-clip": beside_torch(
+        "PyTorch, clipping, 10000 x 16", 0.12, _10000_SHAPES, clipping=True
     ),
-    "torch-step-keep": _in_training(
+    "torch-step-keep": in_training(
         "clip_grad_norm_ in training, nothing to clip", 0.5, _STEP, clipping=False
     ),
-    "torch-step-clip": _in_training("clip_grad_norm_ in training", 0.5, _STEP, clipping=True),
-    "torch-attach-keep": _in_training(
-        "attach in training, nothing to clip", 0.25, _INSIDE, clipping=False
+    "torch-step-clip": in_training("clip_grad_norm_ in training", 0.6, _STEP, clipping=True),
+    "torch-attach-keep": in_training(
+        "attach in training, nothing to clip", 0.3, _INSIDE, clipping=False
     ),
-    "torch-attach-clip": _in_training("attach in training", 0.25, _INSIDE, clipping=True),
-    "dtensor-100": _of_dtensors("clip_grad_norm_, clipping, 100 DTensors on 2 ranks", 0.2, 100),
-    "dtensor-1000": _of_dtensors("clip_grad_norm_, clipping, 1000 DTensors on 2 ranks", 0.2, 1000),
-    "optax-donated-keep": _donated_to_optax(
-        "optax under jit, donated, nothing to clip, 400 MB fp32", 1.0, clipping=False
+    "torch-attach-clip": in_training("attach in training", 0.45, _INSIDE, clipping=True),
+    "dtensor-100": of_dtensors(100),
+    "dtensor-1000": of_dtensors(1000),
+    "optax-donated-keep": donated_to_optax(
+        "optax under jit, donated, nothing to clip, 400 MB fp32", 0.8, clipping=False
     ),
-    "optax-donated-clip": _donated_to_optax(
+    "optax-donated-clip": donated_to_optax(
         "optax under jit, donated, clipping, 400 MB fp32", 1.3, clipping=True
     ),
-    "optax-small-keep": _beside_optax("optax, nothing to clip, 1000 x 1000", 0.2, _SMALL_SHAPES),
-    "optax-small-clip": _beside_optax(
+    "optax-small-keep": beside_optax("optax, nothing to clip, 1000 x 1000", 0.2, _SMALL_SHAPES),
+    "optax-small-clip": beside_optax(
         "optax, clipping, 1000 x 1000", 0.2, _SMALL_SHAPES, clipping=True
     ),
-    "optax-bf16-keep": _beside_optax(
+    "optax-bf16-keep": beside_optax(
         "optax under jit, nothing to clip, bf16, 500 x 256",
         1.5,
         _BF16_SHAPES,
         dtype="bfloat16",
         jit=True,
     ),
-    "optax-bf16-clip": _beside_optax(
+    "optax-bf16-clip": beside_optax(
         "optax under jit, clipping, bf16, 500 x 256",
         1.5,
         _BF16_SHAPES,
@@ -249,10 +166,14 @@ CASES: dict[str, Case | Turns | Fresh] = {
         jit=True,
         clipping=True,
     ),
-    "optax-compile": Turns(
-        "optax under jit, compiling 3000 leaves", (Bar(0.2, "optax"),), _optax_compilation
+    "optax-examples": of_examples("optax under jit, 256 examples of 100,000, one leaf", [100_000]),
+    "optax-examples-3": of_examples(
+        "optax under jit, 256 examples of 100,000, three leaves", [50_000, 40_000, 10_000]
     ),
-    "merge": Case("adding the totals of 100,000 workers", (Bar(None, "ms"),), jobs.merging),
+    "optax-compile": Turns(
+        "optax under jit, compiling 3000 leaves", Bar(0.2, "optax"), optax_compilation
+    ),
+    "merge": Case("adding the totals of 100,000 workers", Bar(None, "ms"), jobs.merging),
     "import": Fresh("import, beyond NumPy's own", Bar(50, "ms"), fresh.IMPORT, 21),
     "first-call": Fresh("first call", Bar(10, "ms"), fresh.FIRST_CALL, 21),
     "memory-in-place": Fresh(
@@ -269,3 +190,35 @@ CASES: dict[str, Case | Turns | Fresh] = {
         "written in place, nothing to clip", Bar(0, "kB"), fresh.written(LARGE, limit=1e9)
     ),
 }
+
+
+def cases_of(*, quick: bool) -> Cases:
+    """All cases, or the few that show a user what to expect: beyond caches, in seconds."""
+    return _quick() if quick else CASES
+
+
+def _quick() -> Cases:
+    found = {
+        "norm-fp32": norm("float32", QUICK, 1.1),
+        "norm-bf16": norm("bfloat16", QUICK, 1.1),
+        "clip": in_place("float32", QUICK, 1.1),
+        "small-clip": Case(
+            "in place, clipping, 1000 x 1000",
+            Bar(0.2, "NumPy loop"),
+            partial(jobs.clip, jobs.small, [contenders.numpy_clips]),
+        ),
+        "framework": _beside_some_framework(),
+    }
+    return {name: case._replace(repeats=9) for name, case in found.items() if case}
+
+
+def _beside_some_framework() -> Case | None:
+    """Beside the first of these that is installed."""
+    shapes: Shapes = [(3_200_000,)] * 10
+    if find_spec("torch"):
+        return beside_torch("PyTorch, nothing to clip, 128 MB fp32", 0.5, shapes)
+    if find_spec("tensorflow"):
+        return beside_tensorflow("TensorFlow eager, nothing to clip, 128 MB", 0.35, shapes)
+    if find_spec("optax"):
+        return beside_optax("optax, nothing to clip, 1000 x 1000", 0.2, _SMALL_SHAPES)
+    return None

@@ -36,21 +36,30 @@ def norms(arrays: Arrays) -> dict[str, Call]:
 
 def clips(arrays: Arrays, limit: Limit) -> dict[str, Call]:
     """Clipping float32 arrays, by each that is installed: in place where it can."""
-    calls: dict[str, Call] = {"NumPy loop": lambda: _numpy_loop(arrays, limit())}
-    for module, make in (("torch", _torch), ("tensorflow", _tensorflow), ("optax", _optax)):
+    calls = numpy_clips(arrays, limit) | torch_clips(arrays, limit)
+    for module, make in (("tensorflow", _tensorflow), ("optax", _optax)):
         if find_spec(module):
             calls.update(make(arrays, limit))
     return calls
 
 
+def numpy_clips(arrays: Arrays, limit: Limit) -> dict[str, Call]:
+    """Clipping in place as one writes it down for NumPy."""
+    return {"NumPy loop": lambda: _numpy_loop(arrays, limit())}
+
+
 def _numpy_loop(arrays: Arrays, limit: float) -> None:
     norm = np.sqrt(sum(np.vdot(array, array) for array in arrays))
     if norm > limit:
+        factor = limit / norm
         for array in arrays:
-            array *= limit / norm  # noqa: PLW2901
+            array *= factor  # noqa: PLW2901
 
 
-def _torch(arrays: Arrays, limit: Limit) -> dict[str, Call]:
+def torch_clips(arrays: Arrays, limit: Limit) -> dict[str, Call]:
+    """Clipping in place by PyTorch, if it is installed."""
+    if not find_spec("torch"):
+        return {}
     import torch
 
     parameters = []
@@ -89,7 +98,7 @@ def _optax(arrays: Arrays, limit: Limit) -> dict[str, Call]:
     return {"optax, jit": lambda: wait(clip(leaves, limit()))}
 
 
-def torch_clips(shapes: list[tuple[int, ...]], dtype: str, *, clipping: bool) -> dict[str, Call]:
+def torch_steps(shapes: list[tuple[int, ...]], dtype: str, *, clipping: bool) -> dict[str, Call]:
     """clip_grad_norm_ of gradclip and of PyTorch on new gradients, if PyTorch is installed."""
     if not find_spec("torch"):
         return {}
@@ -169,6 +178,28 @@ def optax_updates(arrays: Arrays, limit: float, *, jit: bool) -> dict[str, Call]
         return lambda: wait(update(updates, state))
 
     return {system: call(clip) for system, clip in _transformations(limit).items()}
+
+
+def optax_examples(arrays: Arrays, limit: float) -> dict[str, Call]:
+    """Clipping each example by itself under jit, by gradclip and by optax, if it is installed."""
+    if not find_spec("optax"):
+        return {}
+    import jax
+    import optax
+
+    import gradclip.optax
+
+    wait: Callable[[Any], Any] = jax.block_until_ready
+    leaves = [jax.numpy.array(array) for array in arrays]
+
+    def call(clip: Clip) -> Call:
+        compiled = jax.jit(clip)
+        return lambda: wait(compiled(leaves, limit))
+
+    return {
+        "gradclip": call(gradclip.optax.per_example_global_norm_clip),
+        "optax": call(optax.per_example_global_norm_clip),
+    }
 
 
 def optax_donations(arrays: Arrays, limit: float) -> Iterator[dict[str, float]]:

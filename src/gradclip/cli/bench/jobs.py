@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -12,15 +12,25 @@ import numpy as np
 from gradclip import clip_by_global_norm_, global_norm
 from gradclip._clip import survey
 from gradclip.cli.bench import contenders
-from gradclip.cli.bench.contenders import Arrays, Call
+from gradclip.cli.bench.contenders import Arrays, Call, Limit
 from gradclip.core.exact import FLOAT32, Total, merge, norm, normalised
 from gradclip.kernels.cpu import threads as team
 
+LARGE = 400_000_000
+
 Shapes = list[tuple[int, ...]]
+Make = Callable[[int], Arrays]
+# What is timed beside a clip, made for its arrays and for a function that tells the next limit.
+Beside = Callable[[Arrays, Limit], dict[str, Call]]
 
 
-def _normal(nbytes: int, dtype: str = "float32") -> Arrays:
-    size = nbytes // _named(dtype).itemsize // 4
+def normal(nbytes: int, dtype: str, shrink: int) -> Arrays:
+    """Four arrays, of so many bytes together.
+
+    NumPy asks for huge pages for arrays of 4 MB and more, whatever their dtype, also where they are
+    made from others by ``astype``; a test looks.
+    """
+    size = nbytes // shrink // _named(dtype).itemsize // 4
     return random([(size,)] * 4, dtype)
 
 
@@ -41,8 +51,8 @@ def _named(dtype: str) -> np.dtype[Any]:
 
 
 def large(shrink: int) -> Arrays:
-    """Four arrays, of 400 MB together."""
-    return _normal(400_000_000 // shrink)
+    """Four arrays of float32, of 400 MB together."""
+    return normal(LARGE, "float32", shrink)
 
 
 def small(shrink: int) -> Arrays:
@@ -50,24 +60,19 @@ def small(shrink: int) -> Arrays:
     return list(np.random.default_rng(0).standard_normal((1000 // shrink, 1000), np.float32))
 
 
+def measured(measure: Callable[[Arrays], object], make: Make, shrink: int) -> dict[str, Call]:
+    """Measuring large arrays, held to what reading them takes."""
+    arrays = make(shrink)
+    return {"gradclip": partial(measure, arrays), **reading(arrays)}
+
+
 def norms(dtype: str, nbytes: int, shrink: int) -> dict[str, Call]:
-    """The norm of four arrays, held to what reading them takes."""
-    arrays = _normal(nbytes // shrink, dtype)
-    readable = arrays if dtype in ("float32", "float64") else _normal(nbytes // shrink)
-    return {
-        "gradclip": partial(global_norm, arrays),
-        "R": partial(_read, readable),
-        **contenders.norms(arrays),
-    }
+    """The norm of four arrays, beside other libraries'."""
+    arrays = normal(nbytes, dtype, shrink)
+    return measured(global_norm, lambda _: arrays, shrink) | contenders.norms(arrays)
 
 
-def exact(shrink: int) -> dict[str, Call]:
-    """The exact accumulator, held to what reading takes."""
-    arrays = large(shrink)
-    return {"gradclip": partial(survey, arrays), "R": partial(_read, arrays)}
-
-
-def clip(make: Callable[[int], Arrays], shrink: int) -> dict[str, Call]:
+def clip(make: Make, beside: Sequence[Beside], shrink: int) -> dict[str, Call]:
     """Clipping in place, each time to a little less."""
     arrays = make(shrink)
     limit = float(global_norm(arrays))
@@ -77,38 +82,50 @@ def clip(make: Callable[[int], Arrays], shrink: int) -> dict[str, Call]:
         limit *= 0.999
         return limit
 
-    return {
-        "gradclip": lambda: clip_by_global_norm_(arrays, next_limit()),
-        "R": partial(_read, arrays),
-        "S": _writer(arrays),
-        **contenders.clips(arrays, next_limit),
-    }
+    ours: dict[str, Call] = {"gradclip": lambda: clip_by_global_norm_(arrays, next_limit())}
+    return ours | _others(beside, arrays, next_limit)
 
 
-def keep(make: Callable[[int], Arrays], shrink: int) -> dict[str, Call]:
+def keep(make: Make, beside: Sequence[Beside], shrink: int) -> dict[str, Call]:
     """A clip in place that finds nothing to clip."""
     arrays = make(shrink)
-    return {
-        "gradclip": partial(clip_by_global_norm_, arrays, 1e9),
-        "R": partial(_read, arrays),
-        **contenders.clips(arrays, lambda: 1e9),
-    }
+    ours: dict[str, Call] = {"gradclip": partial(clip_by_global_norm_, arrays, 1e9)}
+    return ours | _others(beside, arrays, lambda: 1e9)
 
 
-def _read(arrays: Arrays) -> None:
-    for array in arrays:
-        np.dot(array, array)
+def _others(beside: Sequence[Beside], arrays: Arrays, limit: Limit) -> dict[str, Call]:
+    return {system: call for make in beside for system, call in make(arrays, limit).items()}
 
 
-def _writer(arrays: Arrays) -> Call:
+# ---- the memory itself ----
+
+
+def reading(arrays: Arrays, _: Limit | None = None) -> dict[str, Call]:
+    """R: a plain read of large arrays, by NumPy on all threads of its own."""
+    return {"R": partial(_read, _words(arrays))}
+
+
+def writing(arrays: Arrays, _: Limit) -> dict[str, Call]:
+    """S: a plain read and write of large arrays, on as many threads."""
     pool = ThreadPoolExecutor(team.number())
-    shares = zip(*(np.array_split(array, team.number()) for array in arrays), strict=True)
+    words = _words(arrays)
+    shares = zip(*(np.array_split(each, team.number()) for each in words), strict=True)
 
     def write(share: Arrays) -> None:
-        for array in share:
-            np.multiply(array, array.dtype.type(1), out=array)
+        for each in share:
+            np.multiply(each, 1.0, out=each)
 
-    return partial(lambda shares: list(pool.map(write, shares)), list(shares))
+    return {"S": partial(lambda shares: list(pool.map(write, shares)), list(shares))}
+
+
+def _words(arrays: Arrays) -> Arrays:
+    """The memory of arrays as float64, which OpenBLAS reads on all threads; float32 on one."""
+    return [array.view(np.float64) for array in arrays]
+
+
+def _read(words: Arrays) -> None:
+    for each in words:
+        np.dot(each, each)
 
 
 def merging(shrink: int) -> dict[str, Call]:

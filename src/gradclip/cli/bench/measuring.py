@@ -3,49 +3,50 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import json
 import math
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from gradclip.cli._console import CliError
-from gradclip.cli.bench.cases import CASES, Bar, Case, Fresh, Turns
-from gradclip.cli.bench.contenders import Call
+from gradclip.cli.bench.builders import Bar, Case, Cases, Fresh, Turns
+from gradclip.cli.bench.busy import spinning
+from gradclip.cli.bench.cases import cases_of
+from gradclip.cli.bench.timing import timings
 from gradclip.kernels.cpu import threads as team
 
-REPEATS, QUICK_REPEATS, QUICK_SHRINK = 21, 3, 20
-# A call this short, in seconds, is repeated in a row.
-BATCH = 0.01
-# The helper threads of a system spin for some time before they sleep, at the cost of the next
-# system: so wait, in pauses of so many seconds, until this process takes no processor time.
-PAUSE, PAUSES = 0.02, 50
-
+# Of a case that is shrunk.
+REPEATS = 3
 Row = dict[str, Any]
 
 
-def threads_of(name: str) -> int:
-    """The number of threads that a case is measured with."""
-    case = CASES[name]
+def measured(chosen: Cases, *, quick: bool, shrink: int = 1) -> Iterator[list[Row]]:
+    """The rows of each case, each number of threads in a process of its own.
+
+    With ``shrink`` they are so many times smaller, and have no bars: only to see that they run.
+    """
+    counts = {name: _threads(case) for name, case in chosen.items()}
+    for count in sorted(set(counts.values()), reverse=True):
+        names = [name for name in chosen if counts[name] == count]
+        yield from _in_process(names, count, quick=quick, shrink=shrink)
+
+
+def _threads(case: Case | Turns | Fresh) -> int:
     return (case.threads if isinstance(case, Case) else None) or team.number()
 
 
-def in_process(names: Sequence[str], count: int, *, quick: bool) -> Iterator[list[Row]]:
+def _in_process(names: Sequence[str], count: int, **how: Any) -> Iterator[list[Row]]:
     """The rows of each case, measured in one new process where all take ``count`` threads."""
     variables = ("GRADCLIP", "OPENBLAS", "OMP", "MKL")
     environment = {**os.environ, **{f"{name}_NUM_THREADS": str(count) for name in variables}}
     environment["TF_NUM_INTRAOP_THREADS"] = str(count)
-    code = (
-        "from gradclip.cli.bench.measuring import measure_all; "
-        f"measure_all({names!r}, quick={quick})"
-    )
+    code = f"from gradclip.cli.bench.measuring import measure_all; measure_all({names!r}, **{how})"
     command = [sys.executable, "-c", code]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout is not None
@@ -55,50 +56,51 @@ def in_process(names: Sequence[str], count: int, *, quick: bool) -> Iterator[lis
         raise CliError(f"the measuring process ended with status {process.returncode}", 1)
 
 
-def measure_all(names: Sequence[str], *, quick: bool) -> None:
+def measure_all(names: Sequence[str], *, quick: bool, shrink: int) -> None:
     """Print the rows of each case as a line of JSON."""
+    found = cases_of(quick=quick)
     with contextlib.suppress(KeyboardInterrupt):  # the parent says so
         for name in names:
-            print(json.dumps(_measure(name, quick)), flush=True)
+            print(json.dumps(measure(name, found[name], shrink)), flush=True)
 
 
-def _measure(name: str, quick: bool) -> list[Row]:
-    case = CASES[name]
+def measure(name: str, case: Case | Turns | Fresh, shrink: int = 1) -> list[Row]:
+    """The rows of one case, measured in this process."""
     if isinstance(case, Fresh):
-        return [_fresh(name, case, quick)]
-    shrink, repeats = (QUICK_SHRINK, QUICK_REPEATS) if quick else (1, REPEATS)
+        return [_fresh(name, case, shrink)]
+    repeats = case.repeats if shrink == 1 else REPEATS
     if isinstance(case, Turns):
         turns = list(islice(case.turns(shrink), 1, 1 + repeats))  # the first warms up
         seconds = {system: [turn[system] for turn in turns] for system in (turns or [{}])[0]}
     else:
         systems = case.systems(shrink)
-        seconds = timings(systems, repeats) if systems else {}
+        others = spinning(team.number()) if case.busy else None
+        seconds = timings(systems, repeats, others) if systems else {}
     if not seconds:  # the framework of the case is not installed, as the report says
         return []
     medians = {system: median(each) for system, each in seconds.items()}
     both = medians.get("R", 0.0) + medians.get("S", 0.0)
     yardsticks = {**medians, "R + S": both, "ms": 1e-3}
     return [
-        _row(name, system, medians[system] / yardsticks[bar.of], bar, quick)
+        _row(name, system, medians[system] / yardsticks[case.bar.of], case.bar, shrink)
         | {"median_s": medians[system], "min_s": min(seconds[system])}
         for system in seconds
-        for bar in (case.bars if system == "gradclip" else case.bars[:1])
     ]
 
 
-def _fresh(name: str, case: Fresh, quick: bool) -> Row:
+def _fresh(name: str, case: Fresh, shrink: int) -> Row:
     if "/proc" in case.code and not Path("/proc/self/smaps").exists():
-        return _row(name, "gradclip", math.nan, case.bar, quick=True)
+        return _row(name, "gradclip", math.nan, Bar(None, case.bar.of))
     command = [sys.executable, "-c", case.code]
     figures = [
         float(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
-        for _ in range(1 if quick else case.processes)
+        for _ in range(1 if shrink > 1 else case.processes)
     ]
-    return _row(name, "gradclip", median(figures), case.bar, quick)
+    return _row(name, "gradclip", median(figures), case.bar, shrink)
 
 
-def _row(name: str, system: str, value: float, bar: Bar, quick: bool) -> Row:
-    limit = bar.limit if system == "gradclip" and not quick else None
+def _row(name: str, system: str, value: float, bar: Bar, shrink: int = 1) -> Row:
+    limit = bar.limit if system == "gradclip" and shrink == 1 else None
     return {
         "case": name,
         "system": system,
@@ -109,37 +111,3 @@ def _row(name: str, system: str, value: float, bar: Bar, quick: bool) -> Row:
         "bar": limit,
         "met": None if limit is None else value <= limit,
     }
-
-
-def timings(systems: Mapping[str, Call], repeats: int) -> dict[str, list[float]]:
-    """The seconds that a call of each system takes, ``repeats`` times, in turns."""
-    batches = {}
-    for system, call in systems.items():
-        call()  # may compile
-        batches[system] = max(1, int(BATCH / _seconds(call, 1)))
-    seconds: dict[str, list[float]] = {system: [] for system in systems}
-    gc.collect()
-    gc.freeze()
-    for repeat in range(repeats):
-        start = repeat % len(systems)
-        for system in [*systems][start:] + [*systems][:start]:
-            gc.collect()
-            _wait_until_idle()
-            seconds[system].append(_seconds(systems[system], batches[system]))
-    gc.unfreeze()
-    return seconds
-
-
-def _wait_until_idle() -> None:
-    for _ in range(PAUSES):
-        before = time.process_time()
-        time.sleep(PAUSE)
-        if time.process_time() - before < PAUSE / 10:
-            return
-
-
-def _seconds(call: Call, times: int) -> float:
-    started = time.perf_counter()
-    for _ in range(times):
-        call()
-    return (time.perf_counter() - started) / times
