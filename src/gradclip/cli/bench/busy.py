@@ -33,8 +33,9 @@ def spinning(count: int) -> Iterator[list[subprocess.Popen[bytes]]]:
     spinners: list[subprocess.Popen[bytes]] = []
     try:
         for _ in range(count):
-            # Ctrl-C is for the one that ends them.
-            spinners.append(subprocess.Popen(command, process_group=0))
+            # Ctrl-C is for the one that ends them, and so is its output.
+            spinner = subprocess.Popen(command, stdout=subprocess.DEVNULL, process_group=0)
+            spinners.append(spinner)
         yield spinners
     finally:
         for process in spinners:
