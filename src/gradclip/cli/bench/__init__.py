@@ -34,7 +34,7 @@ COLUMNS = {
 }
 # Those that are not the name of another library.
 UNITS = {
-    "R": "reading the same memory once, as float64 by np.dot, which takes all threads for that",
+    "R": "reading the memory once, as float64 by np.dot on all threads; fair if nothing else runs",
     "S": "reading and writing it once, as float64 by np.multiply in place, on as many threads",
     "NumPy loop": "np.vdot of each array, and array *= factor where there is something to clip",
     "one thread": "the same call of gradclip with GRADCLIP_NUM_THREADS=1, or under XLA NPROC=1",
