@@ -67,7 +67,7 @@ def main(path, rounds, seed):
     from gradclip.kernels.cpu import threads as team
 
     os.environ["GRADCLIP_NUM_THREADS"] = "2"
-    team._BYTES_PER_THREAD = 1000
+    team.BYTES_PER_THREAD = 1000
     rng = np.random.default_rng(int(seed))
     for _ in range(int(rounds)):
         arrays = [random_array(rng) for _ in range(rng.integers(0, 6))]

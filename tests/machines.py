@@ -19,7 +19,7 @@ def machine(kernel: str, threads: int = 1) -> Iterator[None]:
     """Run on a kernel of `KERNELS`; with two threads, however short the list is."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.dict(os.environ, GRADCLIP_NUM_THREADS=str(threads)))
-        stack.enter_context(mock.patch.object(team, "_BYTES_PER_THREAD", 1))
+        stack.enter_context(mock.patch.object(team, "BYTES_PER_THREAD", 1))
         if kernel == "numpy":
             stack.enter_context(mock.patch.object(cpu, "_cpu", None))
             stack.enter_context(mock.patch.object(cpu, "_warned", True))

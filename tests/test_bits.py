@@ -304,6 +304,27 @@ def test_surveys_of_pieces_add_up_to_that_of_the_whole(name: str) -> None:
         check_the_exact_sum(leaves)
 
 
+def check_every_length() -> None:
+    """Of less than a vector, of a few, and of one and a half of the longest step of a loop."""
+    for dtype in (DTYPES[name] for name in ("float16", "bfloat16", "float32", "float64")):
+        work = np.float64 if dtype == np.float64 else np.float32
+        for length in range(200):
+            whole = [(-1) ** place * (place % 13) for place in range(length)]
+            values = np.array(whole, dtype)
+            squares = sum(each * each for each in whole)
+            assert survey([values]).square == squares << 2176
+            assert_norm(gradclip.global_norm([values]), work(math.sqrt(squares)))
+            found, _ = gradclip.clip_by_global_norm([values], 0.7, use_norm=1.0)
+            with np.errstate(under="ignore"):
+                wanted = (values.astype(work) * work(0.7)).astype(dtype)
+            assert_same_bits(found[0], wanted, nan_payload=True)
+
+
+@pytest.mark.usefixtures("kernel")
+def test_lists_of_every_length() -> None:
+    check_every_length()
+
+
 def check_a_survey_of_what_is_not_finite() -> None:
     found = survey(
         [np.float32([-7, np.inf, 2]), np.complex128([np.nan, 3 + 2j, np.inf]), np.float16([])]
@@ -311,6 +332,9 @@ def check_a_survey_of_what_is_not_finite() -> None:
     assert found.largest == 7
     assert found.nonfinite == (1, 2)
     assert found.wide
+    # Blocks in a row whose largest differ in the last place, and so in the lower half alone.
+    near = np.array([1, np.nextafter(1, 2), 1]).repeat(5000)
+    assert survey([near]).largest == np.nextafter(1, 2)
 
 
 @pytest.mark.usefixtures("kernel")

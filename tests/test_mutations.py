@@ -321,6 +321,39 @@ C_MUTATIONS = {
     "scaled twice": ("overlap.c", "leaves[place->leaf].size = 0;", ";"),
     "inf counted as NaN": ("exact.c", "+= magnitude > infinite;", "+= magnitude >= infinite;"),
     "a number on the edge left out": ("cpu_blocks.h", "magnitude >= from", "magnitude > from"),
+    "a bfloat16 in the place of its neighbour": (
+        "cpu_blocks.h",
+        "low >> 16 | (high & 0xffff0000)",
+        "high >> 16 | (low & 0xffff0000)",
+    ),
+    "the odd bfloat16 left out": ("cpu_blocks.h", "if (n % 2) out[n - 1]", "if (0) out[n - 1]"),
+    "half of a bfloat16 pair left out": (
+        "cpu_blocks.h",
+        "sums[1] = SQUARES_ADD(high, sums[1]);",
+        "(void)high;",
+    ),
+    "sums left out": ("cpu_blocks.h", "k = NAME(SUMS) / 2; k; k /= 2", "k = 2; k; k /= 2"),
+    "a tail of float64 left out": (
+        "cpu_blocks.h",
+        "i < LANES_F64 && whole < n; i += STEP",
+        "i < STEP && whole < n; i += STEP",
+    ),
+    "offsets of a tail not counted": (
+        "exact.c",
+        "(n + LANES_F64 - 1) / LANES_F64 * LANES_F64",
+        "n",
+    ),
+    "the low part of a square left out": ("cpu_blocks.h", " + low[j]) + c3", ") + c3"),
+    "a zero taken for the smallest": (
+        "cpu_blocks.h",
+        "(NAME(u32s))(magnitude | (NAME(u64s))(magnitude == 0))",
+        "(NAME(u32s))magnitude",
+    ),
+    "the largest by half of its bits": (
+        "exact.c",
+        "seen.top >> 32 >= bits_of_double(total->largest) >> 32",
+        "seen.top >> 32 > bits_of_double(total->largest) >> 32",
+    ),
     "a power of two left out": ("scale.c", "blocks->scale_f64(out, n, factor->shift, out);", ""),
 }
 
@@ -332,6 +365,7 @@ UNTRIED = {
     "a stream without its end",
     "scaled twice",
     "a number on the edge left out",
+    "the largest by half of its bits",
 }
 
 

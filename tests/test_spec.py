@@ -35,7 +35,6 @@ from compare import (
 from conftest import Adapter, simple
 from gradclip import IndexedSlices, clip_by_global_norm, clip_by_global_norm_, global_norm
 from gradclip.kernels import cpu
-from gradclip.kernels.cpu import threads as team
 from host import (
     HAS_MXCSR,
     ROUNDING_MODES,
@@ -977,7 +976,7 @@ def test_threads_started_by_a_host_that_flushes_subnormals_keep_them() -> None:
     case = simple(values, clip_norm=1e-44)
     wanted = expected_of(case)
     for more_threads_than_before in range(2, 6):
-        team._forget_threads()
+        cpu._cpu.forget_helpers()
         with machine(cpu.kernel(), more_threads_than_before):
             with flush_to_zero():
                 found = outcomes(case)

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeVar
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 from gradclip.kernels.cpu import plain, threads
-from gradclip.kernels.cpu.threads import Walked
 
 _why_numpy: str | None = None  # why the C kernel is not in use
 try:
@@ -28,18 +27,19 @@ else:
 if _why_numpy is not None:
     _cpu = None  # type: ignore[assignment]
 
-# In a forked child a framework's team is no more, and would be waited for for ever.
 if _cpu is not None:
-    os.register_at_fork(after_in_child=_cpu.leave_team)
+    os.register_at_fork(after_in_child=_cpu.forget_helpers)
 
-T = TypeVar("T")
+class Leaves(Protocol):
+    """The memory of a list of arrays, held for a call. So many threads share each walk."""
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all leaves."""
 
-class Leaves(Walked, Protocol):
-    """The memory of a list of arrays, held for a call. Threads share out each walk.
-
-    A walk takes the calling thread's share, or, where there is a team, those of so many threads.
-    """
+    @property
+    def most_threads(self) -> int:
+        """How many threads the leaves' framework allows the calling one."""
 
     @property
     def has_f64(self) -> bool:
@@ -142,17 +142,17 @@ def xla_handlers() -> dict[str, Any]:
 def watch() -> Any:
     """What measures a parameter's gradient when it is called with the parameter: `_cpu.Watch`."""
     assert _cpu is not None, "the C kernel is in use"
-    return _cpu.Watch(threads.number())
+    return _cpu.Watch(threads.number(), threads.BYTES_PER_THREAD)
 
 
 def sum_squares(leaves: Leaves) -> list[tuple[float, float, bool, bool]]:
     """Each thread's share of sum x^2 in float64."""
-    return _walk(leaves, leaves.sum_squares)
+    return leaves.sum_squares(_threads(leaves))
 
 
 def exact_squares(leaves: Leaves) -> list[tuple[bytes, bytes, float]]:
     """Each thread's share of sum x^2, exactly."""
-    return _walk(leaves, leaves.exact_squares)
+    return leaves.exact_squares(_threads(leaves))
 
 
 def scale(
@@ -167,14 +167,8 @@ def scale(
     Leaves of 32 bits or fewer take the factor rounded to 24 bits. ``recode`` has the 256 new bytes
     for each leaf of codes.
     """
-    source.rewind()
-
-    def job(threads: int) -> list[None]:
-        target.scale(source, significand, exponent, recode, threads)
-        return []
-
-    _walk(target, job)
+    target.scale(source, significand, exponent, recode, _threads(target))
 
 
-def _walk(leaves: Leaves, job: Callable[[int], list[T]]) -> list[T]:
-    return threads.walk(leaves, job, 1 if _cpu is None else _cpu.BYTES_PER_TEAM_MEMBER)
+def _threads(leaves: Leaves) -> int:
+    return threads.worth(leaves.nbytes, leaves.most_threads)

@@ -55,11 +55,14 @@ static inline uint16_t half_of(float x) {
     return (uint16_t)(half | sign);
 }
 
-static inline uint16_t bfloat_of(float x) {
+/* A bfloat16, in the upper half. */
+static inline uint32_t bits_of_bfloat(float x) {
     uint32_t bits = bits_of(x);
-    uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-    uint32_t nan = bits >> 16 | 0x40;
-    return (uint16_t)((int32_t)(bits & 0x7fffffff) > 0x7f800000 ? nan : rounded);
+    uint32_t rounded = bits + 0x7fff + (bits >> 16 & 1);
+    uint32_t nan = bits | 0x400000;
+    return (int32_t)(bits & 0x7fffffff) > 0x7f800000 ? nan : rounded;
 }
+
+static inline uint16_t bfloat_of(float x) { return (uint16_t)(bits_of_bfloat(x) >> 16); }
 
 #endif

@@ -1,26 +1,40 @@
 /* The loops over one block of contiguous elements. targets.c includes this file once for each set
- * of instructions. Plain loops: the compiler turns them into vectors. */
+ * of instructions. Some are plain loops, which the compiler turns into vectors; sums are of vectors
+ * already, so that many are on their way at a time, and memory is asked for ahead of them: one long
+ * chain of arithmetic fills the processor's window, and its own reading ahead falls behind. */
 
-/* Sum of squares in float64, in any order: relative error below (n + 1) * 2^-53. */
-static double NAME(sum_f32)(const float *x, int n) {
-    double sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int i = 0; i < n; i++) {
-        double v = x[i];
-        sum = SQUARE_ADD(v, sum);
-    }
-    return sum;
+/* As many numbers as fill a vector once they are float64. */
+typedef double NAME(f64s) __attribute__((vector_size(VECTOR)));
+typedef uint64_t NAME(u64s) __attribute__((vector_size(VECTOR)));
+typedef float NAME(f32s) __attribute__((vector_size(VECTOR / 2)));
+/* The 32-bit halves of a whole vector, and the pairs of 16-bit numbers in half a one. */
+typedef uint32_t NAME(u32s) __attribute__((vector_size(VECTOR)));
+typedef uint32_t NAME(pairs) __attribute__((vector_size(VECTOR / 2)));
+enum { NAME(WIDTH) = VECTOR / sizeof(double) };
+
+INLINE NAME(f64s) NAME(f64s_at)(const double *x) {
+    NAME(f64s) v;
+    memcpy(&v, x, sizeof v);
+    return v;
 }
 
-static double NAME(sum_bf16)(const uint16_t *x, int n) {
-    double sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int i = 0; i < n; i++) {
-        double v = float_of((uint32_t)x[i] << 16);
-        sum = SQUARE_ADD(v, sum);
-    }
-    return sum;
+INLINE NAME(f64s) NAME(f32s_at)(const float *x) {
+    NAME(f32s) v;
+    memcpy(&v, x, sizeof v);
+    return WIDEN(v);
 }
+
+INLINE NAME(u32s) NAME(u32s_at)(const void *x) {
+    NAME(u32s) v;
+    memcpy(&v, x, sizeof v);
+    return v;
+}
+
+INLINE NAME(f64s) NAME(every_f64)(double x) { return x - (NAME(f64s)){0}; }
+
+INLINE NAME(u32s) NAME(every_u32)(uint32_t x) { return x - (NAME(u32s)){0}; }
+
+/* ---- conversion ---- */
 
 static void NAME(load_bf16)(const uint16_t *x, int n, float *out) {
 #pragma omp simd
@@ -33,81 +47,232 @@ static void NAME(load_f16)(const uint16_t *x, int n, float *out) {
     for (int i = done; i < n; i++) out[i] = float_of_half(x[i]);
 }
 
-/* By pieces, so that some are computed on while others are on their way from memory. */
+static void NAME(store_bf16)(const float *x, int n, uint16_t *out) {
+#pragma omp simd
+    for (int i = 0; i < n; i++) out[i] = bfloat_of(x[i]);
+}
+
+static void NAME(store_f16)(const float *x, int n, uint16_t *out) {
+    int done = CONVERT_TO_HALVES(x, n, out);
+#pragma omp simd
+    for (int i = done; i < n; i++) out[i] = half_of(x[i]);
+}
+
+/* ---- sums in float64 ---- */
+
+/* Each of these is a sum of squares in any order: relative error below (n + 1) * 2^-53. It goes
+ * into so many vectors, as each addition has to wait for the one before it. */
+enum { NAME(SUMS) = 8 };
+
+INLINE double NAME(total)(NAME(f64s) *sums) {
+    double total = 0;
+    for (int k = NAME(SUMS) / 2; k; k /= 2)
+        for (int j = 0; j < k; j++) sums[j] += sums[j + k];
+    for (int j = 0; j < NAME(WIDTH); j++) total += sums[0][j];
+    return total;
+}
+
+static double NAME(sum_f32)(const float *x, int n) {
+    enum { STEP = NAME(SUMS) * NAME(WIDTH) };
+    NAME(f64s) sums[NAME(SUMS)] = {0};
+    int i = 0;
+    for (; i + STEP <= n; i += STEP) {
+        PREFETCH(x + i, STEP);
+        UNROLLED for (int k = 0; k < NAME(SUMS); k++) {
+            NAME(f64s) v = NAME(f32s_at)(x + i + k * NAME(WIDTH));
+            sums[k] = SQUARES_ADD(v, sums[k]);
+        }
+    }
+    for (; i + NAME(WIDTH) <= n; i += NAME(WIDTH)) {
+        NAME(f64s) v = NAME(f32s_at)(x + i);
+        sums[0] = SQUARES_ADD(v, sums[0]);
+    }
+    for (; i < n; i++) sums[0][0] += (double)x[i] * x[i];
+    return NAME(total)(sums);
+}
+
+/* The halves of a 32-bit word are each a number when they stand in its upper half. */
+INLINE void NAME(add_bf16)(const uint16_t *x, NAME(f64s) *sums) {
+    NAME(pairs) both;
+    memcpy(&both, x, sizeof both);
+    NAME(f64s) low = WIDEN((NAME(f32s))(both << 16)),
+               high = WIDEN((NAME(f32s))(both & 0xffff0000));
+    sums[0] = SQUARES_ADD(low, sums[0]);
+    sums[1] = SQUARES_ADD(high, sums[1]);
+}
+
+static double NAME(sum_bf16)(const uint16_t *x, int n) {
+    enum { STEP = NAME(SUMS) * NAME(WIDTH) };
+    NAME(f64s) sums[NAME(SUMS)] = {0};
+    int i = 0;
+    for (; i + STEP <= n; i += STEP) {
+        PREFETCH(x + i, STEP);
+        UNROLLED for (int k = 0; k < NAME(SUMS); k += 2)
+            NAME(add_bf16)(x + i + k * NAME(WIDTH), &sums[k]);
+    }
+    for (; i + 2 * NAME(WIDTH) <= n; i += 2 * NAME(WIDTH)) NAME(add_bf16)(x + i, sums);
+    for (; i < n; i++) {
+        double v = float_of((uint32_t)x[i] << 16);
+        sums[0][0] += v * v;
+    }
+    return NAME(total)(sums);
+}
+
+/* What is left over, or all where no instruction converts, by pieces: some are computed on while
+ * others are on their way from memory. */
 static double NAME(sum_f16)(const uint16_t *x, int n) {
     ALIGNED float piece[PIECE];
-    double sum = 0;
-    for (int i = 0; i < n; i += PIECE) {
+    NAME(f64s) sums[NAME(SUMS)] = {0};
+    int i = 0;
+#ifdef HALVES_AT
+    enum { STEP = NAME(SUMS) * NAME(WIDTH) };
+    for (; i + STEP <= n; i += STEP) {
+        PREFETCH(x + i, STEP);
+        UNROLLED for (int k = 0; k < NAME(SUMS); k++) {
+            NAME(f64s) v = HALVES_AT(x + i + k * NAME(WIDTH));
+            sums[k] = SQUARES_ADD(v, sums[k]);
+        }
+    }
+#endif
+    for (; i < n; i += PIECE) {
         int length = n - i < PIECE ? n - i : PIECE;
         NAME(load_f16)(x + i, length, piece);
-        sum += NAME(sum_f32)(piece, length);
+        sums[0][0] += NAME(sum_f32)(piece, length);
     }
-    return sum;
+    return NAME(total)(sums);
+}
+
+/* ---- windows of the exact sum ---- */
+
+/* The bits of the largest and the smallest |x| of each lane; of float64 the upper halves tell. */
+typedef struct {
+    NAME(u32s) top, bottom; /* of the smallest nonzero one: a zero counts as most */
+} NAME(range_t);
+
+INLINE uint32_t NAME(largest)(NAME(u32s) all) {
+    uint32_t largest = 0;
+    for (unsigned j = 0; j < sizeof all / sizeof all[0]; j++)
+        largest = all[j] > largest ? all[j] : largest;
+    return largest;
+}
+
+INLINE uint32_t NAME(least)(NAME(u32s) all) {
+    uint32_t least = UINT32_MAX;
+    for (unsigned j = 0; j < sizeof all / sizeof all[0]; j++)
+        least = all[j] < least ? all[j] : least;
+    return least;
 }
 
 /* One pass of the exact sum. Adding c1 = 2^52 u1 rounds squares to multiples of u1, and what that
  * leaves goes into multiples of u2; the bit patterns then add up as integers, which no order can
- * change. Four squares are added between two integer additions: that is a quarter of those. */
-static inline void NAME(window_step)(const float *x, double c1, double c2, lanes_t *lanes) {
-#pragma omp simd
-    for (int j = 0; j < LANES; j++) {
-        double high = c1, low = c2;
-        uint32_t top = lanes->top[j], bottom = lanes->bottom[j];
-        for (int k = 0; k < STEPS; k++) {
-            float value = x[k * LANES + j];
-            uint32_t magnitude = bits_of(value) & 0x7fffffff;
-            top = magnitude > top ? magnitude : top;
-            bottom = magnitude - 1 < bottom ? magnitude - 1 : bottom; /* a zero drops out */
-            double v = value; /* its square is exact, so fma or not makes no difference */
-            double sum = SQUARE_ADD(v, high);
-            low += SQUARE_ADD(v, high - sum);
-            high = sum;
+ * change. Four squares are added between two integer additions: that is a quarter of those. The
+ * squares are exact, so fma or not makes no difference. */
+INLINE void NAME(window_step_f32)(const float *x, double c1, double c2, NAME(u64s) *sums,
+                                  NAME(range_t) *range) {
+    enum { SIDE = LANES / NAME(WIDTH) }; /* vectors side by side, so that none waits for another */
+    NAME(f64s) high[SIDE], low[SIDE];
+    UNROLLED for (int j = 0; j < SIDE; j++) {
+        high[j] = NAME(every_f64)(c1);
+        low[j] = NAME(every_f64)(c2);
+    }
+    UNROLLED for (int k = 0; k < STEPS; k++) {
+        UNROLLED for (int j = 0; j < SIDE; j++) {
+            NAME(f64s) v = NAME(f32s_at)(x + k * LANES + j * NAME(WIDTH));
+            NAME(f64s) sum = SQUARES_ADD(v, high[j]);
+            low[j] += SQUARES_ADD(v, high[j] - sum);
+            high[j] = sum;
         }
-        lanes->s1[j] += bits_of_double(high);
-        lanes->s2[j] += bits_of_double(low);
-        lanes->top[j] = top;
-        lanes->bottom[j] = bottom;
+    }
+    UNROLLED for (int j = 0; j < SIDE; j++) {
+        sums[0] += (NAME(u64s))high[j];
+        sums[1] += (NAME(u64s))low[j];
+    }
+    UNROLLED for (int i = 0; i < LANES * STEPS; i += 2 * NAME(WIDTH)) {
+        NAME(u32s) magnitude = NAME(u32s_at)(x + i) & 0x7fffffff;
+        range->top = LARGER(magnitude, range->top);
+        range->bottom = SMALLER(magnitude - 1, range->bottom);
     }
 }
 
 static window_t NAME(window_f32)(const float *x, int n, double c1, double c2) {
-    float tail[STEPS * LANES] = {0};
-    lanes_t lanes = {0};
-    window_t window = {.bottom = UINT32_MAX};
-    int whole = n - n % (STEPS * LANES);
-    for (int j = 0; j < LANES; j++) lanes.bottom[j] = UINT32_MAX;
+    enum { STEP = LANES * STEPS };
+    float tail[STEP] = {0};
+    NAME(u64s) sums[2] = {0};
+    NAME(range_t) range = {{0}, NAME(every_u32)(UINT32_MAX)};
+    window_t window = {.sums = {0}};
+    int whole = n - n % STEP;
     for (int i = whole; i < n; i++) tail[i - whole] = x[i];
-    for (int i = 0; i < whole; i += STEPS * LANES) NAME(window_step)(x + i, c1, c2, &lanes);
-    if (whole < n) NAME(window_step)(tail, c1, c2, &lanes);
-    for (int j = 0; j < LANES; j++) {
-        window.sums[0] += lanes.s1[j];
-        window.sums[1] += lanes.s2[j];
-        window.top = lanes.top[j] > window.top ? lanes.top[j] : window.top;
-        window.bottom = lanes.bottom[j] < window.bottom ? lanes.bottom[j] : window.bottom;
+    for (int i = 0; i < whole; i += STEP) {
+        PREFETCH(x + i, STEP);
+        NAME(window_step_f32)(x + i, c1, c2, sums, &range);
     }
-    window.bottom = (uint32_t)(window.bottom + 1);
+    if (whole < n) NAME(window_step_f32)(tail, c1, c2, sums, &range);
+    for (int j = 0; j < NAME(WIDTH); j++)
+        for (int k = 0; k < 2; k++) window.sums[k] += sums[k][j];
+    window.top = NAME(largest)(range.top);
+    window.bottom = (uint32_t)(NAME(least)(range.bottom) + 1);
     return window;
 }
 
-static window_t NAME(window_f64)(const double *x, int n, double c1, double c2, double c3) {
-    uint64_t s1 = 0, s2 = 0, s3 = 0, top = 0, bottom = UINT64_MAX;
-#pragma omp simd reduction(+ : s1, s2, s3) reduction(max : top) reduction(min : bottom)
-    for (int i = 0; i < n; i++) {
-        uint64_t magnitude = bits_of_double(x[i]) & 0x7fffffffffffffff;
-        top = magnitude > top ? magnitude : top;
-        bottom = magnitude - 1 < bottom ? magnitude - 1 : bottom;
-        double v = x[i];
-        double high = v * v;
-        double low = fma(v, v, -high);
-        double t1 = high + c1, r1 = high - (t1 - c1);
-        double t2 = r1 + c2, r2 = r1 - (t2 - c2);
-        double w2 = low + c2, l2 = low - (w2 - c2);
-        double t3 = (r2 + l2) + c3;
-        s1 += bits_of_double(t1);
-        s2 += bits_of_double(t2) + bits_of_double(w2);
-        s3 += bits_of_double(t3);
+/* The square is high + low, and t1 rounds it to a multiple of u1. What that leaves is more than one
+ * number holds; its 53 upper bits are enough to round it to a multiple of u2 in t2, and then what is
+ * left is exact: a difference of near numbers, and no more bits than one number holds. */
+INLINE void NAME(window_step_f64)(const double *x, double c1, double c2, double c3,
+                                  NAME(u64s) *sums, NAME(range_t) *range) {
+    enum { SIDE = 2 };
+    NAME(f64s) v[SIDE], high[SIDE], low[SIDE], h1[SIDE], h2[SIDE];
+    UNROLLED for (int j = 0; j < SIDE; j++) {
+        v[j] = NAME(f64s_at)(x + j * NAME(WIDTH));
+        high[j] = v[j] * v[j];
+        low[j] = MULTIPLY_ADD(v[j], v[j], -high[j]);
+        NAME(f64s) t1 = MULTIPLY_ADD(v[j], v[j], NAME(every_f64)(c1));
+        sums[0] += (NAME(u64s))t1;
+        h1[j] = t1 - c1;
     }
-    return (window_t){{s1, s2, s3}, top, bottom + 1};
+    UNROLLED for (int j = 0; j < SIDE; j++) {
+        NAME(f64s) t2 = MULTIPLY_ADD(v[j], v[j], -h1[j]) + c2;
+        sums[1] += (NAME(u64s))t2;
+        h2[j] = t2 - c2;
+    }
+    UNROLLED for (int j = 0; j < SIDE; j++) {
+        NAME(u64s) magnitude = (NAME(u64s))v[j] & 0x7fffffffffffffff;
+        NAME(u32s) zero_is_most = (NAME(u32s))(magnitude | (NAME(u64s))(magnitude == 0));
+        range->top = LARGER((NAME(u32s))magnitude, range->top);
+        range->bottom = SMALLER(zero_is_most, range->bottom);
+    }
+    UNROLLED for (int j = 0; j < SIDE; j++) {
+        NAME(f64s) t3 = (((high[j] - h1[j]) - h2[j]) + low[j]) + c3;
+        sums[2] += (NAME(u64s))t3;
+    }
+}
+
+static window_t NAME(window_f64)(const double *x, int n, double c1, double c2, double c3) {
+    enum { STEP = 2 * NAME(WIDTH) };
+    double tail[LANES_F64] = {0};
+    NAME(u64s) sums[3] = {0};
+    NAME(range_t) range = {{0}, NAME(every_u32)(UINT32_MAX)};
+    window_t window = {.sums = {0}};
+    int whole = n - n % LANES_F64;
+    for (int i = whole; i < n; i++) tail[i - whole] = x[i];
+    for (int i = 0; i < whole; i += STEP) {
+        PREFETCH(x + i, STEP);
+        NAME(window_step_f64)(x + i, c1, c2, c3, sums, &range);
+    }
+    for (int i = 0; i < LANES_F64 && whole < n; i += STEP)
+        NAME(window_step_f64)(tail + i, c1, c2, c3, sums, &range);
+    for (int j = 0; j < NAME(WIDTH); j++)
+        for (int k = 0; k < 3; k++) window.sums[k] += sums[k][j];
+    uint32_t top = 0, bottom = UINT32_MAX;
+    for (int j = 0; j < NAME(WIDTH); j++) {
+        uint32_t high = (uint32_t)(((NAME(u64s))range.top)[j] >> 32),
+                 low = (uint32_t)(((NAME(u64s))range.bottom)[j] >> 32);
+        top = high > top ? high : top;
+        bottom = low < bottom ? low : bottom;
+    }
+    int all_zero = bottom == UINT32_MAX;
+    window.top = (uint64_t)top << 32 | !all_zero;
+    window.bottom = all_zero ? 0 : (uint64_t)bottom << 32;
+    return window;
 }
 
 /* out = x where from <= bits of |x| < below, else 0; returns the largest bits below `from`. */
@@ -136,9 +301,15 @@ static uint64_t NAME(select_f64)(const double *x, int n, uint64_t from, uint64_t
     return top;
 }
 
+/* ---- scaling ---- */
+
 static void NAME(scale_f32)(const float *x, int n, float c, float *out) {
+    for (int i = 0; i < n; i += STRIDE) {
+        int end = n - i < STRIDE ? n : i + STRIDE;
+        PREFETCH(x + i, STRIDE);
 #pragma omp simd
-    for (int i = 0; i < n; i++) out[i] = x[i] * c;
+        for (int j = i; j < end; j++) out[j] = x[j] * c;
+    }
 }
 
 static void NAME(scale_f32_wide)(const float *x, int n, double c, float *out) {
@@ -147,29 +318,35 @@ static void NAME(scale_f32_wide)(const float *x, int n, double c, float *out) {
 }
 
 static void NAME(scale_f64)(const double *x, int n, double c, double *out) {
+    for (int i = 0; i < n; i += STRIDE) {
+        int end = n - i < STRIDE ? n : i + STRIDE;
+        PREFETCH(x + i, STRIDE);
 #pragma omp simd
-    for (int i = 0; i < n; i++) out[i] = x[i] * c;
+        for (int j = i; j < end; j++) out[j] = x[j] * c;
+    }
 }
 
+/* The halves of a 32-bit word side by side: lanes need not be widened and narrowed. */
 static void NAME(scale_bf16)(const uint16_t *x, int n, float c, uint16_t *out) {
+    for (int i = 0; i < n; i += STRIDE) {
+        int pairs = (n - i < STRIDE ? n - i : STRIDE) / 2;
+        PREFETCH(x + i, STRIDE);
 #pragma omp simd
-    for (int i = 0; i < n; i++) out[i] = bfloat_of(float_of((uint32_t)x[i] << 16) * c);
-}
-
-static void NAME(store_bf16)(const float *x, int n, uint16_t *out) {
-#pragma omp simd
-    for (int i = 0; i < n; i++) out[i] = bfloat_of(x[i]);
-}
-
-static void NAME(store_f16)(const float *x, int n, uint16_t *out) {
-    int done = CONVERT_TO_HALVES(x, n, out);
-#pragma omp simd
-    for (int i = done; i < n; i++) out[i] = half_of(x[i]);
+        for (int j = 0; j < pairs; j++) {
+            uint32_t both;
+            memcpy(&both, x + i + 2 * j, sizeof both);
+            uint32_t low = bits_of_bfloat(float_of(both << 16) * c),
+                     high = bits_of_bfloat(float_of(both & 0xffff0000) * c);
+            both = low >> 16 | (high & 0xffff0000);
+            memcpy(out + i + 2 * j, &both, sizeof both);
+        }
+    }
+    if (n % 2) out[n - 1] = bfloat_of(float_of((uint32_t)x[n - 1] << 16) * c);
 }
 
 static void NAME(scale_f16)(const uint16_t *x, int n, float c, uint16_t *out) {
     ALIGNED float piece[PIECE];
-    for (int i = 0; i < n; i += PIECE) {
+    for (int i = SCALE_HALVES(x, n, c, out); i < n; i += PIECE) {
         int length = n - i < PIECE ? n - i : PIECE;
         NAME(load_f16)(x + i, length, piece);
         NAME(scale_f32)(piece, length, c, piece);

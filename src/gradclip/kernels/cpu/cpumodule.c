@@ -81,7 +81,8 @@ static PyMethodDef methods[] = {
     {"take", take, METH_VARARGS, take_doc},
     {"take_handles", take_handles, METH_VARARGS, take_handles_doc},
     {"use_handles", use_handles, METH_VARARGS, use_handles_doc},
-    {"leave_team", leave_team, METH_NOARGS, "Ask no thread of a team any more."},
+    {"helpers", helpers_ids, METH_NOARGS, "The native ids of the threads that share walks."},
+    {"forget_helpers", forget_helpers, METH_NOARGS, "In a forked child, which has none of them."},
     {"set_ieee", py_set_ieee, METH_NOARGS, set_ieee_doc},
     {"set_arithmetic", set_arithmetic, METH_O, set_arithmetic_doc},
     {"fault", py_fault, METH_NOARGS, "Try the kernel in use: None, or what it gets wrong."},
@@ -98,9 +99,6 @@ static struct PyModuleDef definition = {
 PyMODINIT_FUNC PyInit__cpu(void) {
     choose_kernel(kernel_names()[0]);
     PyObject *module = PyModule_Create(&definition);
-    if (module &&
-        (add_leaves_type(module) < 0 || add_watch_type(module) < 0 ||
-         PyModule_AddIntConstant(module, "BYTES_PER_TEAM_MEMBER", BYTES_PER_TEAM_MEMBER) < 0))
-        Py_CLEAR(module);
+    if (module && (add_leaves_type(module) < 0 || add_watch_type(module) < 0)) Py_CLEAR(module);
     return module;
 }

@@ -99,12 +99,13 @@ static window_t try_window_f64(const double *x, int n, int field, int shift, int
     int top = 2 * (field - 1023) + 2;
     double c1 = power_of_two(top + 1), c2 = 1.5 * power_of_two(top - 49),
            c3 = 1.5 * power_of_two(top - 99);
+    int sums = (n + LANES_F64 - 1) / LANES_F64 * LANES_F64;
     window_t seen = blocks->window_f64(x, n, c1, c2, c3);
     *done = fits(seen.top, seen.bottom, 52, field, F64_SPREAD);
     if (*done) {
-        add_at(words, WIDE_UNIT, units(seen.sums[0], n, c1), top - 51 + shift);
-        add_at(words, WIDE_UNIT, units(seen.sums[1], 2 * n, c2), top - 101 + shift);
-        add_at(words, WIDE_UNIT, units(seen.sums[2], n, c3), top - 151 + shift);
+        add_at(words, WIDE_UNIT, units(seen.sums[0], sums, c1), top - 51 + shift);
+        add_at(words, WIDE_UNIT, units(seen.sums[1], sums, c2), top - 101 + shift);
+        add_at(words, WIDE_UNIT, units(seen.sums[2], sums, c3), top - 151 + shift);
     }
     return seen;
 }
@@ -141,10 +142,11 @@ static void exact_f64(const double *x, int n, int *field, total_t *total) {
         }
     }
     ALIGNED double part[BLOCK_F64];
-    uint64_t top = seen.top;
-    if (top >= F64_INFINITE)
-        top = blocks->select_f64(x, n, F64_INFINITE, F64_INFINITE, 1, part);
-    if (double_of(top) > total->largest) total->largest = double_of(top);
+    /* Which is the largest takes another look, where it may be larger than those before. */
+    if (seen.top >> 32 >= bits_of_double(total->largest) >> 32) {
+        uint64_t top = blocks->select_f64(x, n, F64_INFINITE, F64_INFINITE, 1, part);
+        if (double_of(top) > total->largest) total->largest = double_of(top);
+    }
     if (done) return;
     blocks->select_f64(x, n, high, F64_INFINITE, 0x1p-600, part);
     peel_f64(part, n, 1200, total->wide);

@@ -1,10 +1,10 @@
 /* A framework that says by C functions where its objects' memory is: each object holds a handle,
  * which the functions take. PyTorch is one. */
 #define PY_SSIZE_T_CLEAN
+#include <limits.h>
 #include <stdlib.h>
 
 #include "taking.h"
-#include "team.h"
 
 typedef int32_t failed_t; /* 0: all went well */
 typedef failed_t get_pointer_t(void *handle, void **pointer);
@@ -22,20 +22,21 @@ static struct {
     int32_t f16, bf16, f32, f64, c64, c128, host, strided;
     int32_t at; /* where in an object that begins which its handle points to; 0: not told yet */
     PyTypeObject *type;
+    int (*most_threads)(void);
 } handles;
 
 const char use_handles_doc[] =
 "use_handles(functions, numbers, type)\n--\n\n"
 "Say by which functions the objects of a type tell where their memory is, and what numbers those\n"
-"use, in the order of handles.c; then come GOMP_parallel and omp_get_max_threads, or 0.";
+"use, in the order of handles.c; after the functions comes omp_get_max_threads, or 0.";
 
 PyObject *use_handles(PyObject *module, PyObject *args) {
-    unsigned long long f[12];
+    unsigned long long f[11];
     PyObject *type;
     (void)module;
-    if (!PyArg_ParseTuple(args, "(KKKKKKKKKKKK)(iiiiiiiii)O", &f[0], &f[1], &f[2], &f[3], &f[4],
-                          &f[5], &f[6], &f[7], &f[8], &f[9], &f[10], &f[11], &handles.f16,
-                          &handles.bf16, &handles.f32, &handles.f64, &handles.c64, &handles.c128,
+    if (!PyArg_ParseTuple(args, "(KKKKKKKKKKK)(iiiiiiiii)O", &f[0], &f[1], &f[2], &f[3], &f[4],
+                          &f[5], &f[6], &f[7], &f[8], &f[9], &f[10], &handles.f16, &handles.bf16,
+                          &handles.f32, &handles.f64, &handles.c64, &handles.c128,
                           &handles.host, &handles.strided, &handles.at, &type))
         return NULL;
     Py_INCREF(type);
@@ -50,9 +51,11 @@ PyObject *use_handles(PyObject *module, PyObject *args) {
     handles.get_device = (get_code_t *)(uintptr_t)f[7];
     handles.get_layout = (get_code_t *)(uintptr_t)f[8];
     handles.get_device_index = (get_code_t *)(uintptr_t)f[9];
-    use_team((parallel_t *)(uintptr_t)f[10], (int (*)(void))(uintptr_t)f[11]);
+    handles.most_threads = (int (*)(void))(uintptr_t)f[10];
     Py_RETURN_NONE;
 }
+
+int most_threads(void) { return handles.most_threads ? handles.most_threads() : INT_MAX; }
 
 /* ---- one object ---- */
 

@@ -1,8 +1,10 @@
 #define PY_SSIZE_T_CLEAN
 #include "leaves.h"
 
+#include <limits.h>
 #include <stdlib.h>
 
+#include "taking.h"
 #include "team.h"
 
 static PyObject *leaves_type;
@@ -62,10 +64,11 @@ static void leaves_dealloc(Leaves *self) {
 
 /* ---- walks ---- */
 
-static PyObject *leaves_rewind(Leaves *self, PyObject *unused) {
-    (void)unused;
+/* Walk the list from its beginning. */
+static int walk_all(Leaves *self, share_t *walk, job_t *job, int threads) {
+    job->list = &self->list;
     atomic_store(&self->list.cursor, 0);
-    Py_RETURN_NONE;
+    return walk_together(walk, job, threads);
 }
 
 PyObject *list_sums(const sum_t *sums, int shares) {
@@ -82,8 +85,8 @@ static PyObject *leaves_sum_squares(Leaves *self, PyObject *args) {
     if (!PyArg_ParseTuple(args, "i", &threads)) return NULL;
     sum_t *sums = calloc((size_t)threads, sizeof *sums);
     if (!sums) return PyErr_NoMemory();
-    job_t job = {.list = &self->list, .sums = sums};
-    int shares = walk_together(sum_share, &job, threads);
+    job_t job = {.sums = sums};
+    int shares = walk_all(self, sum_share, &job, threads);
     PyObject *list = list_sums(sums, shares);
     free(sums);
     return list;
@@ -94,8 +97,8 @@ static PyObject *leaves_exact_squares(Leaves *self, PyObject *args) {
     if (!PyArg_ParseTuple(args, "i", &threads)) return NULL;
     total_t *totals = calloc((size_t)threads, sizeof *totals);
     if (!totals) return PyErr_NoMemory();
-    job_t job = {.list = &self->list, .totals = totals};
-    int shares = walk_together(exact_share, &job, threads);
+    job_t job = {.totals = totals};
+    int shares = walk_all(self, exact_share, &job, threads);
     PyObject *list = PyList_New(0);
     for (int i = 0; list && i < shares; i++)
         append(&list,
@@ -153,8 +156,8 @@ static PyObject *leaves_scale(Leaves *self, PyObject *args) {
     const uint8_t **recode = read_tables(&self->list, tables);
     if (!recode) return NULL;
     factor_t factor = factor_of(significand, exponent);
-    job_t job = {.list = &self->list, .source = from, .factor = &factor, .recode = recode};
-    walk_together(scale_share, &job, threads);
+    job_t job = {.source = from, .factor = &factor, .recode = recode};
+    walk_all(self, scale_share, &job, threads);
     free(recode);
     Py_RETURN_NONE;
 }
@@ -220,9 +223,9 @@ static PyObject *leaves_get_has_f64(Leaves *self, void *unused) {
     return PyBool_FromLong(self->list.has_f64);
 }
 
-static PyObject *leaves_get_team_size(Leaves *self, void *unused) {
+static PyObject *leaves_get_most_threads(Leaves *self, void *unused) {
     (void)unused;
-    return PyLong_FromLong(self->objects ? team_size() : 1);
+    return PyLong_FromLong(self->objects ? most_threads() : INT_MAX);
 }
 
 static PyMethodDef leaves_methods[] = {
@@ -231,8 +234,6 @@ static PyMethodDef leaves_methods[] = {
      "has elements its number, address, bytes of an element, and (stride, length) of dimensions."},
     {"spans", (PyCFunction)leaves_spans, METH_NOARGS,
      "spans(): of each leaf its address, size and kind, as int64; None if one is not in one run."},
-    {"rewind", (PyCFunction)leaves_rewind, METH_NOARGS,
-     "Start over: call it before the threads of each walk."},
     {"sum_squares", (PyCFunction)leaves_sum_squares, METH_VARARGS,
      "sum_squares(threads): shares in float64, each (high, low, has_inf, has_nan)."},
     {"exact_squares", (PyCFunction)leaves_exact_squares, METH_VARARGS,
@@ -243,7 +244,7 @@ static PyMethodDef leaves_methods[] = {
 };
 
 static PyGetSetDef leaves_getset[] = {
-    {"team_size", (getter)leaves_get_team_size, NULL, "Threads that a walk may use.", NULL},
+    {"most_threads", (getter)leaves_get_most_threads, NULL, "That a walk may use.", NULL},
     {"nbytes", (getter)leaves_get_nbytes, NULL, "Bytes of all leaves.", NULL},
     {"has_f64", (getter)leaves_get_has_f64, NULL, "If a leaf is float64 or complex128.", NULL},
     {NULL, NULL, NULL, NULL, NULL},

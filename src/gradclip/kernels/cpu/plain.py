@@ -47,9 +47,9 @@ def _overlaps_itself(array: npt.NDArray[Any]) -> bool:
 
 
 class Leaves:
-    """As `_cpu.Leaves`, but the first thread that comes does the whole walk."""
+    """As `_cpu.Leaves`, but one thread does the whole walk."""
 
-    team_size = 1
+    most_threads = 1
 
     def __init__(
         self, arrays: list[npt.NDArray[Any]], writable: bool, decode: list[bytes | None]
@@ -66,7 +66,6 @@ class Leaves:
         self._decode = [
             None if table is None else np.frombuffer(table, np.float32) for table in decode
         ]
-        self._todo = False
         present = [array for array in self._arrays if array is not None]
         self.nbytes = 0  # no work for a second thread
         self.has_f64 = any(array.dtype.char == "d" for array in present)
@@ -77,18 +76,10 @@ class Leaves:
             return None
         return [(place, *found) for place, found in self._layouts.items()]
 
-    def rewind(self) -> None:
-        """Start over: before each walk."""
-        self._todo = True
-
-    def _begin(self) -> bool:
-        todo, self._todo = self._todo, False
-        return todo
-
     def sum_squares(self, _threads: int) -> list[tuple[float, float, bool, bool]]:
         """As `_cpu.Leaves.sum_squares`."""
         high, low, has_inf, has_nan = 0.0, 0.0, False, False
-        for chunk in self._chunks(narrow=True) if self._begin() else ():
+        for chunk in self._chunks(narrow=True):
             block = float(np.dot(chunk, chunk))
             has_nan |= math.isnan(block)
             has_inf |= math.isinf(block)
@@ -102,7 +93,7 @@ class Leaves:
     def exact_squares(self, _threads: int) -> list[tuple[bytes, bytes, float]]:
         """As `_cpu.Leaves.exact_squares`; every type goes into the wide words."""
         total, infs, nans, largest = 0, 0, 0, 0.0
-        for chunk in self._chunks(narrow=False) if self._begin() else ():
+        for chunk in self._chunks(narrow=False):
             magnitude = np.abs(chunk)
             nans += int(np.isnan(magnitude).sum())
             infs += int(np.isinf(magnitude).sum())
@@ -124,8 +115,6 @@ class Leaves:
         _threads: int,
     ) -> None:
         """As `_cpu.Leaves.scale`."""
-        if not self._begin():
-            return
         narrow, shift, wide = _factor(significand, exponent)
         direct = narrow >= np.finfo(np.float32).smallest_normal
         tables = recode or [None] * len(self._arrays)

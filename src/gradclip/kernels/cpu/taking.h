@@ -18,4 +18,7 @@ int read_host_memory(PyObject *object, array_t *array, leaf_t *leaf);
 /* Where its elements are; NULL if there is no telling. */
 const char *address_of(PyObject *object);
 
+/* How many threads the framework of such objects allows the calling one. */
+int most_threads(void);
+
 #endif

@@ -6,12 +6,14 @@
 #include "bits.h"
 #include "cpu.h"
 
-enum { PIECE = 512 }; /* of a float16 block, while it is float32 */
+enum { PIECE = 512 };  /* of a float16 block, while it is float32 */
+enum { STRIDE = 256 }; /* numbers scaled before more memory is asked for */
 
-typedef struct {
-    uint64_t s1[LANES], s2[LANES];
-    uint32_t top[LANES], bottom[LANES];
-} lanes_t;
+/* Ask for what follows so many numbers a while later. Farther ahead than 2 kB is slower. */
+enum { AHEAD = 1024, LINE = 64 };
+#define PREFETCH(at, count)                                          \
+    for (unsigned line = 0; line < sizeof *(at) * (count); line += LINE) \
+    __builtin_prefetch((const char *)(at) + AHEAD + line)
 
 /* ---- the targets ---- */
 
@@ -30,23 +32,47 @@ typedef struct {
 #define TARGET_AVX512 TARGET_BEGIN(AVX512) TARGET_BEGIN_(GCC target("prefer-vector-width=512"))
 #endif
 
-/* Each copy of the loops has NAME(x), to give it its own names; SQUARE_ADD(v, sum), by fma where
- * that is one instruction; and CONVERT_HALVES and CONVERT_TO_HALVES, which convert as many float16
- * as they can and return how many. The squares are exact, so fma makes no difference but in time;
- * Clang makes no vectors of a sum by fma. */
-#define NAME(x) x##_baseline
-#if defined(__FP_FAST_FMA) && !defined(__clang__)
-#define SQUARE_ADD(v, sum) fma(v, v, sum)
+/* Each copy of the loops has NAME(x), to give it its own names, and
+ * - VECTOR: bytes of the vectors that it works on;
+ * - WIDEN(x): float32 as float64, each half a vector as a whole one;
+ * - MULTIPLY_ADD(a, b, c): a * b + c in float64, rounded once;
+ * - SQUARES_ADD(v, sum): sum + v * v, where v * v is exact;
+ * - LARGER(a, b), SMALLER(a, b): of each two uint32;
+ * - CONVERT_HALVES, CONVERT_TO_HALVES, SCALE_HALVES: do as many float16 as they can, and return how
+ *   many; HALVES_AT(x), where there is an instruction: so many as fill a vector, as float64. */
+#define INLINE static inline __attribute__((always_inline))
+#if defined(__clang__)
+#define UNROLLED _Pragma("clang loop unroll(full)")
 #else
-#define SQUARE_ADD(v, sum) ((sum) + (v) * (v))
+#define UNROLLED _Pragma("GCC unroll 16")
 #endif
+#define NAME(x) x##_baseline
+#define VECTOR 16
+#define WIDEN(x) __builtin_convertvector(x, NAME(f64s))
+#define MULTIPLY_ADD(a, b, c) ((NAME(f64s)){fma((a)[0], (b)[0], (c)[0]), fma((a)[1], (b)[1], (c)[1])})
+#if defined(__FP_FAST_FMA)
+#define SQUARES_ADD(v, sum) MULTIPLY_ADD(v, v, sum)
+#else
+#define SQUARES_ADD(v, sum) ((sum) + (v) * (v))
+#endif
+#define LARGER(a, b) SELECT((a) > (b), a, b)
+#define SMALLER(a, b) SELECT((a) < (b), a, b)
+#define SELECT(which, a, b) (((NAME(u32s))(which) & (a)) | (~(NAME(u32s))(which) & (b)))
 #define CONVERT_HALVES(x, n, out) 0
 #define CONVERT_TO_HALVES(x, n, out) 0
+#define SCALE_HALVES(x, n, c, out) 0
 #include "cpu_blocks.h"
 #undef NAME
-#undef SQUARE_ADD
+#undef VECTOR
+#undef WIDEN
+#undef MULTIPLY_ADD
+#undef SQUARES_ADD
+#undef LARGER
+#undef SMALLER
+#undef SELECT
 #undef CONVERT_HALVES
 #undef CONVERT_TO_HALVES
+#undef SCALE_HALVES
 
 #if defined(__x86_64__) && defined(TARGET_BEGIN)
 /* Intrinsics, as compilers do not find this instruction in a loop, and without it float16 takes
@@ -71,22 +97,53 @@ static int convert_to_halves(const float *x, int n, uint16_t *out) {
                          _mm256_cvtps_ph(_mm256_loadu_ps(x + i), _MM_FROUND_TO_NEAREST_INT));
     return i;
 }
+
+/* In registers all the way: as by way of float32 in memory, each is rounded to that and then again. */
+static int scale_halves(const uint16_t *x, int n, float c, uint16_t *out) {
+    enum { STEP = 32 };
+    __m256 factor = _mm256_set1_ps(c);
+    int i = 0;
+    for (; i + STEP <= n; i += STEP) {
+        PREFETCH(x + i, STEP);
+        UNROLLED for (int j = i; j < i + STEP; j += 8) {
+            __m256 old = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(x + j)));
+            __m128i new = _mm256_cvtps_ph(_mm256_mul_ps(old, factor), _MM_FROUND_TO_NEAREST_INT);
+            _mm_storeu_si128((__m128i *)(out + j), new);
+        }
+    }
+    return i;
+}
 TARGET_END
 
-#if defined(__clang__)
-#define SQUARE_ADD(v, sum) ((sum) + (v) * (v))
-#else
-#define SQUARE_ADD(v, sum) __builtin_fma(v, v, sum)
-#endif
+#define SQUARES_ADD(v, sum) MULTIPLY_ADD(v, v, sum)
 #define CONVERT_HALVES convert_halves
 #define CONVERT_TO_HALVES convert_to_halves
+#define SCALE_HALVES scale_halves
 TARGET_BEGIN("avx2,fma,f16c")
 #define NAME(x) x##_avx2
+#define VECTOR 32
+#define WIDEN(x) ((NAME(f64s))_mm256_cvtps_pd((__m128)(x)))
+#define MULTIPLY_ADD(a, b, c) ((NAME(f64s))_mm256_fmadd_pd((__m256d)(a), (__m256d)(b), (__m256d)(c)))
+#define LARGER(a, b) ((NAME(u32s))_mm256_max_epu32((__m256i)(a), (__m256i)(b)))
+#define SMALLER(a, b) ((NAME(u32s))_mm256_min_epu32((__m256i)(a), (__m256i)(b)))
+#define HALVES_AT(x) WIDEN(_mm_cvtph_ps(_mm_loadl_epi64((const __m128i *)(x))))
 #include "cpu_blocks.h"
 #undef NAME
+#undef VECTOR
+#undef WIDEN
+#undef MULTIPLY_ADD
+#undef LARGER
+#undef SMALLER
+#undef HALVES_AT
 TARGET_END
 TARGET_AVX512
 #define NAME(x) x##_avx512
+#define VECTOR 64
+#define WIDEN(x) ((NAME(f64s))_mm512_cvtps_pd((__m256)(x)))
+#define MULTIPLY_ADD(a, b, c) ((NAME(f64s))_mm512_fmadd_pd((__m512d)(a), (__m512d)(b), (__m512d)(c)))
+#define LARGER(a, b) ((NAME(u32s))_mm512_max_epu32((__m512i)(a), (__m512i)(b)))
+#define SMALLER(a, b) ((NAME(u32s))_mm512_min_epu32((__m512i)(a), (__m512i)(b)))
+#define HALVES_AT(x) WIDEN(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(x))))
 #include "cpu_blocks.h"
 #undef NAME
 TARGET_END

@@ -9,11 +9,15 @@
 
 /* The float32 window adds up in so many lanes, and so many squares between two integers. */
 enum { LANES = 16, STEPS = 4 };
+/* The float64 window adds up so many at a time, or a part of them. */
+enum { LANES_F64 = 16 };
 
 typedef struct {
     uint64_t sums[3];
-    uint64_t top;    /* bits of the largest |x| */
-    uint64_t bottom; /* bits of the smallest nonzero |x|, 0 if there is none */
+    uint64_t top;    /* bits of the largest |x|; of float64 the upper half, and then 0, or 1 where
+                        not all are zero */
+    uint64_t bottom; /* bits of the smallest nonzero |x|, of float64 the upper half; 0 if there is
+                        none */
 } window_t;
 
 typedef struct {

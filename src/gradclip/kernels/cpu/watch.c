@@ -12,6 +12,7 @@ enum { MOST_SHARES = 64, SAMPLES = 8 };
 typedef struct {
     PyObject_HEAD
     int threads;         /* at most so many */
+    int bytes_per_thread;
     unsigned long calls;
     PyObject *gradient;  /* a weak reference to what was measured, NULL if nothing was */
     long long version;
@@ -50,11 +51,13 @@ static int read_version(PyObject *tensor, long long *version) {
 }
 
 static PyObject *watch_new(PyTypeObject *type, PyObject *args, PyObject *unused) {
-    int threads;
+    int threads, bytes_per_thread;
     (void)unused;
-    if (!PyArg_ParseTuple(args, "i", &threads)) return NULL;
+    if (!PyArg_ParseTuple(args, "ii", &threads, &bytes_per_thread)) return NULL;
     Watch *self = (Watch *)((allocfunc)PyType_GetSlot(type, Py_tp_alloc))(type, 0);
-    if (self) self->threads = threads < MOST_SHARES ? threads : MOST_SHARES;
+    if (!self) return NULL;
+    self->threads = threads < MOST_SHARES ? threads : MOST_SHARES;
+    self->bytes_per_thread = bytes_per_thread;
     return (PyObject *)self;
 }
 
@@ -72,7 +75,7 @@ static PyObject *watch_forget(Watch *self, PyObject *unused) {
 }
 
 PyDoc_STRVAR(watch_doc,
-"Watch(threads)\n--\n\n"
+"Watch(threads, bytes_per_thread)\n--\n\n"
 "Called with a parameter, it measures its gradient, and remembers which tensor that was.\n\n"
 "In C, since it runs when a backward pass has driven everything else out of the caches.");
 
@@ -83,8 +86,8 @@ static int measure_gradient(Watch *self, PyObject *gradient, const leaf_t *leaf)
     unsigned long call = ++self->calls;
     list_t list = {.leaves = leaf, .count = 1, .size = leaf->size};
     job_t job = {.list = &list, .sums = sums};
-    int64_t worth = leaf->size * item_size(leaf->kind) / BYTES_PER_TEAM_MEMBER;
-    int threads = team_size();
+    int64_t worth = leaf->size * item_size(leaf->kind) / self->bytes_per_thread;
+    int threads = most_threads();
     if (threads > self->threads) threads = self->threads;
     if (threads > worth) threads = worth > 1 ? (int)worth : 1;
     if (read_version(gradient, &before) < 0) return -1;
