@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
+
+import numpy as np
 
 from gradclip.kernels.cpu import plain, threads
 from gradclip.kernels.cpu.threads import Walked
@@ -21,12 +23,24 @@ except ModuleNotFoundError:
 except ImportError as _error:
     _why_numpy = f"cannot be loaded ({_error})"
 else:
-    if not hasattr(_cpu, "fault"):
+    if not hasattr(_cpu, "kinds"):
         _why_numpy = "is of an older gradclip"
     elif (_fault := _cpu.fault()) is not None:
         _why_numpy = f"gets {_fault} wrong on this machine"
 if _why_numpy is not None:
     _cpu = None  # type: ignore[assignment]
+
+
+def _samples() -> Iterator[Any]:
+    """Arrays of the dtypes that the C kernel takes by themselves, laid out and allowed otherwise."""
+    for place, char in enumerate("efdFD"):
+        array = np.zeros((4, 1 + place, 6), char)[::-1, :, place::2]
+        array.flags.writeable = place % 2 == 0
+        yield array
+
+
+if _cpu is not None:
+    _cpu.use_arrays(*_samples())
 
 # In a forked child a framework's team is no more, and would be waited for for ever.
 if _cpu is not None:
@@ -79,6 +93,13 @@ def kernel() -> str:
 def why_numpy() -> str | None:
     """Why the C kernel is not in use: what can be said of it; None where it is."""
     return _why_numpy
+
+
+def kinds(items: Sequence[Any]) -> set[type]:
+    """The types of what is in a list, each once."""
+    if _cpu is None or not isinstance(items, list):
+        return set(map(type, items))
+    return _cpu.kinds(items)
 
 
 def take(arrays: list[Any], decode: list[bytes | None] | None, *, writable: bool) -> Leaves | None:
