@@ -40,7 +40,7 @@ def flatten(
     """
     if isinstance(t_list, Tree):
         return t_list
-    if isinstance(t_list, Iterator | ValuesView):
+    if type(t_list) is not list and isinstance(t_list, Iterator | ValuesView):
         read = [] if read is None else read
         read.extend(t_list)
         t_list = list(read)
