@@ -91,3 +91,10 @@ def test_the_kinds_of_a_list() -> None:
     assert cpu.kinds([]) == set()
     with pytest.raises(SystemError):
         kernel.kinds((1, 2))
+
+
+def test_the_objects_in_a_list() -> None:
+    one, other = [1], [1]
+    found = cpu.distinct([one, one, other, one, other])
+    assert [id(each) for each in found] == [id(one), id(other)]
+    assert cpu.distinct([]) == []

@@ -23,7 +23,7 @@ except ModuleNotFoundError:
 except ImportError as _error:
     _why_numpy = f"cannot be loaded ({_error})"
 else:
-    if not hasattr(_cpu, "kinds"):
+    if not hasattr(_cpu, "distinct"):
         _why_numpy = "is of an older gradclip"
     elif (_fault := _cpu.fault()) is not None:
         _why_numpy = f"gets {_fault} wrong on this machine"
@@ -32,7 +32,7 @@ if _why_numpy is not None:
 
 
 def _samples() -> Iterator[Any]:
-    """Arrays of the dtypes that the C kernel takes by themselves, laid out and allowed otherwise."""
+    """One array of each dtype that the C kernel takes as it is, none laid out as another."""
     for place, char in enumerate("efdFD"):
         array = np.zeros((4, 1 + place, 6), char)[::-1, :, place::2]
         array.flags.writeable = place % 2 == 0
@@ -100,6 +100,13 @@ def kinds(items: Sequence[Any]) -> set[type]:
     if _cpu is None or not isinstance(items, list):
         return set(map(type, items))
     return _cpu.kinds(items)
+
+
+def distinct(items: list[T]) -> list[T]:
+    """The objects in a list, each once: equal ones are others."""
+    if _cpu is None:
+        return list({id(item): item for item in items}.values())
+    return _cpu.distinct(items)
 
 
 def take(arrays: list[Any], decode: list[bytes | None] | None, *, writable: bool) -> Leaves | None:
