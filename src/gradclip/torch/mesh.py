@@ -149,16 +149,12 @@ def _meshes(leaves: Sequence[Any]) -> list[DeviceMesh]:
     if not any_spread(leaves):
         return []
     spread = leaves if are_spread(leaves) else [each for each in leaves if any_spread([each])]
-    return distinct([spec.mesh for spec in _specs(spread)])
-
-
-def _specs(leaves: Sequence[DTensor]) -> list[Any]:
-    """How DTensors are spread; some say so by the same object."""
-    return distinct(list(map(_spec_of, leaves)))
+    return distinct(list(map(_mesh_of, spread)))
 
 
 # Read of thousands of leaves, without a loop of Python's.
-_spec_of, _local_of = attrgetter("_spec"), attrgetter("_local_tensor")
+_mesh_of, _placements_of = attrgetter("_spec.mesh"), attrgetter("_spec.placements")
+_local_of = attrgetter("_local_tensor")
 
 
 def is_fake() -> bool:
@@ -248,10 +244,9 @@ def _alike(first: Any, places: Sequence[int], *, is_spread: bool) -> Alike:
 
 def _are_one_kind(leaves: Sequence[Any]) -> bool:
     """If DTensors are on one mesh, by placements of the same types."""
-    specs = _specs(leaves)
-    if len(distinct([spec.mesh for spec in specs])) > 1:
+    if len(distinct(list(map(_mesh_of, leaves)))) > 1:
         return False
-    by_dimension = zip(*(spec.placements for spec in specs), strict=True)
+    by_dimension = zip(*map(_placements_of, leaves), strict=True)
     return all(len(kinds(list(placements))) == 1 for placements in by_dimension)
 
 
