@@ -25,7 +25,7 @@ ROOT = Path(__file__).parent.parent
 # NumPy is the model of a framework's.
 ARROWS = {
     "gradclip": {"_clip", "core.sparse:IndexedSlices"},
-    "_clip": {"_compiler", "core.", "kernels.cpu.arithmetic"},
+    "_clip": {"_compiler", "core.", "kernels.cpu.arithmetic", "kernels.cpu:kinds"},
     "_compiler": set(),
     "core.": {"core."},
     "kernels.": {"kernels.", "core.exact", "core.held", "core.workers"},

@@ -19,6 +19,7 @@ from gradclip.core.held import Clip, Held
 from gradclip.core.opening import Opening, taking_part
 from gradclip.core.protocol import Backend, Beside
 from gradclip.core.tree import Tree
+from gradclip.kernels.cpu import kinds
 from gradclip.kernels.cpu.arithmetic import ieee_arithmetic
 
 
@@ -109,7 +110,7 @@ def clipped(
     """
     with ieee_arithmetic():
         with Opening(group) as opening:
-            tree, backend = opening.opened(t_list, called)
+            tree, backend = opening.opened(t_list, called, kinds_of=kinds)
         with taking_part(opening.workers) as part:
             check_policy(on_nonfinite)
             held, limits = _held_to_be_read(tree, backend, clip_norm, use_norm, group)
@@ -166,7 +167,7 @@ def clip_by_global_norm_(
         )
     with ieee_arithmetic():
         with Opening(group) as opening:
-            tree, backend = opening.opened(t_list)
+            tree, backend = opening.opened(t_list, kinds_of=kinds)
         with taking_part(opening.workers) as part:
             check_policy(on_nonfinite)
             limits = limits_read(clip_norm, use_norm)
@@ -207,7 +208,7 @@ def global_norm(
         return _compiler.compiled.global_norm(t_list, group)
     with ieee_arithmetic():
         with Opening(group) as opening:
-            tree, backend = opening.opened(t_list)
+            tree, backend = opening.opened(t_list, kinds_of=kinds)
         with taking_part(opening.workers) as part:
             if part is not None:
                 part.asked(clip_norm=None)
@@ -299,7 +300,7 @@ class Survey(NamedTuple):
 def survey(t_list: Any) -> Survey:
     """Measure leaves in one pass."""
     with ieee_arithmetic():
-        tree, backend = Opening(None).opened(t_list)
+        tree, backend = Opening(None).opened(t_list, kinds_of=kinds)
         return Survey(*backend.hold(tree.leaves, tree.path, writable=False).total())
 
 
@@ -316,5 +317,5 @@ def together(surveys: Iterable[Survey]) -> Survey:
 def act_(t_list: Any, action: Action) -> None:
     """Carry out what has been decided for the whole on some of its leaves, where they lie."""
     with ieee_arithmetic():
-        tree, backend = Opening(None).opened(t_list)
+        tree, backend = Opening(None).opened(t_list, kinds_of=kinds)
         backend.hold(tree.leaves, tree.path, writable=True).act_(action)

@@ -40,6 +40,8 @@ class Raise(NamedTuple):
 
 Action = Keep | Fill | Scale | Raise
 
+_POLICIES, _POLICIES_OF_STEPS = get_args(OnNonfinite), get_args(OnNonfiniteStep)
+
 
 def check_clip_norm(clip_norm: Any, name: str = "clip_norm") -> float:
     """``clip_norm``, by the name that its user gave it, as a float above 0.
@@ -48,7 +50,7 @@ def check_clip_norm(clip_norm: Any, name: str = "clip_norm") -> float:
         TypeError: it is no real scalar.
         ValueError: it is zero, negative, NaN or an array of any shape but ().
     """
-    value = _real(name, clip_norm)
+    value = clip_norm if type(clip_norm) is float else _real(name, clip_norm)
     if not value > 0:
         raise ValueError(f"{name} is {clip_norm!r}; it must be above 0 (inf: only measure)")
     return value
@@ -75,7 +77,7 @@ def check_on_nonfinite(on_nonfinite: Any, *, steps: bool = False, skipped_by: st
     Raises:
         ValueError: it is none of them.
     """
-    known = get_args(OnNonfiniteStep if steps else OnNonfinite)
+    known = _POLICIES_OF_STEPS if steps else _POLICIES
     word = on_nonfinite if isinstance(on_nonfinite, str) else None  # an array compares otherwise
     if word not in known:
         choices = ", ".join(map(repr, known))

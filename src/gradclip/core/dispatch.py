@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any, cast
 
 from gradclip.core.protocol import Backend
@@ -20,6 +21,7 @@ _SERVED_BY = {"scipy": "numpy", "ml_dtypes": "numpy", "mpi4py": "numpy"}
 _ENDINGS = ("x", "lib")
 
 _names: dict[type, str | None] = {}
+_loaded: dict[str, ModuleType] = {}
 
 
 def backend_of(leaves: Sequence[Any], kinds: set[type], path: Callable[[int], str]) -> Backend:
@@ -75,7 +77,9 @@ def may_be_followed(value: Any) -> bool:
 
 def load(name: str) -> Backend:
     """Import the backend of a framework."""
-    return cast(Backend, importlib.import_module(f"gradclip.{name}.backend"))
+    if name not in _loaded:
+        _loaded[name] = importlib.import_module(f"gradclip.{name}.backend")
+    return cast(Backend, _loaded[name])
 
 
 def _array(leaf: Any) -> Any:

@@ -155,10 +155,15 @@ def certified_norm(parts: Sequence[Part]) -> Scaled | None:
     return low if low == high else None
 
 
+# The last place of a float64 of this size is that of a float32 below 1.
+_AT_24_BITS = 1.5 * 2.0**28
+
+
 def _round24(value: float) -> Scaled:
     """To the nearest float32, its largest exponent lifted, its smallest kept."""
     significand, exponent = math.frexp(value)
     if exponent < -125:
         return Scaled.of(float(np.float32(value)))
-    significand, carry = math.frexp(float(np.float32(significand)))
+    # Ties go to even, as everywhere: the size itself is even in that place.
+    significand, carry = math.frexp(significand + _AT_24_BITS - _AT_24_BITS)
     return Scaled(significand, exponent + carry)

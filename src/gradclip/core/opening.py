@@ -44,10 +44,14 @@ class Opening:
             Joint(workers).fail()
 
     def opened(
-        self, t_list: Any, called: str | Callable[[int], str] = "t_list"
+        self,
+        t_list: Any,
+        called: str | Callable[[int], str] = "t_list",
+        *,
+        kinds_of: Callable[[list[Any]], set[type]],
     ) -> tuple[Tree, Backend]:
         """Take a nest apart, and find who serves its leaves; of no leaves, who serves the group."""
-        tree = flatten(t_list, called, self.seen)
+        tree = flatten(t_list, called, self.seen, kinds_of)
         self.seen = tree.leaves
         served = None if tree.leaves else backend_of_group(self._group)
         backend = served or backend_of(tree.leaves, tree.kinds, tree.path)

@@ -26,6 +26,7 @@ def flatten(
     t_list: Any,
     called: str | Callable[[int], str] = "t_list",
     read: list[Any] | None = None,
+    kinds_of: Callable[[list[Any]], set[type]] = lambda items: set(map(type, items)),
 ) -> Tree:
     """Take a nest apart; an iterator is read once, into a list. One that has been stays so.
 
@@ -35,16 +36,17 @@ def flatten(
         t_list: the nest.
         called: what paths call it; or for a flat list, a function that names each place.
         read: where to put what an iterator gives, also where it raises half way.
+        kinds_of: what finds the types of what is in a list, each once; a kernel is faster.
     """
     if isinstance(t_list, Tree):
         return t_list
-    if isinstance(t_list, Iterator | ValuesView):
+    if type(t_list) is not list and isinstance(t_list, Iterator | ValuesView):
         read = [] if read is None else read
         read.extend(t_list)
         t_list = list(read)
     trees: tuple[Nests, ...] = rooms.trees
     if type(t_list) is list:
-        kinds = set(map(type, t_list))
+        kinds = kinds_of(t_list)
         if _are_leaves(kinds, t_list, trees):
             names = f"{called}[{{}}]".format if isinstance(called, str) else called
             return Tree(t_list, kinds, list, names, range(len(t_list)))
@@ -63,7 +65,7 @@ def flatten(
         return path_of(places[place])
 
     leaves = [every[place] for place in places]
-    return Tree(leaves, set(map(type, leaves)), rebuild, path, places)
+    return Tree(leaves, kinds_of(leaves), rebuild, path, places)
 
 
 def _flatten(t_list: Any, called: str, trees: tuple[Nests, ...]) -> Flat:

@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from gradclip.core.protocol import Beside
 from gradclip.core.sparse import IndexedSlices
 from gradclip.core.workers import Workers, workers_of
+from gradclip.kernels.cpu import kinds
 from gradclip.kernels.cpu.leaves import check_countable
 from gradclip.torch import devices, elsewhere, host, mesh
 from gradclip.torch.autograd import Followed
@@ -186,7 +187,7 @@ def _are_estimated(leaves: Sequence[Any]) -> bool:
     """If it is only asked what memory a step takes: without numbers there are none to add up."""
     check_not_traced()
     here = mesh.locals_of(leaves)
-    fake = any(isinstance(leaf, FakeTensor) for leaf in here)
+    fake = any(issubclass(each, FakeTensor) for each in kinds(here))
     return fake or (mesh.is_fake() and any(map(has_no_memory, here)))
 
 

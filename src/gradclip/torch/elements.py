@@ -23,7 +23,10 @@ def count_nonfinite(leaf: Any) -> tuple[int, int]:
 
 def scalar(norm: Scaled, device: Any, *, wide: bool) -> Tensor:
     """A norm as a 0-d tensor."""
-    return torch.tensor(float(norm), dtype=torch.float64 if wide else torch.float32, device=device)
+    dtype = torch.float64 if wide else torch.float32
+    # Half the time, but it refuses a number that is too large for the dtype.
+    make = torch.scalar_tensor if norm.exponent < 128 else torch.tensor
+    return make(float(norm), dtype=dtype, device=device)
 
 
 def fill_(tensors: Iterable[Tensor], value: float) -> None:

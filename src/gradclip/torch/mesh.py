@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Sequence
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gradclip.core.exact import Total
+from gradclip.kernels.cpu import distinct, kinds
 from gradclip.torch import flat
 
 if TYPE_CHECKING:
@@ -139,9 +141,20 @@ def _spread(leaves: Sequence[Any]) -> tuple[list[DeviceMesh], flat.Shards | None
     kind, is_flat = spread_by(), flat.module() is not None
     if (kind is None and not is_flat) or not (dist.is_available() and dist.is_initialized()):
         return [], None
-    meshes = [] if kind is None else [leaf._spec.mesh for leaf in leaves if isinstance(leaf, kind)]
-    distinct = {id(mesh): mesh for mesh in meshes}
-    return list(distinct.values()), flat.shards(leaves) if is_flat else None
+    return _meshes(leaves), flat.shards(leaves) if is_flat else None
+
+
+def _meshes(leaves: Sequence[Any]) -> list[DeviceMesh]:
+    """The meshes of DTensors, each once."""
+    if not any_spread(leaves):
+        return []
+    spread = leaves if are_spread(leaves) else [each for each in leaves if any_spread([each])]
+    return distinct(list(map(_mesh_of, spread)))
+
+
+# Read of thousands of leaves, without a loop of Python's.
+_mesh_of, _placements_of = attrgetter("_spec.mesh"), attrgetter("_spec.placements")
+_local_of = attrgetter("_local_tensor")
 
 
 def is_fake() -> bool:
@@ -153,6 +166,11 @@ def any_spread(leaves: Sequence[Any]) -> bool:
     """If a leaf is a DTensor."""
     kind = spread_by()
     return kind is not None and any(isinstance(leaf, kind) for leaf in leaves)
+
+
+def are_spread(leaves: Sequence[Any]) -> bool:
+    """If all leaves are DTensors, and of no type that is derived from theirs."""
+    return kinds(leaves) == {spread_by()}
 
 
 def local(leaf: Any) -> Any:
@@ -179,8 +197,11 @@ def locals_of(leaves: Sequence[Any]) -> list[Any]:
     kind = spread_by()
     if kind is None:
         return list(leaves)
-    found = [leaf._local_tensor if isinstance(leaf, kind) else leaf for leaf in leaves]
-    return [each if type(each) is Tensor else _arrived(each) for each in found]
+    if are_spread(leaves):
+        found = list(map(_local_of, leaves))
+    else:
+        found = [leaf._local_tensor if isinstance(leaf, kind) else leaf for leaf in leaves]
+    return found if kinds(found) == {Tensor} else list(map(_arrived, found))
 
 
 def _arrived(tensor: Any) -> Any:
@@ -188,50 +209,75 @@ def _arrived(tensor: Any) -> Any:
     return tensor if type(tensor) is Tensor or not hasattr(tensor, "wait") else tensor.wait()
 
 
-def any_terms(leaves: Sequence[Any]) -> bool:
+class Alike(NamedTuple):
+    """Leaves that are spread alike: on one mesh, by placements of the same types; or not at all."""
+
+    first: Any
+    places: Sequence[int]
+    is_spread: bool
+
+    is_sum: bool  # if they are to be added up first
+
+
+def alike(leaves: Sequence[Any]) -> list[Alike]:
+    """Leaves by how they are spread, of which there are few ways for thousands of them."""
+    kind = spread_by()
+    places: dict[Any, Any] = {}
+    if are_spread(leaves) and _are_one_kind(leaves):
+        places["spread"] = range(len(leaves))
+    elif not any_spread(leaves):
+        places[None] = range(len(leaves))
+    else:
+        for place, leaf in enumerate(leaves):
+            spec = leaf._spec if isinstance(leaf, kind) else None
+            key = None if spec is None else (id(spec.mesh), *map(type, spec.placements))
+            places.setdefault(key, []).append(place)
+    return [
+        _alike(leaves[of[0]], of, is_spread=key is not None) for key, of in places.items() if of
+    ]
+
+
+def _alike(first: Any, places: Sequence[int], *, is_spread: bool) -> Alike:
+    is_sum = is_spread and any(each.is_partial() for each in first._spec.placements)
+    return Alike(first, places, is_spread, is_sum)
+
+
+def _are_one_kind(leaves: Sequence[Any]) -> bool:
+    """If DTensors are on one mesh, by placements of the same types."""
+    if len(distinct(list(map(_mesh_of, leaves)))) > 1:
+        return False
+    by_dimension = zip(*map(_placements_of, leaves), strict=True)
+    return all(len(kinds(list(placements))) == 1 for placements in by_dimension)
+
+
+def any_terms(leaves: Sequence[Any], groups: Iterable[Alike]) -> bool:
     """If a leaf is a DTensor that is to be added up first.
 
     Raises:
         TypeError: a DTensor is a product of what the processes hold, which no factor scales.
     """
-    kind = spread_by()
-    if kind is None:
-        return False
-    placed = [leaf._spec.placements for leaf in leaves if isinstance(leaf, kind)]
-    # There may be thousands of leaves, but of few types of placement.
-    by_type = {type(each): each for every in placed for each in every}
-    if not any(each.is_partial() for each in by_type.values()):
-        return False
-    terms = {each for every in placed for each in every if each.is_partial()}
+    sums = [leaves[place] for group in groups if group.is_sum for place in group.places]
+    terms = {each for leaf in sums for each in leaf._spec.placements if each.is_partial()}
     if any(each.reduce_op == "product" for each in terms):
         raise TypeError("a DTensor is Partial('product'); gradclip clips sums")
-    return True
+    return bool(sums)
 
 
-def counted(leaves: Sequence[Any], ring: Ring) -> list[Any]:
-    """What this process adds of the leaves to the sum of squares of all."""
-    kind = spread_by()
-    meshes = {
-        id(leaf._spec.mesh): leaf._spec.mesh
-        for leaf in leaves
-        if kind is not None and isinstance(leaf, kind)
-    }
-    every = {_ranks(mesh) for mesh in meshes.values()}
+def counted(leaves: Sequence[Any], groups: Sequence[Alike], ring: Ring) -> list[Any]:
+    """What this process adds of the leaves, grouped by `alike`, to the sum of squares of all."""
+    every = {_ranks(group.first._spec.mesh) for group in groups if group.is_spread}
+    is_first = [group.is_spread and _is_first(group.first, ring, every) for group in groups]
+    if len(groups) == 1 and groups[0].is_spread and not groups[0].is_sum:
+        return locals_of(leaves) if is_first[0] else []
     whole = {id(parameter.grad) for parameter in ring.whole}
+    group_of = {place: number for number, group in enumerate(groups) for place in group.places}
     found = []
-    known: dict[Any, tuple[bool, bool]] = {}  # one question per mesh and kinds of placement
-    for leaf in leaves:
-        if kind is not None and isinstance(leaf, kind):
-            spec = leaf._spec
-            key = (id(spec.mesh), *map(type, spec.placements))
-            answer = known.get(key)
-            if answer is None:
-                is_sum = any(each.is_partial() for each in spec.placements)
-                answer = known[key] = is_sum, _is_first(leaf, ring, every)
-            is_sum, is_first = answer
-            local = (_added_up(leaf) if is_sum else leaf)._local_tensor
-            if is_first:
-                found.append(local if type(local) is Tensor else _arrived(local))
+    for place, leaf in enumerate(leaves):  # in this order, which is that of all who add up
+        group = groups[group_of[place]]
+        if group.is_spread:
+            local = (_added_up(leaf) if group.is_sum else leaf)._local_tensor
+            if is_first[group_of[place]]:
+                found.append(_arrived(local))
         elif (ring.parts and id(leaf) not in whole) or ring.rank == 0:
             found.append(leaf)
     return found

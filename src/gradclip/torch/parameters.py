@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gradclip.torch import mesh
+
 Named = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
 
 
@@ -97,6 +99,11 @@ def gradients_of(given: Listed) -> list[Tensor]:
     Raises:
         TypeError: what is given are no tensors.
     """
+    if not torch.compiler.is_compiling() and mesh.are_spread(given.tensors):
+        # Each would be asked first for a function of its own to be asked by, and has none.
+        with torch._C.DisableTorchFunctionSubclass():
+            grads = [each.grad for each in given.tensors]
+        return [gradient for gradient in grads if gradient is not None]
     try:
         grads = [each.grad for each in given.tensors]
     except AttributeError:

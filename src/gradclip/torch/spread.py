@@ -68,15 +68,17 @@ def _counted(here: Tensors, leaves: Sequence[Any], joint: Joint) -> Tensors:
     here.check_there()
     if not isinstance(joint.workers, mesh.Ring):
         return here
-    if mesh.any_terms(leaves):
+    groups = mesh.alike(leaves)
+    if mesh.any_terms(leaves, groups):
         joint.agree()  # adding up is a collective, for which one that has failed would be missed
     else:
-        found = mesh.counted(leaves, joint.workers)
+        found = mesh.counted(leaves, groups, joint.workers)
         if len(found) == len(here.leaves) and all(map(is_, found, here.leaves)):
             return here
     # One memory listed twice counts once where it is written once.
     once = distinct(leaves) if here.writable else leaves
-    counted: Tensors = Tensors.hold(mesh.counted(once, joint.workers), str, writable=False)
+    addends = mesh.counted(once, mesh.alike(once), joint.workers)
+    counted: Tensors = Tensors.hold(addends, str, writable=False)
     return counted
 
 

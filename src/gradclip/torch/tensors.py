@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gradclip.core.sparse import IndexedSlices, check_rows
+from gradclip.kernels.cpu import kinds
 
 PLAIN_TYPES = {Tensor, torch.nn.Parameter}
 FLOAT8 = {
@@ -29,7 +30,7 @@ _ACCEPTED = "float16, bfloat16, float8, float32, float64 and complex tensors"
 
 def are_plain(leaves: Sequence[Any]) -> bool:
     """If all are tensors or parameters, and of no type that PyTorch's users have made."""
-    return PLAIN_TYPES.issuperset(map(type, leaves))
+    return PLAIN_TYPES.issuperset(kinds(leaves))
 
 
 def values_of(leaf: Any) -> Tensor:
@@ -144,7 +145,7 @@ def check_dtypes(leaves: Sequence[Tensor], path: Callable[[int], str]) -> None:
 
 def check_unrecorded(leaves: Sequence[Any], path: Callable[[int], str]) -> None:
     """Refuse to write to parameters, which are no gradients, and to what a graph has read."""
-    if are_plain(leaves) and not any(map(_requires_grad, leaves)):
+    if are_plain(leaves) and not _any_requires_grad(*leaves):
         return
     for place, leaf in enumerate(leaves):
         tensor = leaf.values if isinstance(leaf, IndexedSlices) else leaf
@@ -157,7 +158,12 @@ def check_unrecorded(leaves: Sequence[Any], path: Callable[[int], str]) -> None:
             )
 
 
-_requires_grad = operator.attrgetter("requires_grad")
+def _any_of(*tensors: Tensor) -> bool:
+    return any(map(operator.attrgetter("requires_grad"), tensors))
+
+
+# PyTorch 2.4 has none.
+_any_requires_grad: Callable[..., bool] = getattr(torch._C, "_any_requires_grad", _any_of)
 
 
 def needed(values: Tensor) -> int:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
+
+import numpy as np
 
 from gradclip.kernels.cpu import plain, threads
 
@@ -20,15 +22,26 @@ except ModuleNotFoundError:
 except ImportError as _error:
     _why_numpy = f"cannot be loaded ({_error})"
 else:
-    if not hasattr(_cpu, "fault"):
+    if not hasattr(_cpu, "distinct"):
         _why_numpy = "is of an older gradclip"
     elif (_fault := _cpu.fault()) is not None:
         _why_numpy = f"gets {_fault} wrong on this machine"
 if _why_numpy is not None:
     _cpu = None  # type: ignore[assignment]
 
+
+def _samples() -> Iterator[Any]:
+    """One array of each dtype that the C kernel takes as it is, none laid out as another."""
+    for place, char in enumerate("efdFD"):
+        array = np.zeros((4, 1 + place, 6), char)[::-1, :, place::2]
+        array.flags.writeable = place % 2 == 0
+        yield array
+
+
 if _cpu is not None:
+    _cpu.use_arrays(*_samples())
     os.register_at_fork(after_in_child=_cpu.forget_helpers)
+
 
 class Leaves(Protocol):
     """The memory of a list of arrays, held for a call. So many threads share each walk."""
@@ -79,6 +92,20 @@ def kernel() -> str:
 def why_numpy() -> str | None:
     """Why the C kernel is not in use: what can be said of it; None where it is."""
     return _why_numpy
+
+
+def kinds(items: Sequence[Any]) -> set[type]:
+    """The types of what is in a list, each once."""
+    if _cpu is None or not isinstance(items, list):
+        return set(map(type, items))
+    return _cpu.kinds(items)
+
+
+def distinct(items: list[T]) -> list[T]:
+    """The objects in a list, each once: equal ones are others."""
+    if _cpu is None:
+        return list({id(item): item for item in items}.values())
+    return _cpu.distinct(items)
 
 
 def take(arrays: list[Any], decode: list[bytes | None] | None, *, writable: bool) -> Leaves | None:

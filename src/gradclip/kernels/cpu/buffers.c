@@ -5,8 +5,7 @@
 
 #include "taking.h"
 
-/* 0 and *kind, *parts, *swap for a buffer format this kernel reads, else -1. */
-static int read_format(const char *format, kind_t *kind, int *parts, int *swap) {
+int read_format(const char *format, kind_t *kind, int *parts, int *swap) {
     const uint16_t one = 1;
     int little = *(const uint8_t *)&one;
     *swap = 0;
@@ -74,15 +73,13 @@ static int read_buffer(Leaves *self, Py_ssize_t i, array_t *array) {
 }
 
 static int lay_out_buffers(Leaves *self, int writable) {
-    int64_t dimensions = 0;
-    for (Py_ssize_t i = 0; i < self->held; i++) dimensions += self->buffers[i].ndim;
-    int outcome = make_room(self, self->held, dimensions);
-    for (Py_ssize_t i = 0; i < self->held && !outcome; i++) {
+    for (Py_ssize_t i = 0; i < self->held; i++) {
         array_t array;
-        outcome = read_buffer(self, i, &array);
+        int outcome = read_buffer(self, i, &array);
         if (!outcome) outcome = lay_out_leaf(self, i, &array, writable);
+        if (outcome) return outcome;
     }
-    return outcome ? outcome : list_all(self, self->held, writable);
+    return list_all(self, self->held, writable);
 }
 
 const char take_doc[] =
@@ -104,6 +101,9 @@ PyObject *take(PyObject *module, PyObject *args) {
         PyErr_SetString(PyExc_ValueError, "decode must be None or a list as long as arrays");
         return NULL;
     }
+    PyObject *taken = decode == Py_None ? take_arrays(arrays, writable) : NULL;
+    if (taken != Py_None && (taken || PyErr_Occurred())) return taken;
+    Py_XDECREF(taken);
     Leaves *self = new_leaves(count);
     if (!self) return NULL;
     self->decode = decode == Py_None ? NULL : PyList_AsTuple(decode);

@@ -20,6 +20,7 @@ static int count_numbers(const array_t *array, int64_t *size) {
         if (__builtin_mul_overflow(*size, array->shape[d], size)) return -1;
     return 0;
 }
+
 /* The dimensions that have a stride, outermost first, and where the first element in memory is. */
 static int read_dimensions(const array_t *array, dimension_t *dims, char **data) {
     int ndim = 0;
@@ -68,19 +69,46 @@ static void set_strides(leaf_t *leaf, const dimension_t *dims, int ndim, int64_t
     }
 }
 
-int lay_out(const array_t *array, leaf_t *leaf, int writable, int64_t *geometry) {
-    dimension_t dims[MOST_DIMENSIONS + 2];
+/* If the elements of an array follow each other in the order of its dimensions, and how many real
+ * numbers it has then. Most do, and then there is nothing to sort or to join. */
+static int is_in_order(const array_t *array, int64_t item, int64_t *size) {
+    int64_t step, bytes = item * array->parts;
+    *size = array->parts;
+    for (int64_t d = array->ndim - 1; d >= 0; d--) {
+        int64_t length = array->shape[d];
+        if (length == 1) continue;
+        if (__builtin_mul_overflow(array->strides[d], array->unit, &step) || step != bytes) return 0;
+        if (__builtin_mul_overflow(bytes, length, &bytes)) return 0;
+        *size *= length;
+    }
+    return 1;
+}
+
+/* Its dimensions in the order of memory, as few as possible; -1 as lay_out. */
+static int sort_dimensions(const array_t *array, leaf_t *leaf, int writable, dimension_t *dims) {
     int64_t item = item_size(leaf->kind);
-    leaf->data = array->data;
     if (count_numbers(array, &leaf->size) < 0) return -1;
     if (!leaf->size) return 0;
     int ndim = read_dimensions(array, dims, &leaf->data);
     if (writable && !lie_apart(dims, ndim, item * array->parts)) return -1;
     if (array->parts == 2) dims[ndim++] = (dimension_t){2, item};
-    ndim = join(dims, ndim);
-    int contiguous = !ndim || (ndim == 1 && dims[0].stride == item);
-    if (contiguous && !leaf->swap && (uintptr_t)leaf->data % (uintptr_t)item == 0) return 0;
     if (!ndim) dims[ndim++] = (dimension_t){1, item};
+    return join(dims, ndim);
+}
+
+int lay_out(const array_t *array, leaf_t *leaf, int writable, int64_t *geometry) {
+    dimension_t dims[MOST_DIMENSIONS + 2];
+    int64_t item = item_size(leaf->kind);
+    int ndim = 1;
+    leaf->data = array->data;
+    if (is_in_order(array, item, &leaf->size))
+        dims[0] = (dimension_t){leaf->size, item};
+    else
+        ndim = sort_dimensions(array, leaf, writable, dims);
+    if (ndim < 0) return -1;
+    if (!leaf->size) return 0;
+    int contiguous = ndim == 1 && dims[0].stride == item && !leaf->swap;
+    if (contiguous && (uintptr_t)leaf->data % (uintptr_t)item == 0) return 0;
     set_strides(leaf, dims, ndim, geometry);
     return 0;
 }

@@ -3,6 +3,7 @@
 
 #include <limits.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "taking.h"
 #include "team.h"
@@ -17,22 +18,24 @@ Leaves *new_leaves(Py_ssize_t count) {
     Leaves *self = (Leaves *)allocate(type, 0);
     if (!self) return NULL;
     self->leaves = calloc((size_t)count + 1, sizeof *self->leaves);
+    self->count = count;
     if (self->leaves) return self;
     Py_DECREF(self);
     PyErr_NoMemory();
     return NULL;
 }
 
-int make_room(Leaves *self, Py_ssize_t count, int64_t dimensions) {
-    size_t numbers = 2 * ((size_t)count + (size_t)dimensions);
-    self->room = self->geometry = malloc((numbers + 1) * sizeof *self->geometry);
-    return self->geometry ? 0 : NO_MEMORY;
-}
-
 int lay_out_leaf(Leaves *self, Py_ssize_t i, const array_t *array, int writable) {
-    if (lay_out(array, &self->leaves[i], writable, self->room) < 0) return NEEDS_CARE;
-    self->room += 2 * (array->ndim + 1);
-    return 0;
+    int64_t geometry[2 * (MOST_DIMENSIONS + 1)];
+    leaf_t *leaf = &self->leaves[i];
+    if (lay_out(array, leaf, writable, geometry) < 0) return NEEDS_CARE;
+    if (!leaf->ndim) return 0;
+    size_t numbers = 2 * (size_t)leaf->ndim;
+    int64_t *own = malloc(numbers * sizeof *own);
+    if (own) memcpy(own, geometry, numbers * sizeof *own);
+    leaf->shape = own;
+    leaf->strides = own ? own + leaf->ndim : NULL;
+    return own ? 0 : NO_MEMORY;
 }
 
 int list_all(Leaves *self, Py_ssize_t count, int writable) {
@@ -54,7 +57,8 @@ static void leaves_dealloc(Leaves *self) {
     for (Py_ssize_t i = 0; i < self->held; i++) PyBuffer_Release(&self->buffers[i]);
     free(self->buffers);
     Py_XDECREF(self->objects);
-    free(self->geometry);
+    for (Py_ssize_t i = 0; self->leaves && i < self->count; i++)
+        if (self->leaves[i].ndim) free((void *)(uintptr_t)self->leaves[i].shape);
     free(self->leaves);
     Py_XDECREF(self->decode);
     freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
@@ -225,7 +229,7 @@ static PyObject *leaves_get_has_f64(Leaves *self, void *unused) {
 
 static PyObject *leaves_get_most_threads(Leaves *self, void *unused) {
     (void)unused;
-    return PyLong_FromLong(self->objects ? most_threads() : INT_MAX);
+    return PyLong_FromLong(self->framework ? most_threads() : INT_MAX);
 }
 
 static PyMethodDef leaves_methods[] = {

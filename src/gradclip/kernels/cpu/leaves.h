@@ -11,10 +11,10 @@ typedef struct {
     list_t list;
     Py_buffer *buffers;
     Py_ssize_t held;   /* buffers */
-    PyObject *objects; /* or else a tuple of what has handles */
-    int64_t *geometry; /* the shapes and strides of all leaves */
-    int64_t *room;     /* what is left of it */
-    leaf_t *leaves;
+    PyObject *objects; /* or else a tuple of what is held */
+    int framework;     /* if they are of one that says how many threads may walk */
+    Py_ssize_t count;
+    leaf_t *leaves;    /* each strided one owns its geometry */
     PyObject *decode;  /* keeps the tables alive that leaves point to */
     int crowded;       /* if leaves to be written reach into each other's memory */
 } Leaves;
@@ -25,11 +25,8 @@ enum { NO_MEMORY = -1, NEEDS_CARE = -2, FAILED = -3 };
 /* Leaves with room for so many, of which none is held yet; NULL with an error. */
 Leaves *new_leaves(Py_ssize_t count);
 
-/* Then: room for the layouts of all arrays, which have so many dimensions together. Each of these
- * three returns 0, NO_MEMORY or NEEDS_CARE. */
-int make_room(Leaves *self, Py_ssize_t count, int64_t dimensions);
-
-/* Then, one leaf after the other: lay out an array in a leaf of which the kind is known. */
+/* Then, one leaf after the other: lay out an array in a leaf of which the kind is known. This and
+ * the next return 0, NO_MEMORY or NEEDS_CARE. */
 int lay_out_leaf(Leaves *self, Py_ssize_t i, const array_t *array, int writable);
 
 /* In the end: list them all. */

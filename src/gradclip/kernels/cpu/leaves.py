@@ -124,8 +124,11 @@ class Leaves(Held):
 
     def norm_of_numpy(self, value: Scaled, *, wide: bool = False) -> np.floating[Any]:
         """The norm as NumPy scalar: float64 if ``wide`` or a leaf is, else float32."""
+        kind = np.float64 if wide or self.wide else np.float32
+        if -125 < value.exponent < 128:  # which is most of the time, and then nothing warns
+            return kind(float(value))
         with np.errstate(over="ignore", under="ignore"):
-            return np.float64(value) if wide or self.wide else np.float32(float(value))
+            return kind(float(value))
 
     def _scale(self, source: cpu.Leaves, target: cpu.Leaves, factor: Scaled) -> None:
         recode = None

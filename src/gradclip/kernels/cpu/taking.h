@@ -4,10 +4,17 @@
 
 #include "leaves.h"
 
-extern const char take_doc[], use_handles_doc[], take_handles_doc[];
+extern const char take_doc[], use_arrays_doc[], use_handles_doc[], take_handles_doc[];
 PyObject *take(PyObject *module, PyObject *args);
+PyObject *use_arrays(PyObject *module, PyObject *args);
 PyObject *use_handles(PyObject *module, PyObject *args);
 PyObject *take_handles(PyObject *module, PyObject *args);
+
+/* Hold the memory of a list of NumPy's arrays of native dtypes; None where one is otherwise. */
+PyObject *take_arrays(PyObject *list, int writable);
+
+/* 0 and *kind, *parts, *swap for a buffer format that is read, else -1. */
+int read_format(const char *format, kind_t *kind, int *parts, int *swap);
 
 /* If an object has a handle and is of no type derived from the one that has. */
 int has_handle(PyObject *object);
