@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -41,6 +41,8 @@ def _samples() -> Iterator[Any]:
 if _cpu is not None:
     _cpu.use_arrays(*_samples())
     os.register_at_fork(after_in_child=_cpu.forget_helpers)
+
+T = TypeVar("T")
 
 
 class Leaves(Protocol):
