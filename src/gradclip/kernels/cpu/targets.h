@@ -10,6 +10,9 @@
 /* The float32 window adds up in so many lanes, and so many squares between two integers. */
 enum { LANES = 16, STEPS = 4 };
 
+/* Sums over examples take so many of them at a time. */
+enum { ROWS = 8 };
+
 typedef struct {
     uint64_t sums[3];
     uint64_t top;    /* bits of the largest |x| */
@@ -33,6 +36,9 @@ typedef struct {
     void (*scale_f16)(const uint16_t *, int, float, uint16_t *);
     void (*store_bf16)(const float *, int, uint16_t *);
     void (*store_f16)(const float *, int, uint16_t *);
+    void (*add_rows_f32)(const float *const *, const float *, int, double *);
+    void (*add_row_f32)(const float *, float, int, double *);
+    void (*add_f64)(const double *, int, double *);
 } blocks_t;
 
 extern const blocks_t *blocks;
