@@ -369,13 +369,38 @@ UNTRIED = {
 }
 
 
-def outcome(library: Path) -> Any:
-    return run_python("import mutant; mutant.main(sys.argv[1])", str(library))
+# Of what XLA calls, which no trial tries.
+XLA_MUTATIONS = {
+    "an example left out": ("xla_sum.c", "i += ROWS;", "i += ROWS + 1;"),
+    "a sum rounded twice": ("xla_sum.c", "odd[i] = odd_of(sums[i])", "odd[i] = (float)sums[i]"),
+    "products not rounded": (
+        "cpu_blocks.h",
+        "(double)(x[row][i] * c[row])",
+        "(double)x[row][i] * c[row]",
+    ),
+    "a block of the next leaf": (
+        "xla_sum.c",
+        ">= blocks_of(job, &job->to[leaf])",
+        "> blocks_of(job, &job->to[leaf])",
+    ),
+    "the first example's norm": ("xla.c", "leaves[i].data += member *", "leaves[i].data += 0 *"),
+    "examples that no thread took": ("xla.c", "end = begin + members->at_once", "end = begin + 1"),
+}
 
 
-@pytest.mark.slow
-def test_the_kernel_itself_passes(tmp_path: Path) -> None:
-    done = outcome(build(tmp_path))
+def outcome(library: Path, check: str = "mutant.check_all") -> Any:
+    return run_python(f"import mutant; mutant.main(sys.argv[1], {check})", str(library))
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        pytest.param("mutant.check_all", marks=pytest.mark.slow),
+        pytest.param("mutant.check_what_xla_calls", marks=pytest.mark.long),
+    ],
+)
+def test_the_kernel_itself_passes(check: str, tmp_path: Path) -> None:
+    done = outcome(build(tmp_path), check)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "trial: None\n"
 
@@ -395,3 +420,17 @@ def test_a_mutation_of_the_kernel_is_seen(name: str, tmp_path: Path) -> None:
     done = outcome(build(tmp_path, change=C_MUTATIONS[name]))
     assert done.returncode == mutant.SEEN, done.stderr
     assert done.stdout.startswith("trial: None\n") is (name in UNTRIED)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.long if place else pytest.mark.slow)
+        for place, name in enumerate(XLA_MUTATIONS)
+    ],
+)
+def test_a_mutation_of_what_xla_calls_is_seen(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("optax")
+    done = outcome(build(tmp_path, change=XLA_MUTATIONS[name]), "mutant.check_what_xla_calls")
+    assert done.returncode == mutant.SEEN, done.stderr
+    assert done.stdout.startswith("trial: None\n")

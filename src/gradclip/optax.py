@@ -56,7 +56,9 @@ from jax.experimental.sparse import JAXSparse
 from gradclip import _clip
 from gradclip.core.decide import OnNonfinite, check_clip_norm, check_use_norm
 from gradclip.core.sparse import IndexedSlices
-from gradclip.jax.xla import varying_alike
+from gradclip.jax.examples import clipped_sum
+from gradclip.jax.leaf import checked
+from gradclip.jax.traced import limit_of
 
 __all__ = ["ClipByGlobalNormState", "clip_by_global_norm", "per_example_global_norm_clip"]
 
@@ -161,8 +163,9 @@ def per_example_global_norm_clip(grads: Any, l2_norm_clip: Any) -> tuple[Any, An
         sum over i of g_i * min(1, l2_norm_clip / norm(g_i)),   g_i = example i of every leaf
 
     No example adds more than ``l2_norm_clip`` to the sum, up to the rounding of its elements, as
-    differential privacy needs. Examples are clipped one after the other, so that beside ``grads``
-    there is memory for one of them and for the sum in float64.
+    differential privacy needs. ``grads`` are read twice, for all norms and for all sums, and no
+    clipped example is written: beside ``grads`` there is memory for the sum. Where the C kernel
+    does not reach, examples are clipped one after the other, in memory for one of them.
 
     ======================================  =======================================
     an example or limit                     what it adds
@@ -209,7 +212,9 @@ def per_example_global_norm_clip(grads: Any, l2_norm_clip: Any) -> tuple[Any, An
     >>> print(clipped_sum[0], num_clipped)
     [1.8 2.4] 1
     """
-    if not isinstance(l2_norm_clip, Tracer):
+    if isinstance(l2_norm_clip, Tracer):
+        limit_of("l2_norm_clip", l2_norm_clip, check_use_norm)
+    else:
         given = l2_norm_clip
         l2_norm_clip = np.float64(float(check_use_norm(given, "l2_norm_clip")))
         if math.isnan(l2_norm_clip):
@@ -315,7 +320,8 @@ def _compared(norm: Any, limit: Any) -> tuple[Any, Any]:
 def _examples(grads: Any) -> int:
     """How many examples there are."""
     shapes = {}
-    for path, leaf in jax.tree.leaves_with_path(grads, is_leaf=_is_leaf):
+    found = jax.tree.leaves_with_path(grads, is_leaf=_is_leaf)
+    for path, leaf in found:
         if not isinstance(leaf, jax.Array) or not isinstance(leaf.dtype, np.dtype):
             kind = getattr(leaf, "dtype", None) if isinstance(leaf, jax.Array) else type(leaf)
             raise TypeError(
@@ -329,26 +335,15 @@ def _examples(grads: Any) -> int:
             f"the shapes of grads are {shapes}; each needs a first axis, of the examples, "
             "of the same length"
         )
+    for path, leaf in found:
+        checked(leaf, partial("grads{}".format, jax.tree_util.keystr(path)))
     return lengths.pop()[0] if lengths else 0
 
 
 @partial(jax.jit, static_argnums=2)
 def _clipped_sum(grads: Any, limit: Any, count: int) -> tuple[Any, Any]:
     """The sum of the clipped examples, and how many were clipped. Call it with float64 enabled."""
-    limit = jnp.where(limit > 0, limit, 0).astype("float64")
-
-    def add(sums: tuple[Any, Any], example: Any) -> tuple[Any, None]:
-        total, number = sums
-        clipped, norm = _clipped(example, limit, "zero", None, "grads")
-        above, _ = _compared(norm, limit)
-        total = jax.tree.map(lambda s, x: s + x.astype(s.dtype), total, clipped)
-        return (total, number + above.astype("int32")), None
-
-    def zeros(x: Any) -> Any:
-        return jnp.zeros(x.shape[1:], "complex128" if jnp.iscomplexobj(x) else "float64")
-
-    zero, spec = jax.tree.flatten((jax.tree.map(zeros, grads), jnp.zeros((), "int32")))
-    # The sum varies, among the shards of shard_map, as the norms and limit do.
-    start = varying_alike([*zero, *jax.tree.leaves((grads, limit))])[: len(zero)]
-    (total, number), _ = lax.scan(add, jax.tree.unflatten(spec, start), grads, length=count)
-    return jax.tree.map(lambda s, x: s.astype(x.dtype), total, grads), number
+    leaves, spec = jax.tree.flatten(grads)
+    with jax.named_scope("per_example_global_norm_clip"):
+        sums, number = clipped_sum(leaves, limit, count)
+    return jax.tree.unflatten(spec, sums), number

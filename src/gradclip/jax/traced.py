@@ -57,10 +57,10 @@ class Traced(Held):
 
     def _recorded(self, clip: Clip, policy: str, name: str) -> tuple[list[Any], Any]:
         with jax.enable_x64(True), jax.named_scope(name):
-            limit = _limit("clip_norm", clip.clip_norm, check_clip_norm)
+            limit = limit_of("clip_norm", clip.clip_norm, check_clip_norm)
             given = clip.use_norm
             if given is not None:
-                given = _limit("use_norm", given, check_use_norm)
+                given = limit_of("use_norm", given, check_use_norm)
             values = [checked(leaf, partial(clip.path, i)) for i, leaf in enumerate(clip.leaves)]
             rows = [_rows(leaf, partial(clip.path, i)) for i, leaf in enumerate(clip.leaves)]
             norm, new = _recorded(self._axes, policy, limit, given, values, rows)
@@ -108,7 +108,7 @@ def _on_host(array: jax.Array) -> bool:
 # ---- what it consists of ----
 
 
-def _limit(name: str, value: Any, check: Callable[[Any], Any]) -> Any:
+def limit_of(name: str, value: Any, check: Callable[[Any], Any]) -> Any:
     """A limit as an array; checked, where its value is known."""
     if not isinstance(value, Tracer):
         return np.float64(check(value))
@@ -141,12 +141,12 @@ def _rows(leaf: Any, path: Callable[[], str]) -> Any:
 def _recorded(
     axes: Any, policy: str, limit: Any, given: Any, values: list[Any], rows: list[Any]
 ) -> tuple[Any, list[Any]]:
-    norm, _, _, new = _clip(axes, policy, limit, given, values, rows)
+    norm, _, _, new = clip_values(axes, policy, limit, given, values, rows)
     return norm, new
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _clip(
+def clip_values(
     axes: Any, policy: str, limit: Any, given: Any, values: list[Any], rows: list[Any]
 ) -> tuple[Any, Any, Any, list[Any]]:
     """The norm in its dtype, as float64, as float64 times `LOWER`, and new values."""
@@ -155,19 +155,23 @@ def _clip(
         if given is None:
             number = _norm(axes, values, rows, wide=wide)
         else:
-            number = numbers.number_of(_OPS, _real(given))
-        above, factor = numbers.compared(_OPS, number, numbers.number_of(_OPS, _real(limit)))
-        failed = {"nan": xla.NAN, "zero": xla.ZERO, "keep": xla.KEEP}[policy]
-        action = jnp.where(above, jnp.where(factor.nan, xla.NAN, xla.SCALE), xla.KEEP)
-        action = jnp.where(number.inf | number.nan, failed, action)
-        new = xla.carry_out(values, action, factor)
+            number = numbers.number_of(_OPS, real(given))
+        new = xla.carry_out(values, *decided(number, numbers.number_of(_OPS, real(limit)), policy))
         low = number._replace(exponent=number.exponent + int(math.log2(LOWER)))
         pairs = ((number, wide), (number, True), (low, True))
         rounded = [numbers.rounded(_OPS, each, wide=wide) for each, wide in pairs]
         return (*rounded, new)
 
 
-def _real(limit: Any) -> Any:
+def decided(norm: numbers.Number, limit: numbers.Number, policy: str) -> tuple[Any, numbers.Number]:
+    """What is to be done with leaves of this norm, or of each of several, and the factor."""
+    above, factor = numbers.compared(_OPS, norm, limit)
+    failed = {"nan": xla.NAN, "zero": xla.ZERO, "keep": xla.KEEP}[policy]
+    action = jnp.where(above, jnp.where(factor.nan, xla.NAN, xla.SCALE), xla.KEEP)
+    return jnp.where(norm.inf | norm.nan, failed, action), factor
+
+
+def real(limit: Any) -> Any:
     """A limit of a dtype that `traced` takes apart."""
     return limit.astype("float64") if jnp.issubdtype(limit.dtype, np.integer) else limit
 
@@ -184,9 +188,9 @@ def _norm(axes: Any, values: list[Any], rows: list[Any], *, wide: bool) -> numbe
     return xla.root(lax.psum(xla.total(xs), axes), wide=wide)
 
 
-@_clip.defjvp
+@clip_values.defjvp
 def _clip_jvp(axes: Any, policy: str, primals: Any, tangents: Any) -> Any:
-    norm, wide, low, new = _clip(axes, policy, *primals)
+    norm, wide, low, new = clip_values(axes, policy, *primals)
     with jax.enable_x64(True):
         d_wide, d_new = pushed_forward(axes, policy, wide, low, primals, tangents)
         d_norm = d_wide.astype(norm.dtype)

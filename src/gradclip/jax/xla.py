@@ -1,4 +1,4 @@
-"""Primitives of JAX: the norm, an exact total, its root, scaling.
+"""Primitives of JAX: the norm, an exact total, its root, scaling, sums of clipped examples.
 
 On the CPU XLA calls the C kernel for them: one operation for many leaves, since what XLA needs to
 compile grows with the number of operations. Where XLA itself divides arrays among devices, and on
@@ -26,7 +26,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from gradclip.jax.operations import Operations
 from gradclip.kernels import cpu
-from gradclip.kernels.traced import norms, scaling, squares
+from gradclip.kernels.traced import norms, scaling, squares, sums
 from gradclip.kernels.traced.numbers import Number
 
 # As in xla.h.
@@ -47,8 +47,14 @@ def norm(xs: Arrays, *, wide: bool) -> Number:
     """The norm of arrays, rounded to float64 if it is ``wide``, else to float32."""
     if not xs:
         return norms.norm_of(_OPS, [], wide=wide)
-    (number,) = _norm.bind(*varying_alike(xs), wide=wide, batch=None)
+    (number,) = _norm.bind(*varying_alike(xs), wide=wide, batch=None, in_turn=False)
     return _number(number)
+
+
+def norms_of_examples(xs: Arrays, count: int, *, wide: bool) -> Number:
+    """The norm of each of so many examples, which lie along the first axis of arrays."""
+    (numbers,) = _norm.bind(*varying_alike(xs), wide=wide, batch=count, in_turn=True)
+    return _number(numbers)
 
 
 def total(xs: Arrays) -> Any:
@@ -67,7 +73,7 @@ def root(words: Any, *, wide: bool) -> Number:
 
 def carry_out(xs: Arrays, action: Any, factor: Number) -> list[Any]:
     """New arrays: as the action says, the old ones, scaled, all NaN or all zero."""
-    decision = jnp.stack([jnp.asarray(part, "int64") for part in (action, *factor[:2])])
+    decision = _decision(action, factor)
     # Those that vary alike go together: what is the same on all devices is to stay so.
     alike: dict[Any, list[int]] = {}
     for place, x in enumerate(xs):
@@ -82,8 +88,22 @@ def carry_out(xs: Arrays, action: Any, factor: Number) -> list[Any]:
     return new
 
 
+def clipped_sum(xs: Arrays, action: Any, factor: Number) -> list[Any]:
+    """The sums over the first axis of arrays of what `carry_out` makes of each example there.
+
+    In float64 in the order of the examples, and rounded once.
+    """
+    return list(_clipped_sum.bind(*varying_alike([_decision(action, factor), *xs]), batch=None))
+
+
 def _number(words: Any) -> Number:
-    return Number(words[0], words[1], words[2] > 0, words[3] > 0)
+    significand, exponent, inf, nan = (words[..., place] for place in range(_NUMBER))
+    return Number(significand, exponent, inf > 0, nan > 0)
+
+
+def _decision(action: Any, factor: Number) -> Any:
+    parts = [jnp.asarray(part, "int64") for part in (action, *factor[:2])]
+    return jnp.stack(jnp.broadcast_arrays(*parts), axis=-1)
 
 
 def varying_alike(xs: Arrays) -> list[Any]:
@@ -113,10 +133,18 @@ def _members(function: Callable[..., Any], batch: int | None) -> Callable[..., A
     return function if batch is None else jax.vmap(function)
 
 
-def _norm_by_operations(*xs: Any, wide: bool, batch: int | None) -> list[Any]:
+def _norm_by_operations(*xs: Any, wide: bool, batch: int | None, in_turn: bool) -> list[Any]:
+    """With ``in_turn`` one member after the other, in the memory that one needs."""
+
+    def one(parts: Arrays) -> Any:
+        return _packed(norms.norm_of(_OPS, parts, wide=wide))
+
     with jax.enable_x64(True):
-        members = _members(lambda *xs: _packed(norms.norm_of(_OPS, _real(xs), wide=wide)), batch)
-        return [members(*xs)]
+        if not in_turn:
+            return [_members(lambda *xs: one(_real(xs)), batch)(*xs)]
+        # Taken apart here: of complex numbers in a loop XLA flushes subnormal parts.
+        parts = _real(xs)
+        return [lax.map(one, parts) if parts else jnp.zeros((batch, _NUMBER), "int64")]
 
 
 def _total_by_operations(*xs: Any, batch: int | None) -> list[Any]:
@@ -133,27 +161,48 @@ def _root_by_operations(words: Any, *, wide: bool) -> list[Any]:
         return [function(words)]
 
 
+def _carried_out(decision: Any, *xs: Any) -> list[Any]:
+    action, *factor = decision
+    number = Number(factor[0], factor[1], False, False)
+
+    def new(x: Any) -> Any:
+        if jnp.iscomplexobj(x):
+            return lax.complex(new(x.real), new(x.imag))
+        # Among bits, since XLA makes one NaN of all; but not of bfloat16, whose last subnormal
+        # numbers it would then flush on the CPU.
+        to = x.dtype if x.dtype == "bfloat16" else np.dtype(f"uint{8 * x.dtype.itemsize}")
+        nan, zero = np.array([math.nan, 0.0]).astype(x.dtype).view(to)
+        filled = jnp.where(action == NAN, nan, zero)
+        found = jnp.where(action == KEEP, lax.bitcast_convert_type(x, to), filled)
+        scaled = lax.bitcast_convert_type(scaling.scaled(_OPS, x, number), to)
+        return lax.bitcast_convert_type(jnp.where(action == SCALE, scaled, found), x.dtype)
+
+    return [new(x) for x in xs]
+
+
 def _carried_out_by_operations(decision: Any, *xs: Any, batch: int | None) -> list[Any]:
-    def one(decision: Any, *xs: Any) -> list[Any]:
-        action, *factor = decision
-        number = Number(factor[0], factor[1], False, False)
+    with jax.enable_x64(True):
+        return _members(_carried_out, batch)(decision, *xs)
 
-        def new(x: Any) -> Any:
-            if jnp.iscomplexobj(x):
-                return lax.complex(new(x.real), new(x.imag))
-            # Among bits, since XLA makes one NaN of all; but not of bfloat16, whose last subnormal
-            # numbers it would then flush on the CPU.
-            to = x.dtype if x.dtype == "bfloat16" else np.dtype(f"uint{8 * x.dtype.itemsize}")
-            nan, zero = np.array([math.nan, 0.0]).astype(x.dtype).view(to)
-            filled = jnp.where(action == NAN, nan, zero)
-            found = jnp.where(action == KEEP, lax.bitcast_convert_type(x, to), filled)
-            scaled = lax.bitcast_convert_type(scaling.scaled(_OPS, x, number), to)
-            return lax.bitcast_convert_type(jnp.where(action == SCALE, scaled, found), x.dtype)
 
-        return [new(x) for x in xs]
+def _clipped_sum_by_operations(decisions: Any, *xs: Any, batch: int | None) -> list[Any]:
+    """One example after the other, in the memory that one needs."""
+
+    def add(totals: list[Any], example: tuple[Any, ...]) -> tuple[list[Any], None]:
+        pairs = zip(totals, _carried_out(*example), strict=True)
+        return [sums.added(_OPS, total, x) for total, x in pairs], None
+
+    def one(decisions: Any, *xs: Any) -> list[Any]:
+        if len(decisions) == 1:  # which keeps its zeros of either sign
+            return _carried_out(decisions[0], *(x[0] for x in xs))
+        wide = ["complex128" if jnp.iscomplexobj(x) else "float64" for x in xs]
+        zero = [jnp.zeros(x.shape[1:], dtype) for x, dtype in zip(xs, wide, strict=True)]
+        totals, _ = lax.scan(add, zero, (decisions, *xs))
+        pairs = zip(totals, xs, strict=True)
+        return [sums.rounded(_OPS, total, str(x.dtype)) for total, x in pairs]
 
     with jax.enable_x64(True):
-        return _members(one, batch)(decision, *xs)
+        return _members(one, batch)(decisions, *xs)
 
 
 # ---- by the C kernel ----
@@ -232,6 +281,11 @@ def _carried_out_results(_: Any, *avals: Any, **__: Any) -> list[Any]:
     return list(avals)
 
 
+def _clipped_sum_results(_: Any, *avals: Any, batch: int | None) -> list[Any]:
+    lead = 0 if batch is None else 1
+    return [_like(x, x.shape[:lead] + x.shape[lead + 1 :], x.dtype) for x in avals]
+
+
 def _primitive(
     name: str,
     result: Callable[..., list[Any]],
@@ -263,7 +317,7 @@ def _batched(primitive: Primitive, xs: Arrays, dims: Sequence[Any], **params: An
 
 
 def _count(primitive: Primitive, xs: Arrays) -> int:
-    return len(xs) - 1 if primitive is _carry_out else 1
+    return len(xs) - 1 if primitive in (_carry_out, _clipped_sum) else 1
 
 
 def _root_batched(xs: Arrays, dims: Sequence[Any], **params: Any) -> Any:
@@ -274,6 +328,7 @@ _norm = _primitive("norm", _small_result(_NUMBER), _norm_by_operations)
 _total = _primitive("total", _small_result(_TOTAL), _total_by_operations)
 _root = _primitive("root", _root_result, _root_by_operations)
 _carry_out = _primitive("scale", _carried_out_results, _carried_out_by_operations, in_place=True)
-for _each in (_norm, _total, _carry_out):
+_clipped_sum = _primitive("clipped_sum", _clipped_sum_results, _clipped_sum_by_operations)
+for _each in (_norm, _total, _carry_out, _clipped_sum):
     batching.primitive_batchers[_each] = partial(_batched, _each)
 batching.primitive_batchers[_root] = _root_batched

@@ -104,6 +104,10 @@ typedef struct {
 /* The factor significand * 2^exponent; the significand lies in [0.5, 1), or is 0. */
 factor_t factor_of(double significand, int64_t exponent);
 
+/* out = x * factor for at most BLOCK contiguous numbers, of F64 BLOCK_F64. recode is of BYTE. */
+void scale_block(kind_t kind, const void *x, int n, const factor_t *factor, const uint8_t *recode,
+                 void *out);
+
 /* target = source * factor. Both lists have the same sizes and the same strides. recode[i] maps
  * the bytes of leaf i where it is of kind BYTE. */
 void scale(const list_t *source, list_t *target, const factor_t *factor,

@@ -354,9 +354,31 @@ static void NAME(scale_f16)(const uint16_t *x, int n, float c, uint16_t *out) {
     }
 }
 
+/* sums += the rows of x times their factors, rounded to float32, row after row. Several at once: that
+ * many streams from memory, and each sum is fetched once for all. */
+static void NAME(add_rows_f32)(const float *const x[ROWS], const float c[ROWS], int n,
+                               double *sums) {
+#pragma omp simd
+    for (int i = 0; i < n; i++) {
+        double sum = sums[i];
+        for (int row = 0; row < ROWS; row++) sum += (double)(x[row][i] * c[row]);
+        sums[i] = sum;
+    }
+}
+
+static void NAME(add_row_f32)(const float *x, float c, int n, double *sums) {
+#pragma omp simd
+    for (int i = 0; i < n; i++) sums[i] += (double)(x[i] * c);
+}
+
+static void NAME(add_f64)(const double *x, int n, double *sums) {
+#pragma omp simd
+    for (int i = 0; i < n; i++) sums[i] += x[i];
+}
+
 static const blocks_t NAME(blocks) = {
     NAME(sum_f32),        NAME(sum_bf16),   NAME(sum_f16),    NAME(load_bf16),  NAME(load_f16),
     NAME(window_f32),     NAME(window_f64), NAME(select_f32), NAME(select_f64), NAME(scale_f32),
     NAME(scale_f32_wide), NAME(scale_f64),  NAME(scale_bf16), NAME(scale_f16),  NAME(store_bf16),
-    NAME(store_f16),
+    NAME(store_f16),      NAME(add_rows_f32), NAME(add_row_f32), NAME(add_f64),
 };

@@ -52,8 +52,8 @@ static void recode_bytes(const uint8_t *x, int n, const uint8_t *recode, uint8_t
     for (int i = 0; i < n; i++) out[i] = recode[x[i]];
 }
 
-static void scale_block(kind_t kind, const void *x, int n, const factor_t *factor,
-                        const uint8_t *recode, void *out) {
+void scale_block(kind_t kind, const void *x, int n, const factor_t *factor,
+                 const uint8_t *recode, void *out) {
     if (kind == F64)
         scale_f64(x, n, factor, out);
     else if (kind == BYTE)

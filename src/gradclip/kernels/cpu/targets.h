@@ -12,6 +12,9 @@ enum { LANES = 16, STEPS = 4 };
 /* The float64 window adds up so many at a time, or a part of them. */
 enum { LANES_F64 = 16 };
 
+/* Sums over examples take so many of them at a time. */
+enum { ROWS = 8 };
+
 typedef struct {
     uint64_t sums[3];
     uint64_t top;    /* bits of the largest |x|; of float64 the upper half, and then 0, or 1 where
@@ -37,6 +40,9 @@ typedef struct {
     void (*scale_f16)(const uint16_t *, int, float, uint16_t *);
     void (*store_bf16)(const float *, int, uint16_t *);
     void (*store_f16)(const float *, int, uint16_t *);
+    void (*add_rows_f32)(const float *const *, const float *, int, double *);
+    void (*add_row_f32)(const float *, float, int, double *);
+    void (*add_f64)(const double *, int, double *);
 } blocks_t;
 
 extern const blocks_t *blocks;

@@ -1,93 +1,20 @@
-/* What XLA calls on the CPU, by its foreign function interface: totals, roots, scaling. */
+/* What XLA calls on the CPU, by its foreign function interface: totals, roots, scaling; sums of
+ * clipped examples are in xla_sum.c. */
 #include "xla.h"
 
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include "cpu.h"
 #include "ieee.h"
-#include "xla_api.h"
+#include "xla_frame.h"
+#include "xla_sum.h"
 #include "xla_threads.h"
-
-/* ---- the interface ---- */
-
-static void *error(const frame_t *frame, int code, const char *message) {
-    error_args_t args = {sizeof args, NULL, message, code};
-    return frame->api->create_error(&args);
-}
-
-/* If XLA asks what this was written for; it has been told. */
-static int is_a_question(const frame_t *frame) {
-    for (extension_t *each = frame->extensions; each; each = each->next)
-        if (each->type == METADATA) {
-            version_t *version = &((metadata_extension_t *)each)->metadata->version;
-            version->major = XLA_MAJOR;
-            version->minor = XLA_MINOR;
-            return 1;
-        }
-    return 0;
-}
-
-static int64_t attribute(const frame_t *frame, const char *name) {
-    for (int64_t i = 0; i < frame->attributes.count; i++) {
-        const span_t *span = frame->attributes.names[i];
-        if (span->length == strlen(name) && !memcmp(span->text, name, span->length))
-            return *frame->attributes.values[i]->value;
-    }
-    return 0;
-}
-
-/* ---- leaves ---- */
-
-/* 0 and *kind, *parts for an element type this kernel reads, else -1. */
-static int read_type(int dtype, kind_t *kind, int *parts) {
-    *parts = dtype == C64_TYPE || dtype == C128_TYPE ? 2 : 1;
-    switch (dtype) {
-    case F16_TYPE: *kind = F16; return 0;
-    case BF16_TYPE: *kind = BF16; return 0;
-    case F32_TYPE:
-    case C64_TYPE: *kind = F32; return 0;
-    case F64_TYPE:
-    case C128_TYPE: *kind = F64; return 0;
-    }
-    return -1;
-}
-
-static int64_t elements(const buffer_t *buffer) {
-    int64_t size = 1;
-    for (int64_t d = 0; d < buffer->rank; d++) size *= buffer->dims[d];
-    return size;
-}
-
-/* Lists of as many leaves each as there are buffers from `first` on; of a batch, that of its first
- * member. Returns NULL if a type is not read or memory runs out. */
-static leaf_t *leaves_of(const buffers_t *buffers, int64_t first, int64_t batch, list_t *list) {
-    int64_t count = buffers->count - first;
-    leaf_t *leaves = calloc((size_t)count + 1, sizeof *leaves);
-    int failed = !leaves;
-    for (int64_t i = 0; i < count && !failed; i++) {
-        const buffer_t *buffer = buffers->buffers[first + i];
-        int parts;
-        failed = read_type(buffer->dtype, &leaves[i].kind, &parts) < 0;
-        leaves[i].data = buffer->data;
-        leaves[i].size = elements(buffer) * parts / batch;
-    }
-    if (!failed && list_leaves(list, leaves, count) == 0) return leaves;
-    free(leaves);
-    return NULL;
-}
-
-static void next_member(leaf_t *leaves, int64_t count) {
-    for (int64_t i = 0; i < count; i++)
-        leaves[i].data += leaves[i].size * item_size(leaves[i].kind);
-}
 
 /* ---- totals and roots ---- */
 
 /* Put the total of a list into XLA_WORDS words. Returns -1 if memory runs out. */
-static int add_up(const frame_t *frame, list_t *list, int64_t *words) {
-    int threads = threads_worth(frame, bytes_of(list));
+static int add_up(const frame_t *frame, list_t *list, int threads, int64_t *words) {
     total_t *totals = calloc((size_t)threads, sizeof *totals);
     if (!totals) return -1;
     job_t job = {.list = list, .totals = totals};
@@ -108,13 +35,14 @@ static void put_norm(const int64_t *words, int64_t wide, int64_t *number) {
 }
 
 /* The norm of a list, from float64 sums where they prove it. Returns -1 if memory runs out. */
-static int put_norm_of(const frame_t *frame, list_t *list, int64_t wide, int64_t *number) {
+static int put_norm_of(const frame_t *frame, list_t *list, int threads, int64_t wide,
+                       int64_t *number) {
     int64_t words[XLA_WORDS];
     if (!wide && !list->has_f64) {
         sum_t sums[MOST_THREADS];
         job_t job = {.list = list, .sums = sums};
         atomic_store(&list->cursor, 0);
-        int shares = walk_on_xla(frame, sum_share, &job, threads_worth(frame, bytes_of(list)));
+        int shares = walk_on_xla(frame, sum_share, &job, threads);
         if (shares < 0) return -1;
         int inf = 0, nan = 0;
         for (int i = 0; i < shares; i++) inf |= sums[i].has_inf, nan |= sums[i].has_nan;
@@ -124,27 +52,78 @@ static int put_norm_of(const frame_t *frame, list_t *list, int64_t wide, int64_t
             return 0;
         }
     }
-    if (add_up(frame, list, words) < 0) return -1;
+    if (add_up(frame, list, threads, words) < 0) return -1;
     put_norm(words, wide, number);
     return 0;
 }
 
-/* Of leaves, for each member of a batch: the words of the total, or the norm. */
+/* Members of a batch, to be measured. */
+typedef struct {
+    const frame_t *frame;
+    const leaf_t *leaves; /* of the first member */
+    int64_t count, batch, at_once;
+    int threads; /* that share a member */
+    int as_norm;
+    int64_t wide, *out;
+    _Atomic int64_t next;
+    _Atomic int failed;
+} members_t;
+
+/* Measure one member, in the room for its leaves. Returns -1 if memory runs out. */
+static int measure_member(const members_t *members, int64_t member, leaf_t *leaves) {
+    list_t list;
+    for (int64_t i = 0; i < members->count; i++) {
+        leaves[i] = members->leaves[i];
+        leaves[i].data += member * leaves[i].size * item_size(leaves[i].kind);
+    }
+    list_leaves(&list, leaves, members->count);
+    if (members->as_norm)
+        return put_norm_of(members->frame, &list, members->threads, members->wide,
+                           members->out + member * XLA_NUMBER);
+    return add_up(members->frame, &list, members->threads, members->out + member * XLA_WORDS);
+}
+
+/* Measure those that no thread has taken. */
+static void measure_share(void *data, int share) {
+    members_t *members = data;
+    leaf_t *leaves = malloc(((size_t)members->count + 1) * sizeof *leaves);
+    int64_t begin;
+    (void)share;
+    if (!leaves) members->failed = 1;
+    while (!members->failed &&
+           (begin = atomic_fetch_add(&members->next, members->at_once)) < members->batch) {
+        int64_t end = begin + members->at_once;
+        if (end > members->batch) end = members->batch;
+        for (int64_t member = begin; member < end; member++)
+            if (measure_member(members, member, leaves) < 0) members->failed = 1;
+    }
+    free(leaves);
+}
+
+/* Of leaves, for each member of a batch: the words of the total, or the norm. Threads share the
+ * members, or each member, where those are few and large. */
 static void *measure(const frame_t *frame, int as_norm) {
-    int64_t batch = attribute(frame, "batch"), wide = attribute(frame, "wide");
-    int64_t *out = frame->results.buffers[0]->data;
+    enum { FEW = 4 }; /* for each thread: the last one to end may have a fifth more than the first */
+    int64_t batch = attribute(frame, "batch");
     list_t list;
     if (!batch) return NULL;
     leaf_t *leaves = leaves_of(&frame->arguments, 0, batch, &list);
-    if (!leaves) return error(frame, INVALID_ARGUMENT, "gradclip: no memory or no such dtype");
-    int failed = 0;
-    for (int64_t member = 0; member < batch && !failed; member++) {
-        failed = as_norm ? put_norm_of(frame, &list, wide, out + member * XLA_NUMBER)
-                         : add_up(frame, &list, out + member * XLA_WORDS);
-        next_member(leaves, list.count);
-    }
+    if (!leaves) return failure(frame, INVALID_ARGUMENT, "gradclip: no memory or no such dtype");
+    int all = threads_worth(frame, bytes_of(&list) * (uint64_t)batch);
+    int each = batch < FEW * all ? threads_worth(frame, bytes_of(&list)) : 1;
+    members_t members = {.frame = frame,
+                         .leaves = leaves,
+                         .count = list.count,
+                         .batch = batch,
+                         .at_once = 1 + CHUNK / (list.size + CHUNK / 64),
+                         .threads = each,
+                         .as_norm = as_norm,
+                         .wide = attribute(frame, "wide"),
+                         .out = frame->results.buffers[0]->data};
+    int shares = walk_on_xla(frame, measure_share, &members, each > 1 ? 1 : all);
     free(leaves);
-    return failed ? error(frame, RESOURCE_EXHAUSTED, "gradclip: no memory") : NULL;
+    return shares < 0 || members.failed ? failure(frame, RESOURCE_EXHAUSTED, "gradclip: no memory")
+                                        : NULL;
 }
 
 static void *give_norm(const frame_t *frame) { return measure(frame, 1); }
@@ -162,6 +141,11 @@ static void *give_root(const frame_t *frame) {
 }
 
 /* ---- scaling ---- */
+
+static void next_member(leaf_t *leaves, int64_t count) {
+    for (int64_t i = 0; i < count; i++)
+        leaves[i].data += leaves[i].size * item_size(leaves[i].kind);
+}
 
 /* Every element NaN. */
 static void fill_nan(const leaf_t *leaf) {
@@ -182,7 +166,7 @@ static void fill_nan(const leaf_t *leaf) {
 /* Do to leaves what an XLA_DECISION says. */
 static int carry_out(const frame_t *frame, const int64_t *decision, list_t *from, list_t *to) {
     if (decision[0] == XLA_SCALE) {
-        factor_t factor = factor_of((double)decision[1] * 0x1p-53, decision[2] + 53);
+        factor_t factor = factor_in(decision);
         job_t job = {.list = to, .source = from, .factor = &factor};
         atomic_store(&to->cursor, 0);
         int threads = threads_worth(frame, bytes_of(to));
@@ -216,10 +200,22 @@ static void *give_scaled(const frame_t *frame) {
     }
     free(from);
     free(to);
-    return failed ? error(frame, RESOURCE_EXHAUSTED, "gradclip: no memory or no such dtype") : NULL;
+    return failed ? failure(frame, RESOURCE_EXHAUSTED, "gradclip: no memory or no such dtype") : NULL;
 }
 
 /* ---- what XLA calls ---- */
+
+/* If XLA asks what this was written for; it has been told. */
+static int is_a_question(const frame_t *frame) {
+    for (extension_t *each = frame->extensions; each; each = each->next)
+        if (each->type == METADATA) {
+            version_t *version = &((metadata_extension_t *)each)->metadata->version;
+            version->major = XLA_MAJOR;
+            version->minor = XLA_MINOR;
+            return 1;
+        }
+    return 0;
+}
 
 static void *answer(void *data, void *(*give)(const frame_t *)) {
     const frame_t *frame = data;
@@ -239,10 +235,13 @@ static void *xla_root(void *frame) { return answer(frame, give_root); }
 
 static void *xla_scale(void *frame) { return answer(frame, give_scaled); }
 
+static void *xla_clipped_sum(void *frame) { return answer(frame, give_clipped_sum); }
+
 const xla_handler_t XLA_HANDLERS[] = {
     {"gradclip_norm", xla_norm},
     {"gradclip_total", xla_total},
     {"gradclip_root", xla_root},
     {"gradclip_scale", xla_scale},
+    {"gradclip_clipped_sum", xla_clipped_sum},
     {NULL, NULL},
 };

@@ -57,6 +57,10 @@ int threads_worth(const frame_t *frame, uint64_t bytes) {
 }
 
 int walk_on_xla(const frame_t *frame, share_t *walk, void *job, int threads) {
+    if (threads < 2) {
+        walk(job, 0);
+        return 1;
+    }
     party_t *party = malloc(sizeof *party);
     if (!party) return -1;
     *party = (party_t){walk, job, 0, 0, 1};

@@ -37,13 +37,18 @@ def _scaled_narrow(ops: Operations, x: Any, factor: Number) -> Any:
     codes = codes_of(ops, x)
     sign = codes & -(1 << 31)
     product = float64_of(ops, codes) * scaled
-    subnormal = ops.cast(ops.round(abs(product) * 2.0**149), "int32") | sign
-    rounded = ops.cast(product, "float32")
-    result = ops.where(abs(product) < 2.0**-126, ops.bitcast(subnormal, "float32"), rounded)
-    if ops.dtype(x) == "float32":
+    return narrowed(ops, product, sign, ops.dtype(x))
+
+
+def narrowed(ops: Operations, wide: Any, sign: Any, dtype: str) -> Any:
+    """Float64 numbers as float32, and that as a dtype; ``sign`` has the bit of a float32's."""
+    subnormal = ops.cast(ops.round(abs(wide) * 2.0**149), "int32") | sign
+    rounded = ops.cast(wide, "float32")
+    result = ops.where(abs(wide) < 2.0**-126, ops.bitcast(subnormal, "float32"), rounded)
+    if dtype == "float32":
         return result
-    if ops.dtype(x) != "bfloat16":
-        return ops.cast(result, ops.dtype(x))
+    if dtype != "bfloat16":
+        return ops.cast(result, dtype)
     magnitude = ops.bitcast(result, "int32") & 0x7FFFFFFF
     nearest = ops.right(magnitude + 0x7FFF + (ops.right(magnitude, 16) & 1), 16)
     nearest = ops.where(magnitude > 0x7F800000, ops.right(magnitude, 16) | 0x40, nearest)
