@@ -1,10 +1,8 @@
 #ifndef GRADCLIP_XLA_THREADS_H
 #define GRADCLIP_XLA_THREADS_H
 
-#include "cpu.h"
+#include "party.h"
 #include "xla_api.h"
-
-enum { MOST_THREADS = 64 };
 
 /* How many threads a walk over so many bytes is worth. */
 int threads_worth(const frame_t *frame, uint64_t bytes);
