@@ -340,14 +340,19 @@ C_MUTATIONS = {
     ),
     "offsets of a tail not counted": (
         "exact.c",
-        "(n + LANES_F64 - 1) / LANES_F64 * LANES_F64",
-        "n",
+        "(n + LANES_F64 - 1) / LANES_F64 * (LANES_F64 / STEPS_F64)",
+        "n / STEPS_F64",
     ),
-    "the low part of a square left out": ("cpu_blocks.h", " + low[j]) + c3", ") + c3"),
+    "the low part of a square left out": ("cpu_blocks.h", " - h2[j]) + low[j];", " - h2[j]);"),
+    "a power of two of the exponent below": (
+        "exact.c",
+        "highest - F64_SPREAD + 1",
+        "highest - F64_SPREAD",
+    ),
     "a zero taken for the smallest": (
         "cpu_blocks.h",
-        "(NAME(u32s))(magnitude | (NAME(u64s))(magnitude == 0))",
-        "(NAME(u32s))magnitude",
+        "SMALLER((NAME(u32s))(magnitude - 1)",
+        "SMALLER((NAME(u32s))(magnitude)",
     ),
     "the largest by half of its bits": (
         "exact.c",

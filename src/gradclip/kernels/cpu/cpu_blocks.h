@@ -77,7 +77,7 @@ static double NAME(sum_f32)(const float *x, int n) {
     NAME(f64s) sums[NAME(SUMS)] = {0};
     int i = 0;
     for (; i + STEP <= n; i += STEP) {
-        PREFETCH(x + i, STEP);
+        PREFETCH(x + i, STEP, NEAR);
         UNROLLED for (int k = 0; k < NAME(SUMS); k++) {
             NAME(f64s) v = NAME(f32s_at)(x + i + k * NAME(WIDTH));
             sums[k] = SQUARES_ADD(v, sums[k]);
@@ -106,7 +106,7 @@ static double NAME(sum_bf16)(const uint16_t *x, int n) {
     NAME(f64s) sums[NAME(SUMS)] = {0};
     int i = 0;
     for (; i + STEP <= n; i += STEP) {
-        PREFETCH(x + i, STEP);
+        PREFETCH(x + i, STEP, FAR);
         UNROLLED for (int k = 0; k < NAME(SUMS); k += 2)
             NAME(add_bf16)(x + i + k * NAME(WIDTH), &sums[k]);
     }
@@ -127,7 +127,7 @@ static double NAME(sum_f16)(const uint16_t *x, int n) {
 #ifdef HALVES_AT
     enum { STEP = NAME(SUMS) * NAME(WIDTH) };
     for (; i + STEP <= n; i += STEP) {
-        PREFETCH(x + i, STEP);
+        PREFETCH(x + i, STEP, FAR);
         UNROLLED for (int k = 0; k < NAME(SUMS); k++) {
             NAME(f64s) v = HALVES_AT(x + i + k * NAME(WIDTH));
             sums[k] = SQUARES_ADD(v, sums[k]);
@@ -144,9 +144,10 @@ static double NAME(sum_f16)(const uint16_t *x, int n) {
 
 /* ---- windows of the exact sum ---- */
 
-/* The bits of the largest and the smallest |x| of each lane; of float64 the upper halves tell. */
+/* The bits of the largest |x| of each lane, and of the smallest less 1, so that a zero counts as most.
+ * Of float64 the upper halves tell. */
 typedef struct {
-    NAME(u32s) top, bottom; /* of the smallest nonzero one: a zero counts as most */
+    NAME(u32s) top, bottom;
 } NAME(range_t);
 
 INLINE uint32_t NAME(largest)(NAME(u32s) all) {
@@ -203,7 +204,7 @@ static window_t NAME(window_f32)(const float *x, int n, double c1, double c2) {
     int whole = n - n % STEP;
     for (int i = whole; i < n; i++) tail[i - whole] = x[i];
     for (int i = 0; i < whole; i += STEP) {
-        PREFETCH(x + i, STEP);
+        PREFETCH(x + i, STEP, FAR);
         NAME(window_step_f32)(x + i, c1, c2, sums, &range);
     }
     if (whole < n) NAME(window_step_f32)(tail, c1, c2, sums, &range);
@@ -219,35 +220,35 @@ static window_t NAME(window_f32)(const float *x, int n, double c1, double c2) {
  * left is exact: a difference of near numbers, and no more bits than one number holds. */
 INLINE void NAME(window_step_f64)(const double *x, double c1, double c2, double c3,
                                   NAME(u64s) *sums, NAME(range_t) *range) {
-    enum { SIDE = 2 };
+    enum { SIDE = STEPS_F64 };
     NAME(f64s) v[SIDE], high[SIDE], low[SIDE], h1[SIDE], h2[SIDE];
+    NAME(f64s) t1 = NAME(every_f64)(c1), t2 = NAME(every_f64)(c2), t3 = NAME(every_f64)(c3);
     UNROLLED for (int j = 0; j < SIDE; j++) {
         v[j] = NAME(f64s_at)(x + j * NAME(WIDTH));
         high[j] = v[j] * v[j];
         low[j] = MULTIPLY_ADD(v[j], v[j], -high[j]);
-        NAME(f64s) t1 = MULTIPLY_ADD(v[j], v[j], NAME(every_f64)(c1));
-        sums[0] += (NAME(u64s))t1;
-        h1[j] = t1 - c1;
+        NAME(f64s) sum = MULTIPLY_ADD(v[j], v[j], t1);
+        h1[j] = sum - t1;
+        t1 = sum;
     }
     UNROLLED for (int j = 0; j < SIDE; j++) {
-        NAME(f64s) t2 = MULTIPLY_ADD(v[j], v[j], -h1[j]) + c2;
-        sums[1] += (NAME(u64s))t2;
-        h2[j] = t2 - c2;
+        NAME(f64s) sum = MULTIPLY_ADD(v[j], v[j], -h1[j]) + t2;
+        h2[j] = sum - t2;
+        t2 = sum;
     }
     UNROLLED for (int j = 0; j < SIDE; j++) {
         NAME(u64s) magnitude = (NAME(u64s))v[j] & 0x7fffffffffffffff;
-        NAME(u32s) zero_is_most = (NAME(u32s))(magnitude | (NAME(u64s))(magnitude == 0));
         range->top = LARGER((NAME(u32s))magnitude, range->top);
-        range->bottom = SMALLER(zero_is_most, range->bottom);
+        range->bottom = SMALLER((NAME(u32s))(magnitude - 1), range->bottom);
     }
-    UNROLLED for (int j = 0; j < SIDE; j++) {
-        NAME(f64s) t3 = (((high[j] - h1[j]) - h2[j]) + low[j]) + c3;
-        sums[2] += (NAME(u64s))t3;
-    }
+    UNROLLED for (int j = 0; j < SIDE; j++) t3 += ((high[j] - h1[j]) - h2[j]) + low[j];
+    sums[0] += (NAME(u64s))t1;
+    sums[1] += (NAME(u64s))t2;
+    sums[2] += (NAME(u64s))t3;
 }
 
 static window_t NAME(window_f64)(const double *x, int n, double c1, double c2, double c3) {
-    enum { STEP = 2 * NAME(WIDTH) };
+    enum { STEP = STEPS_F64 * NAME(WIDTH) };
     double tail[LANES_F64] = {0};
     NAME(u64s) sums[3] = {0};
     NAME(range_t) range = {{0}, NAME(every_u32)(UINT32_MAX)};
@@ -255,7 +256,7 @@ static window_t NAME(window_f64)(const double *x, int n, double c1, double c2, d
     int whole = n - n % LANES_F64;
     for (int i = whole; i < n; i++) tail[i - whole] = x[i];
     for (int i = 0; i < whole; i += STEP) {
-        PREFETCH(x + i, STEP);
+        PREFETCH(x + i, STEP, FAR);
         NAME(window_step_f64)(x + i, c1, c2, c3, sums, &range);
     }
     for (int i = 0; i < LANES_F64 && whole < n; i += STEP)
@@ -306,7 +307,7 @@ static uint64_t NAME(select_f64)(const double *x, int n, uint64_t from, uint64_t
 static void NAME(scale_f32)(const float *x, int n, float c, float *out) {
     for (int i = 0; i < n; i += STRIDE) {
         int end = n - i < STRIDE ? n : i + STRIDE;
-        PREFETCH(x + i, STRIDE);
+        PREFETCH(x + i, STRIDE, FAR);
 #pragma omp simd
         for (int j = i; j < end; j++) out[j] = x[j] * c;
     }
@@ -320,7 +321,7 @@ static void NAME(scale_f32_wide)(const float *x, int n, double c, float *out) {
 static void NAME(scale_f64)(const double *x, int n, double c, double *out) {
     for (int i = 0; i < n; i += STRIDE) {
         int end = n - i < STRIDE ? n : i + STRIDE;
-        PREFETCH(x + i, STRIDE);
+        PREFETCH(x + i, STRIDE, FAR);
 #pragma omp simd
         for (int j = i; j < end; j++) out[j] = x[j] * c;
     }
@@ -330,7 +331,7 @@ static void NAME(scale_f64)(const double *x, int n, double c, double *out) {
 static void NAME(scale_bf16)(const uint16_t *x, int n, float c, uint16_t *out) {
     for (int i = 0; i < n; i += STRIDE) {
         int pairs = (n - i < STRIDE ? n - i : STRIDE) / 2;
-        PREFETCH(x + i, STRIDE);
+        PREFETCH(x + i, STRIDE, FAR);
 #pragma omp simd
         for (int j = 0; j < pairs; j++) {
             uint32_t both;

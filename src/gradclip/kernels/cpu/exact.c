@@ -99,7 +99,7 @@ static window_t try_window_f64(const double *x, int n, int field, int shift, int
     int top = 2 * (field - 1023) + 2;
     double c1 = power_of_two(top + 1), c2 = 1.5 * power_of_two(top - 49),
            c3 = 1.5 * power_of_two(top - 99);
-    int sums = (n + LANES_F64 - 1) / LANES_F64 * LANES_F64;
+    int sums = (n + LANES_F64 - 1) / LANES_F64 * (LANES_F64 / STEPS_F64);
     window_t seen = blocks->window_f64(x, n, c1, c2, c3);
     *done = fits(seen.top, seen.bottom, 52, field, F64_SPREAD);
     if (*done) {
@@ -118,7 +118,8 @@ static void peel_f64(const double *x, int n, int shift, int64_t *words) {
     uint64_t top = blocks->select_f64(x, n, below, below, 1, part);
     while (top) {
         int selected, highest = (int)(top >> 52);
-        uint64_t from = (uint64_t)(highest - F64_SPREAD) << 52;
+        /* One less than fit, as a power of two counts as of the exponent below. */
+        uint64_t from = (uint64_t)(highest - F64_SPREAD + 1) << 52;
         top = blocks->select_f64(x, n, from, below, 1, part);
         try_window_f64(part, n, highest, shift, words, &selected);
         below = from;

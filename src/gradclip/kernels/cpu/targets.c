@@ -9,11 +9,12 @@
 enum { PIECE = 512 };  /* of a float16 block, while it is float32 */
 enum { STRIDE = 256 }; /* numbers scaled before more memory is asked for */
 
-/* Ask for what follows so many numbers a while later. Farther ahead than 2 kB is slower. */
-enum { AHEAD = 1024, LINE = 64 };
-#define PREFETCH(at, count)                                          \
+/* Ask for what follows so many numbers a while later. Loops that do much with each number want it
+ * from farther ahead, but on Intel not from 2 kB or more. */
+enum { NEAR = 1024, LINE = 64 };
+#define PREFETCH(at, count, ahead)                                       \
     for (unsigned line = 0; line < sizeof *(at) * (count); line += LINE) \
-    __builtin_prefetch((const char *)(at) + AHEAD + line)
+    __builtin_prefetch((const char *)(at) + (ahead) + line)
 
 /* ---- the targets ---- */
 
@@ -34,6 +35,7 @@ enum { AHEAD = 1024, LINE = 64 };
 
 /* Each copy of the loops has NAME(x), to give it its own names, and
  * - VECTOR: bytes of the vectors that it works on;
+ * - FAR: bytes from which on it asks for memory, but the shortest loop;
  * - WIDEN(x): float32 as float64, each half a vector as a whole one;
  * - MULTIPLY_ADD(a, b, c): a * b + c in float64, rounded once;
  * - SQUARES_ADD(v, sum): sum + v * v, where v * v is exact;
@@ -48,6 +50,7 @@ enum { AHEAD = 1024, LINE = 64 };
 #endif
 #define NAME(x) x##_baseline
 #define VECTOR 16
+#define FAR 2048
 #define WIDEN(x) __builtin_convertvector(x, NAME(f64s))
 #define MULTIPLY_ADD(a, b, c) ((NAME(f64s)){fma((a)[0], (b)[0], (c)[0]), fma((a)[1], (b)[1], (c)[1])})
 #if defined(__FP_FAST_FMA)
@@ -64,6 +67,7 @@ enum { AHEAD = 1024, LINE = 64 };
 #include "cpu_blocks.h"
 #undef NAME
 #undef VECTOR
+#undef FAR
 #undef WIDEN
 #undef MULTIPLY_ADD
 #undef SQUARES_ADD
@@ -104,7 +108,7 @@ static int scale_halves(const uint16_t *x, int n, float c, uint16_t *out) {
     __m256 factor = _mm256_set1_ps(c);
     int i = 0;
     for (; i + STEP <= n; i += STEP) {
-        PREFETCH(x + i, STEP);
+        PREFETCH(x + i, STEP, 2048);
         UNROLLED for (int j = i; j < i + STEP; j += 8) {
             __m256 old = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(x + j)));
             __m128i new = _mm256_cvtps_ph(_mm256_mul_ps(old, factor), _MM_FROUND_TO_NEAREST_INT);
@@ -122,6 +126,7 @@ TARGET_END
 TARGET_BEGIN("avx2,fma,f16c")
 #define NAME(x) x##_avx2
 #define VECTOR 32
+#define FAR 2048
 #define WIDEN(x) ((NAME(f64s))_mm256_cvtps_pd((__m128)(x)))
 #define MULTIPLY_ADD(a, b, c) ((NAME(f64s))_mm256_fmadd_pd((__m256d)(a), (__m256d)(b), (__m256d)(c)))
 #define LARGER(a, b) ((NAME(u32s))_mm256_max_epu32((__m256i)(a), (__m256i)(b)))
@@ -130,6 +135,7 @@ TARGET_BEGIN("avx2,fma,f16c")
 #include "cpu_blocks.h"
 #undef NAME
 #undef VECTOR
+#undef FAR
 #undef WIDEN
 #undef MULTIPLY_ADD
 #undef LARGER
@@ -139,6 +145,7 @@ TARGET_END
 TARGET_AVX512
 #define NAME(x) x##_avx512
 #define VECTOR 64
+#define FAR NEAR
 #define WIDEN(x) ((NAME(f64s))_mm512_cvtps_pd((__m256)(x)))
 #define MULTIPLY_ADD(a, b, c) ((NAME(f64s))_mm512_fmadd_pd((__m512d)(a), (__m512d)(b), (__m512d)(c)))
 #define LARGER(a, b) ((NAME(u32s))_mm512_max_epu32((__m512i)(a), (__m512i)(b)))

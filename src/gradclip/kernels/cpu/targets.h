@@ -10,7 +10,7 @@
 /* The float32 window adds up in so many lanes, and so many squares between two integers. */
 enum { LANES = 16, STEPS = 4 };
 /* The float64 window adds up so many at a time, or a part of them. */
-enum { LANES_F64 = 16 };
+enum { LANES_F64 = 16, STEPS_F64 = 2 };
 
 /* Sums over examples take so many of them at a time. */
 enum { ROWS = 8 };
@@ -19,8 +19,8 @@ typedef struct {
     uint64_t sums[3];
     uint64_t top;    /* bits of the largest |x|; of float64 the upper half, and then 0, or 1 where
                         not all are zero */
-    uint64_t bottom; /* bits of the smallest nonzero |x|, of float64 the upper half; 0 if there is
-                        none */
+    uint64_t bottom; /* bits of the smallest nonzero |x|, 0 if there is none; of float64 the upper
+                        half of what is less by one: a power of two counts as of the exponent below */
 } window_t;
 
 typedef struct {
