@@ -78,8 +78,8 @@ def _c_interface() -> bool:
         return False
     functions = [getattr(shim, name) for name in names]
     addresses = [_address(function) for function in functions[: len(_FUNCTIONS)]]
-    threads = getattr(shim, "omp_get_max_threads", None)
-    addresses.append(0 if threads is None else _address(threads))
+    for name in ("omp_get_max_threads", "GOMP_parallel"):
+        addresses.append(_address(getattr(shim, name)) if hasattr(shim, name) else 0)
     numbers = [number() for number in functions[len(_FUNCTIONS) :]]
     cpu.use_handles(tuple(addresses), (*numbers, place), Tensor)
     return True

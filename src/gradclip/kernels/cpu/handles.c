@@ -4,6 +4,7 @@
 #include <limits.h>
 
 #include "taking.h"
+#include "team.h"
 
 typedef int32_t failed_t; /* 0: all went well */
 typedef failed_t get_pointer_t(void *handle, void **pointer);
@@ -27,14 +28,14 @@ static struct {
 const char use_handles_doc[] =
 "use_handles(functions, numbers, type)\n--\n\n"
 "Say by which functions the objects of a type tell where their memory is, and what numbers those\n"
-"use, in the order of handles.c; after the functions comes omp_get_max_threads, or 0.";
+"use, in the order of handles.c; then come omp_get_max_threads and GOMP_parallel, or 0.";
 
 PyObject *use_handles(PyObject *module, PyObject *args) {
-    unsigned long long f[11];
+    unsigned long long f[12];
     PyObject *type;
     (void)module;
-    if (!PyArg_ParseTuple(args, "(KKKKKKKKKKK)(iiiiiiiii)O", &f[0], &f[1], &f[2], &f[3], &f[4],
-                          &f[5], &f[6], &f[7], &f[8], &f[9], &f[10], &handles.f16, &handles.bf16,
+    if (!PyArg_ParseTuple(args, "(KKKKKKKKKKKK)(iiiiiiiii)O", &f[0], &f[1], &f[2], &f[3], &f[4],
+                          &f[5], &f[6], &f[7], &f[8], &f[9], &f[10], &f[11], &handles.f16, &handles.bf16,
                           &handles.f32, &handles.f64, &handles.c64, &handles.c128,
                           &handles.host, &handles.strided, &handles.at, &type))
         return NULL;
@@ -51,6 +52,7 @@ PyObject *use_handles(PyObject *module, PyObject *args) {
     handles.get_layout = (get_code_t *)(uintptr_t)f[8];
     handles.get_device_index = (get_code_t *)(uintptr_t)f[9];
     handles.most_threads = (int (*)(void))(uintptr_t)f[10];
+    use_team((parallel_t *)(uintptr_t)f[11]);
     Py_RETURN_NONE;
 }
 

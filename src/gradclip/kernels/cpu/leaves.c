@@ -72,7 +72,7 @@ static void leaves_dealloc(Leaves *self) {
 static int walk_all(Leaves *self, share_t *walk, job_t *job, int threads) {
     job->list = &self->list;
     atomic_store(&self->list.cursor, 0);
-    return walk_together(walk, job, threads);
+    return (self->framework ? walk_as_team : walk_together)(walk, job, threads);
 }
 
 PyObject *list_sums(const sum_t *sums, int shares) {

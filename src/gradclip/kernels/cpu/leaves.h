@@ -12,7 +12,7 @@ typedef struct {
     Py_buffer *buffers;
     Py_ssize_t held;   /* buffers */
     PyObject *objects; /* or else a tuple of what is held */
-    int framework;     /* if they are of one that says how many threads may walk */
+    int framework;     /* if they are of one that has threads of its own */
     Py_ssize_t count;
     leaf_t *leaves;    /* each strided one owns its geometry */
     PyObject *decode;  /* keeps the tables alive that leaves point to */

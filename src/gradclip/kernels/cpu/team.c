@@ -117,6 +117,7 @@ PyObject *forget_helpers(PyObject *module, PyObject *unused) {
     (void)module, (void)unused;
     atomic_store(&helper_count, 0);
     atomic_flag_clear(&starting);
+    leave_team();
     Py_RETURN_NONE;
 }
 

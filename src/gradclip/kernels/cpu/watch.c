@@ -91,7 +91,7 @@ static int measure_gradient(Watch *self, PyObject *gradient, const leaf_t *leaf)
     if (threads > self->threads) threads = self->threads;
     if (threads > worth) threads = worth > 1 ? (int)worth : 1;
     if (read_version(gradient, &before) < 0) return -1;
-    int shares = walk_together(sum_share, &job, threads); /* other threads may run meanwhile */
+    int shares = walk_as_team(sum_share, &job, threads); /* other threads may run meanwhile */
     if (read_version(gradient, &after) < 0) return -1;
     if (call != self->calls || before != after) return 0;
     PyObject *reference = PyWeakref_NewRef(gradient, NULL);
