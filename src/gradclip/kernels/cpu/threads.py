@@ -10,9 +10,12 @@ BYTES_PER_THREAD = 1 << 20
 
 
 def worth(nbytes: int, most: int) -> int:
-    """How many threads so many bytes are worth, of at most so many and `number`."""
-    threads = min(most, nbytes // BYTES_PER_THREAD)
-    return 1 if threads < 2 else min(threads, number())
+    """How many threads so many bytes are worth, of at most so many and `number`.
+
+    Raises:
+        ValueError: as `number`, however few bytes there are.
+    """
+    return max(1, min(number(), most, nbytes // BYTES_PER_THREAD))
 
 
 def number() -> int:
