@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import gradclip
 from gradclip.kernels import cpu
 
 kernel: Any = cpu._cpu
@@ -98,3 +99,23 @@ def test_the_objects_in_a_list() -> None:
     found = cpu.distinct([one, one, other, one, other])
     assert [id(each) for each in found] == [id(one), id(other)]
     assert cpu.distinct([]) == []
+
+
+def test_what_is_shorter_than_an_array_is_not_read_as_one() -> None:
+    assert gradclip.global_norm([np.float32([3]), np.float32(4)]) == 5
+    with pytest.raises(TypeError, match=r"t_list\[1\] is"):
+        gradclip.global_norm([np.float32([3]), object()])
+
+
+def test_a_list_that_the_hash_of_a_type_shortens() -> None:
+    class Shortens(type):
+        def __hash__(cls) -> int:
+            del leaves[2:]
+            return 5
+
+    class Leaf(metaclass=Shortens):
+        pass
+
+    leaves: list[Any] = [np.ones(3), Leaf(), *[np.ones(3)] * 4]
+    with pytest.raises(TypeError, match=r"t_list\[1\] is"):
+        gradclip.global_norm(leaves)

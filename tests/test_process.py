@@ -123,6 +123,22 @@ def test_helpers_wake_on_other_processors_than_the_one_that_asks() -> None:
         os.sched_setaffinity(0, everywhere)
 
 
+@on_linux
+def test_a_helper_takes_no_signal_that_a_program_waits_for() -> None:
+    code = """
+        import os, signal
+        os.environ["OPENBLAS_NUM_THREADS"] = "1"  # of NumPy's threads one could take it
+        os.environ["GRADCLIP_NUM_THREADS"] = "2"
+        import workers
+        assert workers.big_call() == workers.ANSWER
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+        os.kill(os.getpid(), signal.SIGUSR1)
+        print(signal.sigwait({signal.SIGUSR1}) == signal.SIGUSR1)
+    """
+    done = run_python(code)
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "True", "")
+
+
 @pytest.mark.parametrize("function", some_quick(["clip"], ["measure", "clip in place"]))
 def test_memory_is_let_go_when_a_call_returns(function: str) -> None:
     """A mapping cannot be closed while anybody, on any thread, holds a view of it."""

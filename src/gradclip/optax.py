@@ -175,7 +175,7 @@ def per_example_global_norm_clip(grads: Any, l2_norm_clip: Any) -> tuple[Any, An
     finite, its squares over- or underflow  what the formula says
     an element NaN or inf                   zeros, counted
     limit 0                                 zeros, counted if its norm is above 0
-    limit inf                               itself
+    limit inf                               itself; zeros, not counted, of norm inf
     limit below 0 or NaN                    ValueError; traced: as limit 0
     ======================================  =======================================
 

@@ -62,8 +62,8 @@ static int learn(PyObject *sample, known_t *known) {
 
 const char use_arrays_doc[] =
 "use_arrays(*samples)\n--\n\n"
-"Try if arrays of this type are as they are read here: one of each of five dtypes, and not all\n"
-"alike. Returns if they are; else they are asked for buffers, as other objects are.";
+"Try if arrays of this type are as they are read here: one of each of five dtypes, laid out in\n"
+"different ways. Returns if they are; else they are asked for buffers, as other objects are.";
 
 PyObject *use_arrays(PyObject *module, PyObject *args) {
     PyObject *samples[MOST_DTYPES];
@@ -82,10 +82,10 @@ PyObject *use_arrays(PyObject *module, PyObject *args) {
 
 /* An array, and the kind of its leaf. */
 static int read_array(const fields_t *fields, int writable, array_t *array, leaf_t *leaf) {
+    if (Py_TYPE((PyObject *)fields) != arrays.type) return NEEDS_CARE; /* and may be shorter */
     const known_t *known = find(fields->dtype);
     unsigned flags = (unsigned)fields->flags;
-    if (Py_TYPE((PyObject *)fields) != arrays.type || !known || fields->nd > MOST_DIMENSIONS)
-        return NEEDS_CARE;
+    if (!known || fields->nd > MOST_DIMENSIONS) return NEEDS_CARE;
     if (writable && (flags & (WRITEABLE | WARN_ON_WRITE)) != WRITEABLE) return NEEDS_CARE;
     leaf->kind = known->kind;
     *array = (array_t){fields->data, known->parts, fields->nd,
@@ -106,8 +106,12 @@ static int hold_arrays(Leaves *self, int writable) {
 
 PyObject *take_arrays(PyObject *list, int writable) {
     if (!arrays.type || !PyList_Size(list)) Py_RETURN_NONE;
-    Leaves *self = new_leaves(PyList_Size(list));
-    if (!self) return NULL;
-    self->objects = PyList_AsTuple(list);
-    return give(self, self->objects ? hold_arrays(self, writable) : FAILED);
+    PyObject *objects = PyList_AsTuple(list);
+    Leaves *self = objects ? new_leaves(PyTuple_Size(objects)) : NULL;
+    if (!self) {
+        Py_XDECREF(objects);
+        return NULL;
+    }
+    self->objects = objects;
+    return give(self, hold_arrays(self, writable));
 }

@@ -83,15 +83,17 @@ PyDoc_STRVAR(kinds_doc,
 static PyObject *py_kinds(PyObject *module, PyObject *items) {
     enum { AHEAD = 8 };
     (void)module;
-    Py_ssize_t count = PyList_Size(items);
-    PyObject *kinds = count < 0 ? NULL : PySet_New(NULL);
+    items = PyList_AsTuple(items); /* to hash a type may run anyone's code, which may change a list */
+    PyObject *kinds = items ? PySet_New(NULL) : NULL;
     PyTypeObject *last = NULL;
+    Py_ssize_t count = items ? PyTuple_Size(items) : 0;
     for (Py_ssize_t i = 0; kinds && i < count; i++) {
-        if (i + AHEAD < count) __builtin_prefetch(PyList_GetItem(items, i + AHEAD));
-        PyTypeObject *kind = Py_TYPE(PyList_GetItem(items, i));
+        if (i + AHEAD < count) __builtin_prefetch(PyTuple_GetItem(items, i + AHEAD));
+        PyTypeObject *kind = Py_TYPE(PyTuple_GetItem(items, i));
         if (kind != last && PySet_Add(kinds, (PyObject *)kind) < 0) Py_CLEAR(kinds);
         last = kind;
     }
+    Py_XDECREF(items);
     return kinds;
 }
 

@@ -22,6 +22,10 @@ static void add_at(int64_t *words, int unit, int64_t value, int exponent) {
     int64_t sign = value < 0 ? -1 : 1;
     uint64_t magnitude = value < 0 ? 0 - (uint64_t)value : (uint64_t)value;
     int place = exponent - unit;
+    if (place < 0) { /* no square of a number is so small: what is cut off is zeros */
+        magnitude = place > -64 ? magnitude >> -place : 0;
+        place = 0;
+    }
     int64_t *word = words + (place >> 5);
     uint64_t low = (magnitude & UINT32_MAX) << (place & 31);
     uint64_t high = (magnitude >> 32) << (place & 31);
@@ -153,8 +157,8 @@ static void exact_f64(const double *x, int n, int *field, total_t *total) {
     peel_f64(part, n, 1200, total->wide);
     blocks->select_f64(x, n, low, high, 1, part);
     peel_f64(part, n, 0, total->wide);
-    blocks->select_f64(x, n, 0, low, 0x1p600, part);
-    peel_f64(part, n, -1200, total->wide);
+    blocks->select_f64(x, n, 0, low, 0x1p700, part); /* and the least unit is normal */
+    peel_f64(part, n, -1400, total->wide);
 }
 
 /* ---- all kinds ---- */

@@ -4,6 +4,9 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+#if !defined(_WIN32)
+#include <signal.h>
+#endif
 #define PY_SSIZE_T_CLEAN
 #include "team.h"
 
@@ -33,6 +36,12 @@ static void serve(void *data) {
     helper_t *self = data;
 #if defined(__linux__)
     atomic_store(&self->id, syscall(SYS_gettid));
+#endif
+#if !defined(_WIN32)
+    /* Those that a program waits for are not for this thread. */
+    sigset_t all;
+    sigfillset(&all);
+    pthread_sigmask(SIG_BLOCK, &all, NULL);
 #endif
     for (;;) {
         for (int turn = 0; !atomic_load(&self->told) && turn < TURNS; turn++) pause_awake();
