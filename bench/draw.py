@@ -1,4 +1,4 @@
-"""Draw the last run in a file that ``gradclip bench --csv FILE`` has written.
+"""Draw the last run of each case in a file that ``gradclip bench --csv FILE`` has written.
 
 python bench/draw.py [bench/results.csv [docs/bench.png]]
 """
@@ -32,15 +32,20 @@ YARDSTICKS = ("R", "S", "one thread", "allowed")
 Row = dict[str, str]
 
 
-def last_run(path: Path) -> list[Row]:
-    """The rows of the latest date that compare times, without those of the yardsticks."""
+def last_runs(path: Path) -> list[Row]:
+    """The last run of each case on the processor that was measured last: what compares times.
+
+    Without the rows of the yardsticks.
+    """
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    latest = max((row["date"] for row in rows), default="")
+    newest = max(rows, key=lambda row: row["date"], default={"processor": ""})
+    here = [row for row in rows if row["processor"] == newest["processor"]]
+    latest = {row["case"]: row["date"] for row in sorted(here, key=lambda row: row["date"])}
     return [
         row
-        for row in rows
-        if row["date"] == latest
+        for row in here
+        if row["date"] == latest[row["case"]]
         and row["median_s"]
         and row["unit"] != "ms"
         and row["system"] not in YARDSTICKS
@@ -107,7 +112,7 @@ def main() -> None:
     parser.add_argument("results", nargs="?", type=Path, default=ROOT / "bench" / "results.csv")
     parser.add_argument("picture", nargs="?", type=Path, default=ROOT / "docs" / "bench.png")
     args = parser.parse_args()
-    rows = last_run(args.results)
+    rows = last_runs(args.results)
     if not rows:
         parser.error(f"{args.results} holds no run that compares times")
     draw(rows, args.picture)
