@@ -370,6 +370,7 @@ UNTRIED = {
     "a stream without its end",
     "scaled twice",
     "a number on the edge left out",
+    "a power of two of the exponent below",
     "the largest by half of its bits",
 }
 
