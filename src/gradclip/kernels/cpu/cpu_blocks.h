@@ -263,13 +263,9 @@ static window_t NAME(window_f64)(const double *x, int n, double c1, double c2, d
         NAME(window_step_f64)(tail + i, c1, c2, c3, sums, &range);
     for (int j = 0; j < NAME(WIDTH); j++)
         for (int k = 0; k < 3; k++) window.sums[k] += sums[k][j];
-    uint32_t top = 0, bottom = UINT32_MAX;
-    for (int j = 0; j < NAME(WIDTH); j++) {
-        uint32_t high = (uint32_t)(((NAME(u64s))range.top)[j] >> 32),
-                 low = (uint32_t)(((NAME(u64s))range.bottom)[j] >> 32);
-        top = high > top ? high : top;
-        bottom = low < bottom ? low : bottom;
-    }
+    /* Of the lower halves make what changes nothing. */
+    uint32_t top = NAME(largest)((NAME(u32s))((NAME(u64s))range.top >> 32)),
+             bottom = NAME(least)((NAME(u32s))((NAME(u64s))range.bottom | UINT32_MAX));
     int all_zero = bottom == UINT32_MAX;
     window.top = (uint64_t)top << 32 | !all_zero;
     window.bottom = all_zero ? 0 : (uint64_t)bottom << 32;

@@ -7,7 +7,7 @@
 #include <time.h>
 #endif
 #define PY_SSIZE_T_CLEAN
-#include "ieee.h"
+#include "party.h"
 #include "team.h"
 
 static parallel_t *parallel;
@@ -56,10 +56,7 @@ typedef struct {
 
 static void take_part(void *data) {
     shared_t *shared = data;
-    fenv_t saved;
-    set_ieee(&saved);
-    shared->walk(shared->job, atomic_fetch_add(&shared->shares, 1));
-    fesetenv(&saved);
+    take_share(shared->walk, shared->job, &shared->shares);
 }
 
 int walk_as_team(share_t *walk, void *job, int threads) {

@@ -18,6 +18,13 @@ struct party {
     PyThread_type_lock end; /* released by the last of those inside, if it is closed by then */
 };
 
+void take_share(share_t *walk, void *job, _Atomic int *shares) {
+    fenv_t saved;
+    set_ieee(&saved);
+    walk(job, atomic_fetch_add(shares, 1));
+    fesetenv(&saved);
+}
+
 party_t *new_party(share_t *walk, void *job) {
     party_t *party = malloc(sizeof *party);
     PyThread_type_lock end = party ? PyThread_allocate_lock() : NULL;
@@ -38,10 +45,6 @@ void let_go_of_party(party_t *party) {
     free(party);
 }
 
-static void take_a_share(party_t *party) {
-    party->walk(party->job, atomic_fetch_add(&party->shares, 1));
-}
-
 static int go_inside(party_t *party) {
     int inside = atomic_load(&party->inside);
     while (!(inside & CLOSED))
@@ -52,17 +55,14 @@ static int go_inside(party_t *party) {
 void join_party(void *data) {
     party_t *party = data;
     if (go_inside(party)) {
-        fenv_t saved;
-        set_ieee(&saved);
-        take_a_share(party);
-        fesetenv(&saved);
+        take_share(party->walk, party->job, &party->shares);
         if (atomic_fetch_sub(&party->inside, 1) == (CLOSED | 1)) PyThread_release_lock(party->end);
     }
     let_go_of_party(party);
 }
 
 int finish_party(party_t *party) {
-    take_a_share(party);
+    take_share(party->walk, party->job, &party->shares);
     int inside = atomic_fetch_or(&party->inside, CLOSED) | CLOSED;
     for (int turn = 0; inside != CLOSED && turn < TURNS; turn++) {
         pause_awake();

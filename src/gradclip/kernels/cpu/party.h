@@ -7,6 +7,9 @@
 
 enum { MOST_THREADS = 64 };
 
+/* Begin the next share of a walk, by the arithmetic of IEEE. */
+void take_share(share_t *walk, void *job, _Atomic int *shares);
+
 typedef struct party party_t;
 
 /* NULL if memory runs out. */

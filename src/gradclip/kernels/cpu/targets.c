@@ -108,7 +108,7 @@ static int scale_halves(const uint16_t *x, int n, float c, uint16_t *out) {
     __m256 factor = _mm256_set1_ps(c);
     int i = 0;
     for (; i + STEP <= n; i += STEP) {
-        PREFETCH(x + i, STEP, 2048);
+        PREFETCH(x + i, STEP, NEAR);
         UNROLLED for (int j = i; j < i + STEP; j += 8) {
             __m256 old = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(x + j)));
             __m128i new = _mm256_cvtps_ph(_mm256_mul_ps(old, factor), _MM_FROUND_TO_NEAREST_INT);

@@ -10,7 +10,6 @@
 #define PY_SSIZE_T_CLEAN
 #include "team.h"
 
-#include "ieee.h"
 #include "leaves.h"
 #include "party.h"
 
@@ -105,19 +104,17 @@ static void invite(party_t *party, int wanted) {
 }
 
 int walk_together(share_t *walk, void *job, int threads) {
-    int shares = 1, most = threads < MOST_THREADS ? threads : MOST_THREADS;
+    _Atomic int shares = 0;
+    int most = threads < MOST_THREADS ? threads : MOST_THREADS;
     party_t *party = most > 1 ? new_party(walk, job) : NULL;
     if (party) start_helpers(most - 1);
     Py_BEGIN_ALLOW_THREADS
-    fenv_t saved;
-    set_ieee(&saved);
     if (party) {
         invite(party, most - 1);
         shares = finish_party(party);
     } else {
-        walk(job, 0);
+        take_share(walk, job, &shares);
     }
-    fesetenv(&saved);
     Py_END_ALLOW_THREADS
     return shares;
 }
