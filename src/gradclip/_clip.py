@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from gradclip import _compiler
@@ -16,6 +16,8 @@ from gradclip.core.decide import (
 from gradclip.core.dispatch import is_inert, may_be_followed
 from gradclip.core.exact import FLOAT32, FLOAT64, Scaled, Total, counts, merge, norm, square
 from gradclip.core.held import Clip, Held
+from gradclip.core.limits import Limit
+from gradclip.core.memory import Lesson
 from gradclip.core.opening import Opening, taking_part
 from gradclip.core.protocol import Backend, Beside
 from gradclip.core.tree import Tree
@@ -51,7 +53,9 @@ def clip_by_global_norm(
             iterator is read once. float16, bfloat16, float8, float32, float64, complex64 and
             complex128, of any shape and layout, dense or sparse. Never modified.
         clip_norm: a real scalar above 0; ``inf`` clips nothing. Where it is traced it cannot be
-            checked: NaN gives NaN, below 0 acts as 0.
+            checked: NaN gives NaN, below 0 acts as 0. Or a limit that sets itself, of
+            `gradclip.limits`, which learns from each norm; where it would have a step skipped, all
+            elements become 0.
         use_norm: the norm to scale by, if it is known already. The leaves are not read for it;
             workers still meet, so that an error on one is an error on all.
         name: names the operations where a framework has named ones; else without effect.
@@ -113,6 +117,7 @@ def clipped(
             tree, backend = opening.opened(t_list, called, kinds_of=kinds)
         with taking_part(opening.workers) as part:
             check_policy(on_nonfinite)
+            clip_norm = lesson_of(clip_norm, tree.places)
             held, limits = _held_to_be_read(tree, backend, clip_norm, use_norm, group)
             clip = Clip(
                 tree.leaves,
@@ -124,6 +129,7 @@ def clipped(
                 name=name,
             )
             leaves, norm = held.clipped(clip)
+        learn(clip_norm)
         return tree.rebuild(leaves), norm
 
 
@@ -143,7 +149,7 @@ def clip_by_global_norm_(
 
     Args:
         t_list: as in `clip_by_global_norm`; every leaf must be writable.
-        clip_norm: a real scalar above 0; ``inf`` clips nothing.
+        clip_norm: a real scalar above 0; ``inf`` clips nothing; or a limit of `gradclip.limits`.
         use_norm: the norm to scale by, if it is known already.
         on_nonfinite: as in `clip_by_global_norm`.
         group: as in `clip_by_global_norm`.
@@ -170,9 +176,12 @@ def clip_by_global_norm_(
             tree, backend = opening.opened(t_list, kinds_of=kinds)
         with taking_part(opening.workers) as part:
             check_policy(on_nonfinite)
+            clip_norm = lesson_of(clip_norm, tree.places)
             limits = limits_read(clip_norm, use_norm)
             held = backend.hold(tree.leaves, tree.path, writable=True)
-            return held.clip_(Clip(tree.leaves, tree.path, *limits, on_nonfinite, part=part))
+            norm = held.clip_(Clip(tree.leaves, tree.path, *limits, on_nonfinite, part=part))
+        learn(clip_norm)
+        return norm
 
 
 def global_norm(
@@ -256,6 +265,17 @@ def _held_to_be_read(
     limits = limits_read(*limits)
     held = backend.hold(tree.leaves, tree.path, writable=False, beside=Beside(limits, group))
     return held, limits
+
+
+def lesson_of(clip_norm: Any, keys: Sequence[Any]) -> Any:
+    """The lesson of a limit that learns, ``keys`` telling its tensors apart; any other as it is."""
+    return clip_norm.lesson(keys) if isinstance(clip_norm, Limit) else clip_norm
+
+
+def learn(clip_norm: Any) -> None:
+    """Once leaves are clipped: have a limit that learns keep what it has learnt."""
+    if isinstance(clip_norm, Lesson):
+        clip_norm.learn()
 
 
 def limits_read(

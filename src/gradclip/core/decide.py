@@ -12,7 +12,10 @@ import math
 import numbers
 from typing import Any, Literal, NamedTuple, get_args
 
-from gradclip.core.exact import Scaled
+import numpy as np
+import numpy.typing as npt
+
+from gradclip.core.exact import Scaled, ScaledArray
 
 OnNonfinite = Literal["nan", "raise", "zero", "keep"]
 OnNonfiniteStep = Literal["nan", "raise", "zero", "keep", "skip"]  # where there is a step to skip
@@ -34,11 +37,17 @@ class Scale(NamedTuple):
     factor: Scaled
 
 
+class ScaleEach(NamedTuple):
+    """Multiply the elements of each leaf by a factor of its own."""
+
+    factors: ScaledArray
+
+
 class Raise(NamedTuple):
     """Raise FloatingPointError before anything is written."""
 
 
-Action = Keep | Fill | Scale | Raise
+Action = Keep | Fill | Scale | ScaleEach | Raise
 
 _POLICIES, _POLICIES_OF_STEPS = get_args(OnNonfinite), get_args(OnNonfiniteStep)
 
@@ -50,7 +59,7 @@ def check_clip_norm(clip_norm: Any, name: str = "clip_norm") -> float:
         TypeError: it is no real scalar.
         ValueError: it is zero, negative, NaN or an array of any shape but ().
     """
-    value = clip_norm if type(clip_norm) is float else _real(name, clip_norm)
+    value = clip_norm if type(clip_norm) is float else real_number(name, clip_norm)
     if not value > 0:
         raise ValueError(f"{name} is {clip_norm!r}; it must be above 0 (inf: only measure)")
     return value
@@ -63,7 +72,7 @@ def check_use_norm(use_norm: Any, name: str = "use_norm") -> Scaled:
         TypeError: it is no real scalar.
         ValueError: it is negative or an array of any shape but ().
     """
-    value = _real(name, use_norm)
+    value = real_number(name, use_norm)
     if value < 0:
         raise ValueError(f"{name} is {use_norm!r}; a norm is never negative")
     return Scaled.of(abs(value))
@@ -96,8 +105,12 @@ def check_no_group(group: Any) -> None:
         raise NotImplementedError(f"group is {group!r}; there is none for these leaves")
 
 
-def _real(name: str, value: Any) -> float:
-    """A Python number or 0-d array as a float; every other thing is an error that shows it."""
+def real_number(name: str, value: Any) -> float:
+    """A Python number or 0-d array as a float.
+
+    Raises:
+        TypeError, ValueError: it is anything else; the text shows it.
+    """
     shape = tuple(getattr(value, "shape", ()))
     if shape != ():
         raise ValueError(f"{name} is {value!r} of shape {shape}; it must be a scalar")
@@ -147,3 +160,18 @@ def factor(norm: Scaled, clip_norm: float) -> Scaled:
     limit = Scaled.of(clip_norm)
     significand, exponent = math.frexp(limit.significand / norm.significand)
     return Scaled(significand, exponent + limit.exponent - norm.exponent)
+
+
+def factors(norms: ScaledArray, limits: npt.NDArray[np.float64]) -> ScaledArray:
+    """As `factor` of each norm and its limit; exactly 1 where `at_most` holds."""
+    significand, exponent = np.frexp(limits)
+    above = (norms.exponent > exponent) | (
+        (norms.exponent == exponent) & (norms.significand > significand)
+    )
+    above &= (norms.significand > 0) & (limits < math.inf)
+    quotient, shift = np.frexp(significand / np.where(above, norms.significand, 1.0))
+    one, place = math.frexp(1.0)
+    return ScaledArray(
+        np.where(above, quotient, one),
+        np.where(above, shift.astype(np.int64) + exponent - norms.exponent, place),
+    )

@@ -49,6 +49,30 @@ class Scaled(NamedTuple):
             return math.inf
 
 
+class ScaledArray(NamedTuple):
+    """Several numbers as `Scaled` has one."""
+
+    significand: npt.NDArray[np.float64]
+    exponent: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(cls, numbers: Iterable[Scaled]) -> ScaledArray:
+        """Numbers, one after the other."""
+        pairs = list(numbers)
+        return cls(
+            np.array([each.significand for each in pairs], np.float64),
+            np.array([each.exponent for each in pairs], np.int64),
+        )
+
+    def floats(self) -> npt.NDArray[np.float64]:
+        """The nearest float64 numbers; inf where one is too large."""
+        with np.errstate(over="ignore", under="ignore"):
+            found: npt.NDArray[np.float64] = np.ldexp(
+                self.significand, np.clip(self.exponent, -(1 << 20), 1 << 20).astype(np.int32)
+            )
+        return found
+
+
 class Format(NamedTuple):
     """What rounding to a binary format needs to know: bits, and the exponent of the last place."""
 

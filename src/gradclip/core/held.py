@@ -11,17 +11,22 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
+import numpy as np
+
 from gradclip.core.decide import (
     Action,
     Fill,
     Keep,
     Raise,
     Scale,
+    ScaleEach,
     check_clip_norm,
     check_use_norm,
     decide,
+    factors,
 )
-from gradclip.core.exact import Scaled, Total
+from gradclip.core.exact import Scaled, ScaledArray, Total
+from gradclip.core.memory import HOST, Lesson
 from gradclip.core.workers import Joint
 
 
@@ -38,7 +43,8 @@ class Clip:
     Args:
         leaves: as they were passed, for an error to name those with NaN or inf.
         path: what an error calls each.
-        clip_norm: the limit: a number, or what the leaves' memory `Held.knows`.
+        clip_norm: the limit: a number, what the leaves' memory `Held.knows`, or the `Lesson` of one
+            that learns.
         use_norm: the norm, if it is given.
         on_nonfinite: the policy.
         part: this worker's part, where there are others.
@@ -85,17 +91,19 @@ class Clip:
 
     # ---- on the host ----
 
-    def asked(self, limit: float, given: float | None) -> dict[str, object]:
+    def asked(self, limit: object, given: float | None) -> dict[str, object]:
         """What has to be the same on all workers: numbers, words and None, by name."""
         return {"clip_norm": limit, "use_norm": given, "on_nonfinite": self.on_nonfinite}
 
-    def read(self) -> tuple[float, Scaled | None]:
+    def read(self) -> tuple[float | Lesson, Scaled | None]:
         """The limit, and the norm if it is given.
 
         Raises:
             TypeError, ValueError: either is out of range or no real scalar.
         """
-        limit, given = check_clip_norm(self.clip_norm, self.limit_name), self.use_norm
+        limit, given = self.clip_norm, self.use_norm
+        if not isinstance(limit, Lesson):
+            limit = check_clip_norm(limit, self.limit_name)
         return limit, None if given is None else check_use_norm(given, self.norm_name)
 
     def measured(self, held: Held) -> Measured:
@@ -109,7 +117,7 @@ class Clip:
         total, wide = held.share(self.part)
         return Measured(*self.part.norm(total, wide=wide))
 
-    def decided(self, held: Held) -> tuple[Measured, Keep | Fill | Scale]:
+    def decided(self, held: Held) -> tuple[Measured, Keep | Fill | Scale | ScaleEach]:
         """The norm, and what is to be done: everything up to the first write.
 
         Raises:
@@ -118,18 +126,48 @@ class Clip:
         """
         limit, given = self.read()
         if self.part is not None:
-            self.part.asked(**self.asked(limit, None if given is None else float(given)))
-        if given is None:
+            told = limit.told() if isinstance(limit, Lesson) else limit
+            self.part.asked(**self.asked(told, None if given is None else float(given)))
+        each = None
+        if isinstance(limit, Lesson) and limit.per_tensor:
+            found, each = self.measured_each(held)
+        elif given is None:
             found = self.measured(held)
         else:
             found = Measured(given)
             if self.part is not None:
                 held.check_there()
                 self.part.meet()  # for an error of another, and for one that has not been given it
-        action = self.action(found.norm, limit)
+        action = self._judged(found.norm, each, limit)
         if isinstance(action, Raise):
             self.refuse(held, float(found.norm))
         return found, action
+
+    def measured_each(self, held: Held) -> tuple[Measured, ScaledArray]:
+        """The global norm, and that of each leaf.
+
+        Raises:
+            RuntimeError: another worker has failed.
+        """
+        if self.part is not None:
+            return held.measure_each_with(self.part)
+        norm, each = held.measure_each()
+        return Measured(norm), each
+
+    def _judged(self, norm: Scaled, each: ScaledArray | None, limit: float | Lesson) -> Action:
+        """What is to be done to leaves of this norm, and each of one of its own, by a limit."""
+        if not isinstance(limit, Lesson):
+            return self.action(norm, limit)
+        if each is None:
+            return self.action(norm, limit.judge(HOST, float(norm)))
+        limits, own = limit.judge_each(HOST, each.floats(), float(norm))
+        if not math.isfinite(norm.significand):
+            return self.action(norm, 1.0)
+        against = ScaledArray(
+            np.where(own, each.significand, norm.significand),
+            np.where(own, each.exponent, norm.exponent),
+        )
+        return ScaleEach(factors(against, limits))
 
     def action(self, norm: Scaled, limit: float) -> Action:
         """What is to be done to leaves of this norm."""
@@ -199,6 +237,9 @@ class Clip:
         return f"the global norm is {norm}: {on}" + "; ".join(found)
 
 
+_NO_TENSORS = "limits.PerTensor is not there for leaves of"
+
+
 class Held:
     """Leaves that have passed every check: nothing has been written, and no error can come.
 
@@ -219,6 +260,18 @@ class Held:
     def measure(self) -> Scaled:
         """The global norm, correctly rounded; NaN if an element is, else inf if one is."""
         raise NotImplementedError
+
+    def measure_each(self) -> tuple[Scaled, ScaledArray]:
+        """The global norm as `measure` has it, and that of each leaf.
+
+        Each is rounded to float64 if that leaf is float64 or complex128, else to float32.
+        """
+        raise NotImplementedError(f"{_NO_TENSORS} {type(self).__module__}")
+
+    def measure_each_with(self, joint: Joint) -> tuple[Measured, ScaledArray]:
+        """The same, of leaves of which other workers have parts."""
+        del joint
+        raise NotImplementedError(f"{_NO_TENSORS} a group of {type(self).__module__}")
 
     def total(self) -> tuple[Total, float, bool]:
         """The exact sum of squares, the largest finite |x|, and if a leaf is float64."""
@@ -265,6 +318,14 @@ class Held:
         """New leaves, every element multiplied."""
         raise NotImplementedError
 
+    def scaled_each(self, factors: ScaledArray) -> list[Any]:
+        """New leaves, the elements of each multiplied by a factor of its own."""
+        raise NotImplementedError(f"{_NO_TENSORS} {type(self).__module__}")
+
+    def scale_each_(self, factors: ScaledArray) -> None:
+        """Multiply the elements of each leaf, where they lie, by a factor of its own."""
+        raise NotImplementedError(f"{_NO_TENSORS} {type(self).__module__}")
+
     def fill_(self, value: float) -> None:
         """Put ``value`` into every element."""
         raise NotImplementedError
@@ -297,6 +358,8 @@ class Held:
         match action:
             case Scale(factor):
                 leaves = self.scaled(factor)
+            case ScaleEach(factors):
+                leaves = self.scaled_each(factors)
             case Fill(value):
                 leaves = self.filled(value)
             case Keep():
@@ -308,5 +371,7 @@ class Held:
         match action:
             case Scale(factor):
                 self.scale_(factor)
+            case ScaleEach(factors):
+                self.scale_each_(factors)
             case Fill(value):
                 self.fill_(value)

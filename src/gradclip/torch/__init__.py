@@ -49,13 +49,20 @@ from torch.nn import utils
 
 from gradclip import _clip
 from gradclip.core.decide import OnNonfinite
+from gradclip.core.limits import Limit
 from gradclip.core.opening import Opening
 from gradclip.core.patch import Patch
 from gradclip.torch import backend
 from gradclip.torch.clipper import Clipper, clipper_of
 from gradclip.torch.library import operand
 from gradclip.torch.norms import check_order, clip_, clip_with_norm_, total_norm
-from gradclip.torch.parameters import Named, gradients_of, listed, path_of_gradient
+from gradclip.torch.parameters import (
+    Named,
+    gradients_of,
+    keys_of_gradients,
+    listed,
+    path_of_gradient,
+)
 
 __all__ = [
     "Clipper",
@@ -73,7 +80,7 @@ Clipper.__module__ = __name__  # by which copies are pickled, wherever the code 
 
 def clip_grad_norm_(
     parameters: Tensor | Iterable[Tensor] | Named,
-    max_norm: float,
+    max_norm: float | Limit,
     norm_type: float = 2.0,
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
@@ -92,7 +99,8 @@ def clip_grad_norm_(
         parameters: parameters, or one, also with their names, as ``model.named_parameters()`` or
             a dict; those without a gradient are passed over. Gradients of float16, bfloat16,
             float8, float32, float64, complex; dense, or sparse.
-        max_norm: above 0; ``inf`` only measures.
+        max_norm: above 0; ``inf`` only measures. Or a limit of `gradclip.limits`, which learns from
+            each norm; where it would have a step skipped, all gradients become 0.
         norm_type: p, above 0; ``inf`` is the largest ``|g|``.
         error_if_nonfinite: RuntimeError if the norm is NaN or inf.
         foreach: without effect.
@@ -134,7 +142,8 @@ def clip_grad_norm_(
             )
         order, error_if_nonfinite = check_order(norm_type), bool(error_if_nonfinite)
         grads = gradients_of(given)
-    if workers is None and torch.compiler.is_compiling():
+    learns = isinstance(max_norm, Limit)
+    if workers is None and torch.compiler.is_compiling() and not learns:
         if on_nonfinite is not None:
             _clip.check_policy(on_nonfinite)
         limit = operand("max_norm", max_norm)
@@ -148,6 +157,7 @@ def clip_grad_norm_(
         on_nonfinite,
         error_if_nonfinite,
         workers,
+        keys_of_gradients(given) if learns else (),
     )
 
 

@@ -19,7 +19,7 @@ from gradclip.core.decide import (
     check_use_norm,
     decide,
 )
-from gradclip.core.exact import Scaled
+from gradclip.core.exact import Scaled, ScaledArray
 from gradclip.core.held import Held, Measured
 from gradclip.core.opening import taking_part
 from gradclip.core.workers import Joint, Workers
@@ -74,7 +74,7 @@ class GradClip(ByOperation):
         self.order = order
         self.error_if_nonfinite = error_if_nonfinite
 
-    def asked(self, limit: float, given: float | None) -> dict[str, object]:
+    def asked(self, limit: object, given: float | None) -> dict[str, object]:
         del given
         return {
             "max_norm": limit,
@@ -93,6 +93,20 @@ class GradClip(ByOperation):
         if self.error_if_nonfinite and not math.isfinite(found.norm.significand):
             self._refuse()
         return found
+
+    def measured_each(self, held: Any) -> tuple[Measured, ScaledArray]:
+        """The norm of order 2, and that of each gradient.
+
+        Raises:
+            ValueError: the order is another.
+            RuntimeError: the norm is NaN or inf, and that is an error; or another worker has failed.
+        """
+        if self.order != 2:
+            raise ValueError(f"norm_type is {self.order}; limits.PerTensor clips by norms of order 2")
+        found, each = super().measured_each(held)
+        if self.error_if_nonfinite and not math.isfinite(found.norm.significand):
+            self._refuse()
+        return found, each
 
     def _of_order(self, held: Any) -> Measured:
         if self.part is None:
@@ -190,11 +204,13 @@ def clip_(
     on_nonfinite: OnNonfinite | None,
     error_if_nonfinite: bool,
     workers: Workers | None = None,
+    keys: Sequence[Any] = (),
 ) -> Tensor:
-    """Clip gradients where they lie; the norm before."""
+    """Clip gradients where they lie; the norm before. ``keys`` tells them apart from step to step."""
     with torch.no_grad(), ieee_arithmetic(), taking_part(workers) as part:
         if on_nonfinite is not None:
             _clip.check_policy(on_nonfinite)
+        max_norm = _clip.lesson_of(max_norm, keys)
         max_norm, _ = _clip.limits_read(max_norm, None, "max_norm")
         held = hold(grads, path, writable=True)
         clip = GradClip(
@@ -208,7 +224,8 @@ def clip_(
             part=part,
         )
         found: Tensor = held.clip_(clip)
-        return found
+    _clip.learn(max_norm)
+    return found
 
 
 @looked_away_from

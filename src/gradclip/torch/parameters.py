@@ -125,3 +125,9 @@ def path_of_gradient(given: Listed, place: int) -> str:
     """What an error calls a gradient, by its place among those that there are."""
     places = [i for i, parameter in enumerate(given.tensors) if parameter.grad is not None]
     return f"{given.path(places[place])}.grad"
+
+
+def keys_of_gradients(given: Listed) -> list[Any]:
+    """What tells gradients apart from step to step: their parameters' names, or places."""
+    names: Sequence[Any] = range(len(given.tensors)) if given.names is None else given.names
+    return [key for key, each in zip(names, given.tensors, strict=True) if each.grad is not None]

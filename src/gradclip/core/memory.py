@@ -1,0 +1,420 @@
+"""What a limit has learnt: where it is kept between steps, saved, and found again."""
+
+from __future__ import annotations
+
+import math
+import sys
+import warnings
+import weakref
+import zlib
+from collections.abc import Sequence
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+
+
+class Host:
+    """Arithmetic on the host: Python's numbers, or NumPy's arrays; see `limits.Arithmetic`.
+
+    For a number NumPy would take ten times as long.
+    """
+
+    @staticmethod
+    def where(condition: Any, x: Any, y: Any) -> Any:
+        if isinstance(condition, bool):
+            return x if condition else y
+        return np.where(condition, x, y)
+
+    @staticmethod
+    def minimum(x: Any, y: Any) -> Any:
+        if isinstance(x, np.ndarray) or isinstance(y, np.ndarray):
+            return np.minimum(x, y)
+        return x if x < y else y
+
+    @staticmethod
+    def maximum(x: Any, y: Any) -> Any:
+        if isinstance(x, np.ndarray) or isinstance(y, np.ndarray):
+            return np.maximum(x, y)
+        return x if x > y else y
+
+    @staticmethod
+    def sqrt(x: Any) -> Any:
+        return np.sqrt(x) if isinstance(x, np.ndarray) else math.sqrt(x)
+
+    @staticmethod
+    def log(x: Any) -> Any:
+        return np.log(x) if isinstance(x, np.ndarray) else math.log(x)
+
+    @staticmethod
+    def exp(x: Any) -> Any:
+        return np.exp(x) if isinstance(x, np.ndarray) else _exp(x)
+
+    @staticmethod
+    def cast(x: Any, dtype: str) -> Any:
+        if isinstance(x, np.ndarray):
+            return x.astype(dtype)
+        return int(x) if dtype == "int64" else float(x)
+
+    @staticmethod
+    def full(shape: tuple[int, ...], value: float, dtype: str) -> Any:
+        return np.full(shape, value, dtype) if shape else np.dtype(dtype).type(value).item()
+
+    @staticmethod
+    def pick(x: Any, index: Any) -> Any:
+        if isinstance(index, int):
+            return float(x[index])
+        return np.take_along_axis(x, index[..., None], -1)[..., 0]
+
+    @staticmethod
+    def put(x: Any, index: Any, value: Any) -> Any:
+        new = x.copy()
+        if isinstance(index, int):
+            new[index] = value
+        else:
+            np.put_along_axis(new, index[..., None], value[..., None], -1)
+        return new
+
+    @staticmethod
+    def earlier(x: Any, fill: float) -> Any:
+        new = np.empty_like(x)
+        new[..., :-1] = x[..., 1:]
+        new[..., -1] = fill
+        return new
+
+    @staticmethod
+    def later(x: Any, fill: float) -> Any:
+        new = np.empty_like(x)
+        new[..., 1:] = x[..., :-1]
+        new[..., 0] = fill
+        return new
+
+    @staticmethod
+    def column(x: Any) -> Any:
+        return x[..., None] if isinstance(x, np.ndarray) else x
+
+    @staticmethod
+    def constant(values: Any, dtype: str) -> Any:
+        array = np.array(values, dtype)
+        return array if array.shape else array.item()
+
+
+def _exp(x: float) -> float:
+    try:
+        return math.exp(x)
+    except OverflowError:
+        return math.inf
+
+
+class Home(Protocol):
+    """Where a framework keeps a state that its graphs read and write."""
+
+    def read(self) -> Any:
+        """The state, as numbers and arrays of the host."""
+
+    def write(self, state: Any) -> None:
+        """Put another in its place."""
+
+
+class Memory:
+    """The state of a limit between steps; of tensors, and whose each is.
+
+    It lies where the norms are: with the host, or on a device that is not waited for.
+    """
+
+    __slots__ = ("__weakref__", "home", "keys", "limit", "place", "seen", "state")
+
+    def __init__(self) -> None:
+        self.state: Any = None  # none yet
+        self.keys: Sequence[Any] | None = None  # of tensors
+        self.place: Any = None  # of the state, as `Lesson.judge` is told; None: of the host
+        self.home: Home | None = None
+        self.limit: Any = math.nan  # that was in force in the latest step
+        self.seen = 0  # how many norms were looked at
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"state": self.on_host(), "keys": self.keys, "limit": _read(self.limit)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__()  # type: ignore[misc]
+        for name, value in state.items():
+            setattr(self, name, value)
+
+    def on_host(self) -> Any:
+        """The state as numbers and arrays of the host, for which a device is waited for."""
+        if self.home is not None:
+            return self.home.read()
+        if self.state is None or self.place is None:
+            return self.state
+        return _host_state(self.state)
+
+    def on(self, ops: Any, place: Any) -> Any:
+        """The state, where norms are to be judged; None if there is none yet."""
+        if self.home is None and self.place == place:
+            return self.state
+        state = self.on_host()
+        if state is None or place is None:
+            return state
+        return type(state)(*(ops.constant(each, _dtype(each)) for each in state))
+
+    def keep(self, state: Any, place: Any) -> None:
+        """Keep the state after a step."""
+        if self.home is not None:
+            self.home.write(state if place is None else _host_state(state))
+        else:
+            self.state, self.place = state, place
+
+    def replace(self, state: Any, keys: Sequence[Any] | None) -> None:
+        """Go on from another state, of the host."""
+        self.keys = keys
+        if self.home is not None:
+            self.home.write(state)
+        else:
+            self.state, self.place = state, None
+
+
+def _host_state(state: Any) -> Any:
+    return type(state)(*map(_read, state))
+
+
+def _read(value: Any) -> Any:
+    """A number, or array, of whatever framework."""
+    if isinstance(value, float | int | np.ndarray):
+        return value
+    array = np.asarray(value.tolist() if hasattr(value, "tolist") else value)
+    return array if array.shape else array.item()
+
+
+def _dtype(value: Any) -> str:
+    return str(value.dtype) if isinstance(value, np.ndarray) else type(value).__name__ + "64"
+
+
+class Lesson:
+    """One step of a limit that learns: what a clip is given in the place of a number.
+
+    The clip has the norm judged; what has been learnt counts once `learn` says so.
+    """
+
+    __slots__ = ("after", "before", "in_force", "keys", "kind", "place", "skip")
+
+    def __init__(self, kind: Any, keys: Sequence[Any] | None = None) -> None:
+        self.kind = kind
+        self.keys = keys  # of the tensors that are clipped
+        self.in_force: Any = None  # the limit; of tensors, a vector
+        self.skip: Any = False  # if the step is not to be taken
+        self.before: Any = None
+        self.after: Any = None
+        self.place: Any = None
+
+    def __repr__(self) -> str:
+        return repr(self.kind)
+
+    @property
+    def per_tensor(self) -> bool:
+        """If each tensor is judged by itself."""
+        return bool(self.kind.per_tensor)
+
+    def judge(self, ops: Any, norm: Any, place: Any = None) -> Any:
+        """The limit to clip by: 0 where the step is to be skipped.
+
+        Args:
+            ops: arithmetic of the framework.
+            norm: the global norm, float64.
+            place: what tells one memory from others, None for the host's.
+        """
+        state = self._begin(ops, place, ())
+        ruling = self.kind.judge(ops, state, norm)
+        self.in_force, self.skip, self.after = ruling.limit, ruling.skip, ruling.state
+        return ops.where(ruling.skip, 0.0, ruling.limit) if self.kind.skips else ruling.limit
+
+    def judge_each(self, ops: Any, norms: Any, whole: Any, place: Any = None) -> tuple[Any, Any]:
+        """The limit of each tensor, and if it is of its own norm; else of the global one.
+
+        Args:
+            ops: arithmetic of the framework.
+            norms: a vector, float64.
+            whole: the global norm.
+            place: as in `judge`.
+        """
+        state = self._begin(ops, place, (len(self.keys or ()),))
+        ruling = self.kind.judge(ops, state, norms, whole)
+        self.in_force, self.after = ruling.limit, ruling.state
+        return ruling.limit, ruling.learnt
+
+    def _begin(self, ops: Any, place: Any, shape: tuple[int, ...]) -> Any:
+        memory = self.kind._memory
+        if self.keys is not None:
+            memory = _of_tensors(self.kind, self.keys)
+        self.place = place
+        state = memory.on(ops, place)
+        self.before = self.kind.begin(ops, shape) if state is None else state
+        return self.before
+
+    def learn(self) -> None:
+        """Keep what has been learnt."""
+        self.kind._learn(self)
+
+    def told(self) -> str:
+        """What has to be the same on all workers."""
+        state = self.kind._memory.on_host()
+        if state is None:
+            return f"{self.kind!r} that has learnt nothing"
+        digest = 0
+        for each in state if not self.per_tensor else ():
+            digest = zlib.crc32(np.asarray(each).tobytes(), digest)
+        return f"{self.kind!r} that has learnt {digest:08x}"
+
+
+def _of_tensors(kind: Any, keys: Sequence[Any]) -> Memory:
+    """The memory of a kind, for just these tensors: the known ones with what they have learnt."""
+    whole: Memory = kind._memory
+    if whole.keys == keys or (whole.keys is None and whole.state is None):
+        return whole
+    state, known = whole.on_host(), list(whole.keys or ())
+    place_of = {key: place for place, key in enumerate(known)}
+    new = [key for key in keys if key not in place_of]
+    if new:
+        begun = kind.begin(HOST, (len(new),))
+        state = type(state)(*map(np.concatenate, zip(state, begun, strict=True)))
+        place_of |= {key: len(known) + place for place, key in enumerate(new)}
+        whole.replace(state, [*known, *new])
+    rows = [place_of[key] for key in keys]
+    part = Memory()
+    part.keys = keys
+    part.state = type(state)(*(each[rows] for each in state))
+    return part
+
+
+def _put_back(kind: Any, lesson: Lesson) -> None:
+    """Keep what some of the tensors have learnt."""
+    whole: Memory = kind._memory
+    if whole.keys is None:
+        whole.keys = lesson.keys
+    if whole.keys == lesson.keys:
+        whole.keep(lesson.after, lesson.place)
+        return
+    place_of = {key: place for place, key in enumerate(whole.keys)}
+    rows = [place_of[key] for key in lesson.keys or ()]
+    state = type(lesson.after)(*(each.copy() for each in whole.on_host()))
+    for old, new in zip(state, map(_read, lesson.after), strict=True):
+        old[rows] = new
+    whole.replace(state, whole.keys)
+
+
+class Remembers:
+    """What keeps the state of a limit for those who have no place of their own for it."""
+
+    _memory: Memory
+    per_tensor: ClassVar[bool]
+
+    @property
+    def last_limit(self) -> Any:
+        """The limit that was in force in the latest step; NaN before the first.
+
+        Of `PerTensor` that of each tensor, in their order. It lies where the gradients do.
+        """
+        return self._memory.limit
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has been learnt, to be saved: numbers, words, lists and dicts of them."""
+        memory, name = self._memory, type(self).__name__
+        state = memory.on_host()
+        if state is None:
+            return {"kind": name}
+        if memory.keys is None:
+            return {"kind": name, **self._saved(state)}
+        rows = [type(state)(*row) for row in zip(*state, strict=True)]
+        of = [[key, self._saved(row)] for key, row in zip(memory.keys, rows, strict=True)]
+        return {"kind": name, "tensors": of}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a `state_dict`, to the bit.
+
+        Raises:
+            ValueError: it is none, or of another kind.
+        """
+        name = type(self).__name__
+        if not isinstance(state, dict) or state.get("kind") != name:
+            raise ValueError(f"the state is {state!r}; it must be of {name}.state_dict()")
+        rest = {key: value for key, value in state.items() if key != "kind"}
+        if not rest:
+            self._memory.replace(None, None)
+        elif self.per_tensor:
+            pairs = rest.get("tensors", ())
+            rows = [self._loaded(saved) for _, saved in pairs]
+            stacked = type(rows[0])(*map(np.array, zip(*rows, strict=True))) if rows else None
+            self._memory.replace(stacked, [key for key, _ in pairs])
+        else:
+            self._memory.replace(self._loaded(rest), None)
+
+    def _saved(self, state: Any) -> dict[str, Any]:
+        """The state of one norm, in Python's numbers."""
+        return {name: np.asarray(x).tolist() for name, x in state._asdict().items()}
+
+    def _loaded(self, saved: Any) -> Any:
+        """The state that was saved.
+
+        Raises:
+            ValueError: it is none of this kind.
+        """
+        blank = self.begin(HOST)  # type: ignore[attr-defined]
+        if not isinstance(saved, dict) or set(saved) != set(blank._fields):
+            raise ValueError(f"the state has {saved!r}; it must have {', '.join(blank._fields)}")
+        state = type(blank)(
+            *(
+                HOST.constant(saved[name], _dtype(old))
+                for name, old in blank._asdict().items()
+            )
+        )
+        for name, old, new in zip(blank._fields, blank, state, strict=True):
+            if np.shape(old) != np.shape(new) or np.isnan(new).any():
+                raise ValueError(f"the state has {name} {saved[name]!r}, which cannot be loaded")
+        return state
+
+    def lesson(self, keys: Sequence[Any] | None = None) -> Lesson:
+        """One step of it, as a clip wants it; ``keys`` tells its tensors apart."""
+        return Lesson(self, keys if self.per_tensor else None)
+
+    def _learn(self, lesson: Lesson) -> None:
+        memory = self._memory
+        if lesson.after is None:
+            return  # nothing was judged: the norm of no leaves on a path of its own
+        if lesson.keys is None:
+            memory.keep(lesson.after, lesson.place)
+        else:
+            _put_back(self, lesson)
+        memory.limit = lesson.in_force
+        memory.seen += 1
+        if memory.seen <= 2:  # noqa: PLR2004
+            _look_out(self)
+
+
+# Of the latest limits that had seen one norm, one after the other and all alike: the memory of the
+# last one, and how many there were.
+_latest: list[Any] = [None, None, 0]
+
+
+def _look_out(limit: Remembers) -> None:
+    """Say so where a limit is made anew in every step: it would never know more than one norm."""
+    if limit._memory.seen > 1:
+        _latest[:] = [None, None, 0]
+        return
+    known, before, count = _latest
+    gone = known == limit and before is not None and before() is None
+    count = count + 1 if gone else 1
+    _latest[:] = [limit, weakref.ref(limit._memory), count]
+    if count == 4:  # noqa: PLR2004
+        depth = 1
+        frame: Any = sys._getframe()
+        while frame.f_back is not None and __name__.partition(".")[0] in frame.f_globals.get(
+            "__name__", ""
+        ).partition(".")[0]:
+            frame, depth = frame.f_back, depth + 1
+        warnings.warn(
+            f"{limit!r} was made anew for each of the last {count} steps, and has seen one norm "
+            "each time: make it once, before the loop, so that it can learn",
+            RuntimeWarning,
+            stacklevel=depth,
+        )
+
+
+HOST = Host()
