@@ -6,8 +6,8 @@
 >>> for size in (3.0, 3.2, 2.8, 3.1, 50.0):
 ...     gradient = np.array([size])
 ...     norm = gradclip.clip_by_global_norm_([gradient], limit)
->>> print(gradient.round(2), limit.last_limit.__round__(2))
-[3.05] 3.05
+>>> print(gradient.round(2), round(limit.last_limit, 2))
+[3.01] 3.01
 
 ==============  ==========================================================================
 kind            clips

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradclip.core.exact import Part, Scaled
+from gradclip.core.exact import Part, Scaled, ScaledArray
 from gradclip.core.sparse import merged_rows
 from gradclip.kernels import cpu
 from gradclip.kernels.cpu import leaves as host
@@ -65,7 +65,7 @@ class Leaves(Tensors, host.Leaves):
     def scalar(self, norm: Scaled, *, wide: bool = False) -> Tensor:
         return scalar(norm, "cpu", wide=wide or self.wide)
 
-    def scaled(self, factor: Scaled) -> list[Any]:
+    def scaled(self, factor: Scaled | ScaledArray) -> list[Any]:
         old = list(map(detached, self.leaves))
         new = list(map(torch.empty_like, old))
         # The kernel walks memory: what is conjugated later, or lies in another order, is copied.
@@ -78,9 +78,19 @@ class Leaves(Tensors, host.Leaves):
         _held(sources).scale_into(_held(new).memory, factor)
         return self.rewrapped(new)
 
+    def scaled_each(self, factors: ScaledArray) -> list[Any]:
+        return self.scaled(factors)
+
     def scale_(self, factor: Scaled) -> None:
         """Multiply every element where it lies; autograd sees that it has changed."""
         super().scale_(factor)
+        self._changed()
+
+    def scale_each_(self, factors: ScaledArray) -> None:
+        super().scale_each_(factors)
+        self._changed()
+
+    def _changed(self) -> None:
         as_they_are = self.codes is None
         torch.autograd.graph.increment_version(
             self.leaves if as_they_are else map(values_of, self.leaves)

@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
+from gradclip.core.exact import Part, ScaledArray
 from gradclip.kernels.cpu import plain, threads
 
 _why_numpy: str | None = None  # why the C kernel is not in use
@@ -22,7 +23,7 @@ except ModuleNotFoundError:
 except ImportError as _error:
     _why_numpy = f"cannot be loaded ({_error})"
 else:
-    if not hasattr(_cpu, "distinct"):
+    if not hasattr(_cpu.Leaves, "scale_each"):
         _why_numpy = "is of an older gradclip"
     elif (_fault := _cpu.fault()) is not None:
         _why_numpy = f"gets {_fault} wrong on this machine"
@@ -69,11 +70,17 @@ class Leaves(Protocol):
         Else of each that has elements its number, and its `layout.Layout`.
         """
 
-    def sum_squares(self, threads: int) -> list[tuple[float, float, bool, bool]]:
+    def sum_squares(self, threads: int) -> list[Part]:
         """Shares of sum x^2 as (high, low, has_inf, has_nan); float64 is passed over."""
 
     def exact_squares(self, threads: int) -> list[tuple[bytes, bytes, float]]:
         """Shares, exactly: words for narrow and wide types, largest finite |x|."""
+
+    def norms(self, threads: int) -> tuple[bytes, bytes, list[int], list[Part]]:
+        """Each leaf's norm as significand and exponent, those that are unsure, the sum of all."""
+
+    def only(self, number: int) -> Any:
+        """The memory of one leaf."""
 
     def scale(
         self,
@@ -84,6 +91,16 @@ class Leaves(Protocol):
         threads: int,
     ) -> None:
         """Write shares of source times factor."""
+
+    def scale_each(
+        self,
+        source: Any,
+        significands: bytes,
+        exponents: bytes,
+        recode: list[bytes | None] | None,
+        threads: int,
+    ) -> None:
+        """Write shares of source, each leaf times a factor of its own."""
 
 
 def kernel() -> str:
@@ -174,7 +191,7 @@ def watch() -> Any:
     return _cpu.Watch(threads.number(), threads.BYTES_PER_THREAD)
 
 
-def sum_squares(leaves: Leaves) -> list[tuple[float, float, bool, bool]]:
+def sum_squares(leaves: Leaves) -> list[Part]:
     """Each thread's share of sum x^2 in float64."""
     return leaves.sum_squares(_threads(leaves))
 
@@ -197,6 +214,24 @@ def scale(
     for each leaf of codes.
     """
     target.scale(source, significand, exponent, recode, _threads(target))
+
+
+def norms(leaves: Leaves) -> tuple[ScaledArray, list[int], list[Part]]:
+    """The norm of each leaf, which of them sums in float64 do not prove, and the sum of all.
+
+    An unsure one is 0 here; every leaf of float64 is unsure.
+    """
+    significands, exponents, unsure, parts = leaves.norms(_threads(leaves))
+    found = np.frombuffer(significands, np.float64), np.frombuffer(exponents, np.int64)
+    return ScaledArray(*(each.copy() for each in found)), unsure, parts
+
+
+def scale_each(
+    source: Leaves, target: Leaves, factors: ScaledArray, recode: list[bytes | None] | None
+) -> None:
+    """As `scale`, each leaf by a factor of its own; in place none is touched whose factor is 1."""
+    bits = factors.significand.tobytes(), factors.exponent.tobytes()
+    target.scale_each(source, *bits, recode, _threads(target))
 
 
 def _threads(leaves: Leaves) -> int:

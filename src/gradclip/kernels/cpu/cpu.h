@@ -75,7 +75,10 @@ typedef struct {
  * double-double. F64 leaves are passed over. */
 void sum_squares(list_t *list, sum_t *sum);
 
-/* The same, exactly, F64 leaves too. The words of `total` are carry-normalised. */
+/* Several sums as one: the first and every step-th after it, so many in all. */
+sum_t sum_of_sums(const sum_t *sums, int64_t count, int64_t step);
+
+/* As sum_squares, exactly, F64 leaves too. The words of `total` are carry-normalised. */
 void exact_squares(list_t *list, total_t *total);
 
 /* Add a total to WIDE_WORDS words of unit WIDE_UNIT and to COUNTS counts. */
@@ -108,9 +111,10 @@ factor_t factor_of(double significand, int64_t exponent);
 void scale_block(kind_t kind, const void *x, int n, const factor_t *factor, const uint8_t *recode,
                  void *out);
 
-/* target = source * factor. Both lists have the same sizes and the same strides. recode[i] maps
- * the bytes of leaf i where it is of kind BYTE. */
-void scale(const list_t *source, list_t *target, const factor_t *factor,
+/* target = source * factor: leaf i by factors[i], or with a step of 0 all by the first. Both lists
+ * have the same sizes and the same strides. recode[i] maps the bytes of leaf i where it is of kind
+ * BYTE. */
+void scale(const list_t *source, list_t *target, const factor_t *factors, int step,
            const uint8_t *const *recode);
 
 /* ---- a walk that threads share ---- */
@@ -120,14 +124,15 @@ typedef void share_t(void *job, int share);
 
 typedef struct {
     list_t *list;
-    sum_t *sums;     /* of sum_share: one for each share */
+    sum_t *sums;     /* of sum_share: one for each share; of sum_each_share: for each leaf of it */
     total_t *totals; /* of exact_share */
     const list_t *source; /* of scale_share, as in scale */
-    const factor_t *factor;
+    const factor_t *factors;
+    int step;
     const uint8_t *const *recode;
 } job_t;
 
-share_t sum_share, exact_share, scale_share;
+share_t sum_share, sum_each_share, exact_share, scale_share;
 
 /* ---- the kernel in use ---- */
 

@@ -2,6 +2,7 @@
 #include "leaves.h"
 
 #include <limits.h>
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -96,6 +97,83 @@ static PyObject *leaves_sum_squares(Leaves *self, PyObject *args) {
     return list;
 }
 
+/* The norm of each leaf as far as sums prove it, from those of all shares; 0 and in `unsure` else. */
+static void certify_each(const Leaves *self, const sum_t *sums, int shares, double *significands,
+                         int64_t *exponents, PyObject **unsure) {
+    int64_t count = self->list.count;
+    for (int64_t i = 0; i < count; i++) {
+        sum_t sum = sum_of_sums(&sums[i], shares, count);
+        int64_t root[2] = {0, 0};
+        significands[i] = 0;
+        exponents[i] = 0;
+        if (sum.has_nan || sum.has_inf) {
+            significands[i] = sum.has_nan ? NAN : INFINITY;
+        } else if ((self->leaves[i].kind == F64 && self->leaves[i].size) ||
+                   !certified_root(&sum, 1, root)) {
+            append(unsure, PyLong_FromLongLong((long long)i));
+        } else if (root[0]) {
+            significands[i] = ldexp((double)root[0], -53);
+            exponents[i] = root[1] + 53;
+        }
+    }
+}
+
+static PyObject *leaves_norms(Leaves *self, PyObject *args) {
+    int threads;
+    if (!PyArg_ParseTuple(args, "i", &threads)) return NULL;
+    size_t count = (size_t)self->list.count;
+    sum_t *sums = calloc(count * (size_t)threads + 1, sizeof *sums);
+    double *significands = malloc((count + 1) * sizeof *significands);
+    int64_t *exponents = malloc((count + 1) * sizeof *exponents);
+    PyObject *unsure = NULL, *result = NULL;
+    if (sums && significands && exponents) {
+        job_t job = {.sums = sums};
+        int shares = walk_all(self, sum_each_share, &job, threads);
+        unsure = PyList_New(0);
+        certify_each(self, sums, shares, significands, exponents, &unsure);
+        sum_t whole = sum_of_sums(sums, shares * (int64_t)count, 1);
+        PyObject *all = list_sums(&whole, 1);
+        if (unsure && all)
+            result = Py_BuildValue("y#y#OO", (const char *)significands, (Py_ssize_t)(8 * count),
+                                   (const char *)exponents, (Py_ssize_t)(8 * count), unsure, all);
+        Py_XDECREF(all);
+    } else {
+        PyErr_NoMemory();
+    }
+    Py_XDECREF(unsure);
+    free(sums);
+    free(significands);
+    free(exponents);
+    return result;
+}
+
+static PyObject *leaves_only(Leaves *self, PyObject *args) {
+    Py_ssize_t i;
+    if (!PyArg_ParseTuple(args, "n", &i)) return NULL;
+    if (i < 0 || i >= (Py_ssize_t)self->list.count) {
+        PyErr_SetString(PyExc_IndexError, "there is no such leaf");
+        return NULL;
+    }
+    Leaves *only = new_leaves(1);
+    if (!only) return NULL;
+    leaf_t *leaf = &only->leaves[0];
+    *leaf = self->leaves[i];
+    leaf->ndim = 0; /* until it owns its geometry */
+    only->framework = self->framework;
+    only->objects = PyTuple_Pack(1, (PyObject *)self); /* which keeps the memory */
+    size_t numbers = 2 * (size_t)self->leaves[i].ndim;
+    int64_t *own = numbers ? malloc(numbers * sizeof *own) : NULL;
+    if (!only->objects || (numbers && !own)) return give(only, own || !numbers ? FAILED : NO_MEMORY);
+    if (own) {
+        leaf->ndim = self->leaves[i].ndim;
+        memcpy(own, leaf->shape, numbers / 2 * sizeof *own);
+        memcpy(own + leaf->ndim, leaf->strides, numbers / 2 * sizeof *own);
+        leaf->shape = own;
+        leaf->strides = own + leaf->ndim;
+    }
+    return give(only, list_all(only, 1, 0));
+}
+
 static PyObject *leaves_exact_squares(Leaves *self, PyObject *args) {
     int threads;
     if (!PyArg_ParseTuple(args, "i", &threads)) return NULL;
@@ -141,13 +219,9 @@ static const uint8_t **read_tables(const list_t *list, PyObject *tables) {
     return recode;
 }
 
-static PyObject *leaves_scale(Leaves *self, PyObject *args) {
-    PyObject *source, *tables;
-    double significand;
-    long long exponent;
-    int threads;
-    if (!PyArg_ParseTuple(args, "OdLOi", &source, &significand, &exponent, &tables, &threads))
-        return NULL;
+/* Scale what is in `source` by factors, one for each leaf or, with a step of 0, one for all. */
+static PyObject *scale_from(Leaves *self, PyObject *source, const factor_t *factors, int step,
+                            PyObject *tables, int threads) {
     if (Py_TYPE(source) != (PyTypeObject *)leaves_type) {
         PyErr_SetString(PyExc_TypeError, "source must be Leaves");
         return NULL;
@@ -159,11 +233,47 @@ static PyObject *leaves_scale(Leaves *self, PyObject *args) {
     }
     const uint8_t **recode = read_tables(&self->list, tables);
     if (!recode) return NULL;
-    factor_t factor = factor_of(significand, exponent);
-    job_t job = {.source = from, .factor = &factor, .recode = recode};
+    job_t job = {.source = from, .factors = factors, .step = step, .recode = recode};
     walk_all(self, scale_share, &job, threads);
     free(recode);
     Py_RETURN_NONE;
+}
+
+static PyObject *leaves_scale(Leaves *self, PyObject *args) {
+    PyObject *source, *tables;
+    double significand;
+    long long exponent;
+    int threads;
+    if (!PyArg_ParseTuple(args, "OdLOi", &source, &significand, &exponent, &tables, &threads))
+        return NULL;
+    factor_t factor = factor_of(significand, exponent);
+    return scale_from(self, source, &factor, 0, tables, threads);
+}
+
+static PyObject *leaves_scale_each(Leaves *self, PyObject *args) {
+    PyObject *source, *tables;
+    const char *significands, *exponents;
+    Py_ssize_t ones, others, count = (Py_ssize_t)self->list.count;
+    int threads;
+    if (!PyArg_ParseTuple(args, "Oy#y#Oi", &source, &significands, &ones, &exponents, &others,
+                          &tables, &threads))
+        return NULL;
+    if (ones != 8 * count || others != 8 * count) {
+        PyErr_SetString(PyExc_ValueError, "there must be a factor for each leaf");
+        return NULL;
+    }
+    factor_t *factors = malloc((size_t)(count + 1) * sizeof *factors);
+    if (!factors) return PyErr_NoMemory();
+    for (Py_ssize_t i = 0; i < count; i++) {
+        double significand;
+        int64_t exponent;
+        memcpy(&significand, significands + 8 * i, 8);
+        memcpy(&exponent, exponents + 8 * i, 8);
+        factors[i] = factor_of(significand, exponent);
+    }
+    PyObject *done = scale_from(self, source, factors, 1, tables, threads);
+    free(factors);
+    return done;
 }
 
 /* ---- where leaves lie ---- */
@@ -242,8 +352,14 @@ static PyMethodDef leaves_methods[] = {
      "sum_squares(threads): shares in float64, each (high, low, has_inf, has_nan)."},
     {"exact_squares", (PyCFunction)leaves_exact_squares, METH_VARARGS,
      "exact_squares(threads): shares, each (narrow words, wide words, largest finite |x|)."},
+    {"norms", (PyCFunction)leaves_norms, METH_VARARGS,
+     "norms(threads): of each leaf a significand, in float64, and an exponent, in int64; the\n"
+     "numbers of those whose norm no sum proves; and the sum of all, in a list, as sum_squares."},
+    {"only", (PyCFunction)leaves_only, METH_VARARGS, "only(number): the memory of one leaf."},
     {"scale", (PyCFunction)leaves_scale, METH_VARARGS,
      "scale(source, significand, exponent, recode, threads): write shares."},
+    {"scale_each", (PyCFunction)leaves_scale_each, METH_VARARGS,
+     "scale_each(source, significands, exponents, recode, threads): each leaf by its own."},
     {NULL, NULL, 0, NULL},
 };
 

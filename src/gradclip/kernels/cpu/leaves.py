@@ -16,6 +16,7 @@ from gradclip.core.exact import (
     FLOAT32,
     FLOAT64,
     Scaled,
+    ScaledArray,
     Total,
     certified_norm,
     merge,
@@ -72,6 +73,35 @@ class Leaves(Held):
                 return certified
         return norm(self.total()[0], FLOAT64 if self.wide else FLOAT32)
 
+    def measure_each(self) -> tuple[Scaled, ScaledArray]:
+        if self.merged is not None:
+            return self._measured_with_care()
+        each, unsure, parts = cpu.norms(self.memory)
+        totals = [_exact(self.memory.only(number)) for number in unsure]
+        for number, total in zip(unsure, totals, strict=True):
+            format_ = FLOAT64 if self.is_wide(number) else FLOAT32
+            each.significand[number], each.exponent[number] = norm(total, format_)
+        whole = None if self.wide else certified_norm(parts)
+        if whole is not None:
+            return whole, each
+        # Where there are others than float64 their exact sum takes another look at them.
+        exact = merge(totals) if len(unsure) == len(self.leaves) else self.total()[0]
+        return norm(exact, FLOAT64 if self.wide else FLOAT32), each
+
+    def _measured_with_care(self) -> tuple[Scaled, ScaledArray]:
+        """Where rows of one index are added first: leaf by leaf."""
+        totals, each = [], []
+        for values, codes, sums in self._addends():
+            parts = [_take([values], [codes])] if sums is None else map(_taken, sums)
+            totals.append(merge(map(_exact, parts)))
+            each.append(norm(totals[-1], FLOAT64 if values.dtype.char in "dD" else FLOAT32))
+        return norm(merge(totals), FLOAT64 if self.wide else FLOAT32), ScaledArray.of(each)
+
+    def is_wide(self, number: int) -> bool:
+        """If the norm of one leaf is float64."""
+        found: bool = self.memory.only(number).has_f64
+        return found
+
     def total(self) -> tuple[Total, float, bool]:
         exact, largest = total_of(), 0.0
         for memory in self._measured():
@@ -92,7 +122,14 @@ class Leaves(Held):
     def scale_(self, factor: Scaled) -> None:
         self._scale(self.memory, self.memory, factor)
 
-    def scale_to(self, targets: Sequence[Array], factor: Scaled) -> None:
+    def scaled_each(self, factors: ScaledArray) -> list[Any]:
+        return self._written(lambda new: self.scale_to(new, factors))
+
+    def scale_each_(self, factors: ScaledArray) -> None:
+        if (factors.significand != 0.5).any() or (factors.exponent != 1).any():  # noqa: PLR2004
+            self._scale(self.memory, self.memory, factors)
+
+    def scale_to(self, targets: Sequence[Array], factor: Scaled | ScaledArray) -> None:
         """Write every element times ``factor`` to arrays of the same shapes and dtypes."""
         # The kernel walks both in the order of memory: where that is not the same, scale a copy.
         old = list(self.values)
@@ -104,7 +141,7 @@ class Leaves(Held):
         memory = self.memory if same else _take(old, self.codes)
         self._scale(memory, _take(targets, self.codes), factor)
 
-    def scale_into(self, target: cpu.Leaves, factor: Scaled) -> None:
+    def scale_into(self, target: cpu.Leaves, factor: Scaled | ScaledArray) -> None:
         """Write every element times ``factor`` to memory that is laid out alike."""
         self._scale(self.memory, target, factor)
 
@@ -130,35 +167,51 @@ class Leaves(Held):
         with np.errstate(over="ignore", under="ignore"):
             return kind(float(value))
 
-    def _scale(self, source: cpu.Leaves, target: cpu.Leaves, factor: Scaled) -> None:
-        recode = None
-        if self.codes is not None:
-            tables = {codes: _recode_table(codes, factor) for codes in set(self.codes)}
-            recode = [tables[codes] for codes in self.codes]
-        cpu.scale(source, target, *factor, recode)
+    def _scale(
+        self, source: cpu.Leaves, target: cpu.Leaves, factor: Scaled | ScaledArray
+    ) -> None:
+        if isinstance(factor, ScaledArray):
+            cpu.scale_each(source, target, factor, self._recode(factor))
+        else:
+            cpu.scale(source, target, *factor, self._recode(factor))
+
+    def _recode(self, factor: Scaled | ScaledArray) -> list[bytes | None] | None:
+        """The new codes of leaves that have codes."""
+        if self.codes is None:
+            return None
+        if isinstance(factor, ScaledArray):
+            pairs = zip(self.codes, zip(*map(np.ndarray.tolist, factor), strict=True), strict=True)
+            return [_recode_table(codes, Scaled(*each)) for codes, each in pairs]
+        tables = {codes: _recode_table(codes, factor) for codes in set(self.codes)}
+        return [tables[codes] for codes in self.codes]
 
     def _measured(self) -> Iterator[cpu.Leaves]:
         """The memory whose squares add up to those of the tensors that the leaves stand for."""
         if self.merged is None:
             yield self.memory
             return
-        assert self.codes is not None, "sparse leaves, which are held with care"
         dense: list[Array] = []
         dense_codes = []
-        seen = set()
-        for leaf, values, codes in zip(self.leaves, self.values, self.codes, strict=True):
-            place = (values.__array_interface__["data"], values.shape, values.strides)
-            if self.writable and place in seen:
-                continue  # one array listed twice is scaled once, so it counts once
-            seen.add(place)
-            sums = self.merged(leaf, values)
+        for values, codes, sums in self._addends():
             if sums is None:
                 dense.append(values)
                 dense_codes.append(codes)
             else:
-                # Most are sums in float64; where rows are only left out, they are as they were.
-                yield from (_take([part], [_float8(part.dtype)]) for part in sums)
+                yield from map(_taken, sums)
         yield _take(dense, dense_codes)
+
+    def _addends(self) -> Iterator[tuple[Array, Float8 | None, Iterator[Array] | None]]:
+        """Of each leaf its elements and their codes, or what rows of one index add up to."""
+        assert self.merged is not None and self.codes is not None, "sparse leaves"
+        seen = set()
+        for leaf, values, codes in zip(self.leaves, self.values, self.codes, strict=True):
+            place = (values.__array_interface__["data"], values.shape, values.strides)
+            if self.writable and place in seen:
+                # One array listed twice is scaled once, so it counts once.
+                yield values, codes, iter(())
+            else:
+                yield values, codes, self.merged(leaf, values)
+            seen.add(place)
 
 
 L = TypeVar("L", bound=Leaves)
@@ -279,6 +332,15 @@ def _take(arrays: Sequence[Array], codes: list[Float8 | None] | None) -> cpu.Lea
     memory = cpu.take(coded, None if codes is None else _decode(codes), writable=False)
     assert memory is not None, "arrays that have passed every check"
     return memory
+
+
+def _taken(part: Array) -> cpu.Leaves:
+    """Sums of rows, most in float64; where rows are only left out, they are as they were."""
+    return _take([part], [_float8(part.dtype)])
+
+
+def _exact(memory: cpu.Leaves) -> Total:
+    return merge(total_of(narrow, wide) for narrow, wide, _ in cpu.exact_squares(memory))
 
 
 def _decode(codes: list[Float8 | None]) -> list[bytes | None]:

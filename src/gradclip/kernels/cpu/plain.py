@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from gradclip.core.exact import Part, ScaledArray, certified_norm
 from gradclip.kernels.layout import Layout, layout
 
 # Elements taken at a time: a block of the certificate's bound, and less than _square_sum can add.
@@ -76,7 +78,7 @@ class Leaves:
             return None
         return [(place, *found) for place, found in self._layouts.items()]
 
-    def sum_squares(self, _threads: int) -> list[tuple[float, float, bool, bool]]:
+    def sum_squares(self, _threads: int) -> list[Part]:
         """As `_cpu.Leaves.sum_squares`."""
         high, low, has_inf, has_nan = 0.0, 0.0, False, False
         for chunk in self._chunks(narrow=True):
@@ -105,6 +107,43 @@ class Leaves:
         wide = np.array([*words, infs, nans], np.int64)
         narrow = np.zeros(_NARROW_WORDS + 2, np.int64)
         return [(narrow.tobytes(), wide.tobytes(), largest)]
+
+    def norms(self, threads: int) -> tuple[bytes, bytes, list[int], list[Part]]:
+        """As `_cpu.Leaves.norms`."""
+        count = len(self._arrays)
+        each, unsure = ScaledArray(np.zeros(count), np.zeros(count, np.int64)), []
+        for number in range(count):
+            only = self.only(number)
+            found = None if only.has_f64 else certified_norm(only.sum_squares(threads))
+            if found is None:
+                unsure.append(number)
+            else:
+                each.significand[number], each.exponent[number] = found
+        return each.significand.tobytes(), each.exponent.tobytes(), unsure, self.sum_squares(threads)
+
+    def only(self, number: int) -> Leaves:
+        """As `_cpu.Leaves.only`."""
+        new = copy.copy(self)
+        new._arrays, new._decode = [self._arrays[number]], [self._decode[number]]
+        new._layouts = None
+        array = self._arrays[number]
+        new.has_f64 = array is not None and array.dtype.char == "d" and array.size > 0
+        return new
+
+    def scale_each(
+        self,
+        source: Leaves,
+        significands: bytes,
+        exponents: bytes,
+        recode: list[bytes | None] | None,
+        threads: int,
+    ) -> None:
+        """As `_cpu.Leaves.scale_each`."""
+        factors = np.frombuffer(significands).tolist(), np.frombuffer(exponents, np.int64).tolist()
+        for number, factor in enumerate(zip(*factors, strict=True)):
+            if source is not self or factor != (0.5, 1):
+                table = None if recode is None else [recode[number]]
+                self.only(number).scale(source.only(number), *factor, table, threads)
 
     def scale(
         self,

@@ -93,7 +93,11 @@ static void scale_past_caches(kind_t kind, const char *x, int n, const factor_t 
     }
 }
 
-void scale(const list_t *source, list_t *target, const factor_t *factor,
+static int is_one(const factor_t *factor) {
+    return factor->narrow_wide == 1 && factor->wide == 1 && factor->shift == 1;
+}
+
+void scale(const list_t *source, list_t *target, const factor_t *factors, int step,
            const uint8_t *const *recode) {
     room_t room;
     walk_t walk = {0};
@@ -101,6 +105,8 @@ void scale(const list_t *source, list_t *target, const factor_t *factor,
     while (next_block(target, &walk)) {
         const leaf_t *from = &source->leaves[walk.leaf], *to = &target->leaves[walk.leaf];
         const uint8_t *codes = recode ? recode[walk.leaf] : NULL;
+        const factor_t *factor = &factors[step * walk.leaf];
+        if (from->data == to->data && is_one(factor)) continue; /* not a bit of it changes */
         const void *x = fetch(from, walk.begin, walk.length, &room);
         char *place = to->data + walk.begin * item_size(to->kind);
         if (to->ndim) {
@@ -120,5 +126,5 @@ void scale(const list_t *source, list_t *target, const factor_t *factor,
 void scale_share(void *data, int share) {
     job_t *job = data;
     (void)share;
-    scale(job->source, job->list, job->factor, job->recode);
+    scale(job->source, job->list, job->factors, job->step, job->recode);
 }

@@ -10,13 +10,14 @@ static void add_block(sum_t *sum, double block) {
     sum->high = high;
 }
 
-void sum_squares(list_t *list, sum_t *sum) {
+/* Add the squares of leaf i to sums[i], or with a step of 0 those of all to the first. */
+static void add_squares(list_t *list, sum_t *sums, int step) {
     room_t room;
     ALIGNED float out[BLOCK];
     walk_t walk = {0};
-    *sum = (sum_t){0};
     while (next_block(list, &walk)) {
         const leaf_t *leaf = &list->leaves[walk.leaf];
+        sum_t *sum = &sums[step * walk.leaf];
         double block;
         switch (leaf->kind) {
         case F64: continue;
@@ -40,9 +41,19 @@ void sum_squares(list_t *list, sum_t *sum) {
     }
 }
 
+void sum_squares(list_t *list, sum_t *sum) {
+    *sum = (sum_t){0};
+    add_squares(list, sum, 0);
+}
+
 void sum_share(void *data, int share) {
     job_t *job = data;
     sum_squares(job->list, &job->sums[share]);
+}
+
+void sum_each_share(void *data, int share) {
+    job_t *job = data;
+    add_squares(job->list, &job->sums[share * job->list->count], 1);
 }
 
 /* See certified_norm in core/exact.py, which does the same for the walks that Python asks for. */
@@ -55,10 +66,20 @@ static double round24(double x) {
     return exponent < -125 ? (float)x : ldexp((float)significand, exponent);
 }
 
-int certified_root(const sum_t *sums, int count, int64_t root[2]) {
+sum_t sum_of_sums(const sum_t *sums, int64_t count, int64_t step) {
     sum_t total = {0};
-    for (int i = 0; i < count; i++) add_block(&total, sums[i].high);
-    for (int i = 0; i < count; i++) add_block(&total, sums[i].low);
+    for (int64_t i = 0; i < count; i++) {
+        const sum_t *each = &sums[step * i];
+        add_block(&total, each->high);
+        total.low += each->low;
+        total.has_inf |= each->has_inf;
+        total.has_nan |= each->has_nan;
+    }
+    return total;
+}
+
+int certified_root(const sum_t *sums, int count, int64_t root[2]) {
+    sum_t total = sum_of_sums(sums, count, 1);
     double sum = total.high + total.low;
     double low = round24(sqrt(sum * (1 - BOUND))), high = round24(sqrt(sum * (1 + BOUND)));
     int exponent;

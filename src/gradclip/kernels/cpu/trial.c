@@ -202,7 +202,7 @@ static int scales(const scaling_t *trial) {
     leaf_t source = leaf_of(trial->kind, &old, LENGTH), target = leaf_of(trial->kind, &new, LENGTH);
     list_t from = list_of(&source), to = list_of(&target);
     factor_t factor = factor_of(trial->significand, trial->exponent);
-    scale(&from, &to, &factor, NULL);
+    scale(&from, &to, &factor, 0, NULL);
     for (int i = 0; i < LENGTH; i++)
         if (get(&new, trial->kind, i) != trial->wanted[i % GIVEN]) return 0;
     return 1;

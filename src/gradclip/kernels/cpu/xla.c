@@ -167,7 +167,7 @@ static void fill_nan(const leaf_t *leaf) {
 static int carry_out(const frame_t *frame, const int64_t *decision, list_t *from, list_t *to) {
     if (decision[0] == XLA_SCALE) {
         factor_t factor = factor_in(decision);
-        job_t job = {.list = to, .source = from, .factor = &factor};
+        job_t job = {.list = to, .source = from, .factors = &factor};
         atomic_store(&to->cursor, 0);
         int threads = threads_worth(frame, bytes_of(to));
         return walk_on_xla(frame, scale_share, &job, threads) < 0 ? -1 : 0;
