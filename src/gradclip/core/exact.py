@@ -64,6 +64,11 @@ class ScaledArray(NamedTuple):
             np.array([each.exponent for each in pairs], np.int64),
         )
 
+    def are_one(self) -> bool:
+        """If each of them is exactly 1."""
+        significand, exponent = Scaled.of(1.0)
+        return bool((self.significand == significand).all() and (self.exponent == exponent).all())
+
     def floats(self) -> npt.NDArray[np.float64]:
         """The nearest float64 numbers; inf where one is too large."""
         with np.errstate(over="ignore", under="ignore"):

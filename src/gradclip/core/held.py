@@ -138,7 +138,7 @@ class Clip:
             if self.part is not None:
                 held.check_there()
                 self.part.meet()  # for an error of another, and for one that has not been given it
-        action = self._judged(found.norm, each, limit)
+        action = self.judged(found.norm, each, limit)
         if isinstance(action, Raise):
             self.refuse(held, float(found.norm))
         return found, action
@@ -154,7 +154,7 @@ class Clip:
         norm, each = held.measure_each()
         return Measured(norm), each
 
-    def _judged(self, norm: Scaled, each: ScaledArray | None, limit: float | Lesson) -> Action:
+    def judged(self, norm: Scaled, each: ScaledArray | None, limit: float | Lesson) -> Action:
         """What is to be done to leaves of this norm, and each of one of its own, by a limit."""
         if not isinstance(limit, Lesson):
             return self.action(norm, limit)
@@ -167,7 +167,8 @@ class Clip:
             np.where(own, each.significand, norm.significand),
             np.where(own, each.exponent, norm.exponent),
         )
-        return ScaleEach(factors(against, limits))
+        found = factors(against, limits)
+        return Keep() if found.are_one() else ScaleEach(found)
 
     def action(self, norm: Scaled, limit: float) -> Action:
         """What is to be done to leaves of this norm."""

@@ -319,12 +319,16 @@ class Remembers:
         memory, name = self._memory, type(self).__name__
         state = memory.on_host()
         if state is None:
-            return {"kind": name}
+            return self.blank()
         if memory.keys is None:
             return {"kind": name, **self._saved(state)}
         rows = [type(state)(*row) for row in zip(*state, strict=True)]
         of = [[key, self._saved(row)] for key, row in zip(memory.keys, rows, strict=True)]
         return {"kind": name, "tensors": of}
+
+    def blank(self) -> dict[str, Any]:
+        """The `state_dict` of one that has learnt nothing."""
+        return {"kind": type(self).__name__}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a `state_dict`, to the bit.

@@ -12,13 +12,16 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from gradclip.core.decide import Fill, Keep, Scale, at_most
+from gradclip.core.decide import ScaleEach, at_most
 from gradclip.core.exact import Scaled
 from gradclip.core.held import Clip
+from gradclip.core.memory import Lesson
 from gradclip.core.opening import taking_part
 from gradclip.kernels.cpu.arithmetic import ieee_arithmetic
 from gradclip.torch.gradients import Gradients
+from gradclip.torch.limits import told
 from gradclip.torch.step import (
+    Action,
     Outcome,
     StandIn,
     Step,
@@ -37,13 +40,15 @@ class Known(NamedTuple):
 
     norms: list[float]
     factors: list[float]
+    limits: list[Any]  # numbers, or an array for each tensor's own
     wide: bool
     counts: dict[str, int]
 
     @classmethod
     def nothing(cls, lists: int) -> Known:
         """Of no step yet, in which so many lists of gradients are to be clipped."""
-        return cls([0.0] * lists, [1.0] * lists, False, dict.fromkeys(COUNTS, 0))
+        none = [math.nan] * lists
+        return cls([0.0] * lists, [1.0] * lists, none, False, dict.fromkeys(COUNTS, 0))
 
 
 class _Counts:
@@ -67,13 +72,13 @@ class _Counts:
 class Here(_Counts):
     """Books that the host keeps: steps are counted when they have been taken."""
 
-    __slots__ = ("factors", "norms", "wide")
+    __slots__ = ("factors", "limits", "norms", "wide")
 
     device = None
 
     def __init__(self, known: Known) -> None:
         super().__init__(known)
-        self.norms, self.factors, self.wide = known[:3]
+        self.norms, self.factors, self.limits, self.wide = known[:4]
 
     def norm(self, *, per_group: bool) -> Tensor:
         """The global norm of the latest step; of each list, if ``per_group``."""
@@ -86,6 +91,13 @@ class Here(_Counts):
         with ieee_arithmetic():
             return cpu_tensor(self.factors if per_group else self.factors[0], torch.float64)
 
+    def limit(self, *, per_group: bool) -> Any:
+        """What was in force in it."""
+        with ieee_arithmetic():
+            return _limits_told(
+                [cpu_tensor(each, torch.float64) for each in self.limits], per_group=per_group
+            )
+
     def count(self, name: str) -> Tensor:
         """One of the counts, int64."""
         return cpu_tensor(self.counts[name], torch.int64)
@@ -96,7 +108,7 @@ class Here(_Counts):
 
     def known(self) -> Known:
         """All of it, read."""
-        return Known(self.norms, self.factors, self.wide, self.state())
+        return Known(self.norms, self.factors, self.limits, self.wide, self.state())
 
     def clip(self, step: Step) -> Outcome:
         """Clip gradients once the host has seen their norms.
@@ -110,15 +122,18 @@ class Here(_Counts):
         limits, scale = step.limits(), step.scale()
         norms, actions = zip(*_decided(step, limits, scale), strict=True)
         self.norms = list(map(float, norms))
+        self.limits = list(map(_in_force, limits))
         self.wide = any(each.wide for each in step.lists)
         finite = all(math.isfinite(norm.significand) for norm in norms)
-        if step.on_nonfinite == "skip" and not finite:
+        stands_out = any(lesson.skip for lesson in step.lessons)
+        if stands_out or (step.on_nonfinite == "skip" and not finite):
             self._skip()
         self.factors = list(map(factor_of, actions))
         return Outcome(
             taken=True,
-            clipped=not all(map(at_most, norms, limits)),
+            clipped=any(map(_is_clipped, norms, limits, actions)),
             stand_in=carried_out(step, actions, scale),
+            lessons=step.lessons,
         )
 
     def _skip(self) -> NoReturn:
@@ -132,19 +147,37 @@ class Here(_Counts):
         )
 
 
+def _in_force(limit: float | Lesson) -> Any:
+    return limit.in_force if isinstance(limit, Lesson) else limit
+
+
+def _is_clipped(norm: Scaled, limit: float | Lesson, action: Action) -> bool:
+    """If a norm was not at most its limit, or that of one of its tensors."""
+    if isinstance(limit, Lesson) and limit.per_tensor:
+        return isinstance(action, ScaleEach) or not math.isfinite(norm.significand)
+    return not at_most(norm, _in_force(limit))
+
+
 def _decided(
-    step: Step, limits: Sequence[float], scale: float
-) -> list[tuple[Scaled, Keep | Fill | Scale]]:
+    step: Step, limits: Sequence[float | Lesson], scale: float
+) -> list[tuple[Scaled, Action]]:
     """The norm of each list of gradients, and what is to be done to them."""
     part = step.part
     if part is not None:
-        part.asked(max_norm=limits, on_nonfinite=step.on_nonfinite, grad_scale=scale)
+        part.asked(max_norm=list(map(told, limits)), on_nonfinite=step.on_nonfinite, grad_scale=scale)
     policy: Any = "keep" if step.on_nonfinite == "skip" else step.on_nonfinite
     found = [step.lists[0].decided(limits[0], policy, scale, part)]
     for each, limit in zip(step.lists[1:], limits[1:], strict=True):
         with taking_part(None if part is None else part.workers) as another:
             found.append(each.decided(limit, policy, scale, another))
     return found
+
+
+def _limits_told(limits: Sequence[Tensor], *, per_group: bool) -> Any:
+    """One tensor; several where groups are clipped tensor by tensor."""
+    if not per_group:
+        return limits[0]
+    return torch.stack(list(limits)) if not any(x.dim() for x in limits) else tuple(limits)
 
 
 # ---- in a device's memory ----

@@ -65,8 +65,9 @@ class Clipper(hooks.Hooked):
             closure.
         max_norm: a number above 0 (``inf`` only measures); a schedule, which is called with how
             many steps were begun before, 0 in the first (one that a fused optimizer skips for
-            GradScaler is begun, too); or a list of these, one for each parameter group: then each
-            group is clipped by a norm of its own.
+            GradScaler is begun, too); a limit of `gradclip.limits`, which learns from the norms
+            of the steps that are taken; or a list of these, one for each parameter group: then
+            each group is clipped by a norm of its own, and learns by an object of its own.
         on_nonfinite: what becomes of the gradients where an element is NaN or inf, as in
             `gradclip.clip_by_global_norm`; or ``"skip"``: the step is not taken, and neither
             weights nor anything that the optimizer keeps change (``optimizer.step`` is replaced by
@@ -80,8 +81,8 @@ class Clipper(hooks.Hooked):
     wait; a fused optimizer divides by the factor only where it divides by GradScaler's scale. It
     also skips by itself, if it has one limit; for others that are to skip, the host waits.
 
-    ``norm``, ``factor``, ``steps``, ``clipped_steps`` and ``skipped_steps`` tell of it, in tensors;
-    the first two of one element for each group if ``max_norm`` has. A step is counted when it has
+    ``norm``, ``limit``, ``factor``, ``steps``, ``clipped_steps`` and ``skipped_steps`` tell of it,
+    in tensors; the first three of one element for each group if ``max_norm`` has. A step is counted when it has
     been taken, and as clipped if its norm was not at most the limit: above it, as inf is above
     every finite limit, or NaN.
 
@@ -147,7 +148,7 @@ class Clipper(hooks.Hooked):
         self._on_nonfinite: OnNonfiniteStep = on_nonfinite
         self._group = group
         self._begin(books.Known.nothing(len(self._limits.every)))
-        self._hook_on(skips=on_nonfinite == "skip")
+        self._hook_on(skips=self._may_skip)
         try:
             self._places.find(self._optimizer)
         except BaseException:
@@ -186,7 +187,17 @@ class Clipper(hooks.Hooked):
 
     @max_norm.setter
     def max_norm(self, max_norm: Any) -> None:
-        self._limits = self._limits.replaced_by(max_norm)
+        new = self._limits.replaced_by(max_norm)
+        if new.may_skip and not self._may_skip:
+            raise ValueError(
+                f"max_norm is {max_norm!r}, which may skip steps; this clipper was attached "
+                "without a way to: attach another"
+            )
+        self._limits = new
+
+    @property
+    def _may_skip(self) -> bool:
+        return self._on_nonfinite == "skip" or self._limits.may_skip
 
     @property
     def norm(self) -> Tensor:
@@ -194,8 +205,18 @@ class Clipper(hooks.Hooked):
         return self._books.norm(per_group=self._limits.per_group)
 
     @property
+    def limit(self) -> Any:
+        """The limit that was in force in the latest step, float64; NaN before the first.
+
+        With `gradclip.limits.PerTensor` that of each gradient there was, in the optimizer's order;
+        where several groups have limits and one of them is such, a tuple.
+        """
+        return self._books.limit(per_group=self._limits.per_group)
+
+    @property
     def factor(self) -> Tensor:
-        """What gradients were multiplied by in the latest step, float64."""
+        """What gradients were multiplied by in the latest step, float64; the least, if by several.
+        """
         return self._books.factor(per_group=self._limits.per_group)
 
     @property
@@ -213,21 +234,39 @@ class Clipper(hooks.Hooked):
         """How many were not taken, with ``on_nonfinite="skip"``, int64."""
         return self._settled().count("skipped_steps")
 
-    def state_dict(self) -> dict[str, int]:
-        """The counts, to be saved beside the optimizer's; the limit is for `attach` to say."""
-        return self._settled().state()
+    def state_dict(self) -> dict[str, Any]:
+        """The counts, and under ``"limits"`` what limits have learnt, to be saved.
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on counting from a `state_dict`; a schedule goes on, too.
+        Beside the optimizer's; a number or a schedule is for `attach` to say.
+        """
+        counts: dict[str, Any] = dict(self._settled().state())
+        learnt = [limit.state_dict() for limit in self._limits.learning]
+        return {**counts, "limits": learnt} if learnt else counts
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a `state_dict`; a schedule goes on, too.
+
+        Where the state has no ``"limits"``, those that learn begin anew.
 
         Raises:
-            ValueError: it is none.
+            ValueError: it is none, or of other limits.
         """
-        counts = [x for x in dict(state).values() if type(x) is int and x >= 0]
-        if set(state) != set(books.COUNTS) or len(counts) != len(books.COUNTS):
+        counts = {name: x for name, x in dict(state).items() if name != "limits"}
+        known = [x for x in counts.values() if type(x) is int and x >= 0]
+        if set(counts) != set(books.COUNTS) or len(known) != len(books.COUNTS):
             raise ValueError(f"the state is {state!r}; it must be of Clipper.state_dict()")
+        learning, learnt = self._limits.learning, state.get("limits", [])
+        if learnt and len(learnt) != len(learning):
+            raise ValueError(
+                f"the state has {len(learnt)} limits that have learnt; this clipper has "
+                f"{len(learning)}"
+            )
+        tried = copy.deepcopy(learning)  # so that an error leaves all as they were
+        for limits in (tried, learning):
+            for limit, each in zip(limits, learnt or [limit.blank() for limit in limits], strict=True):
+                limit.load_state_dict(each)
         self._books = books.on_host(self._settled())
-        self._books.counts.update(state)
+        self._books.counts.update(counts)
 
     # ---- copies ----
 
@@ -252,7 +291,7 @@ class Clipper(hooks.Hooked):
             setattr(self, name, state[name])
         self._begin(state["known"])
         if state["attached"]:
-            self._hook_on(skips=self._on_nonfinite == "skip")
+            self._hook_on(skips=self._may_skip)
         else:
             self._finalizer()
 
@@ -296,6 +335,8 @@ class Clipper(hooks.Hooked):
         outcome = self._outcome
         self._end_step()
         self._books.note(outcome)
+        for lesson in outcome.lessons:
+            lesson.learn()
         if outcome.stand_in is not None:
             outcome.stand_in.leave(optimizer)
         self._places.forget()

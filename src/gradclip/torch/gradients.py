@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gradclip.core.decide import Fill, Keep, OnNonfinite, Raise, Scale, decide
-from gradclip.core.exact import Part, Scaled, certified_norm
+from gradclip.core.decide import Fill, Keep, OnNonfinite, Raise, Scale, ScaleEach
+from gradclip.core.exact import Part, Scaled, ScaledArray, certified_norm
 from gradclip.core.held import Clip, Held, Measured
+from gradclip.core.memory import Lesson
 from gradclip.core.workers import Joint
 from gradclip.torch import host
 from gradclip.torch.backend import hold
@@ -22,28 +24,29 @@ from gradclip.torch.unread import is_without_numbers
 class Gradients:
     """Gradients that are clipped together, and what is known of their sum of squares."""
 
-    __slots__ = ("_held", "_keys", "_names", "cold", "parts", "tensors", "wide")
+    __slots__ = ("_held", "_keys", "cold", "names", "tensors", "warm", "wide")
 
     def __init__(self) -> None:
-        self._names: list[str] = []
+        self.names: list[str] = []
         self.tensors: list[Tensor] = []
-        self.parts: list[Part] = []
-        self.cold: list[Tensor] = []
+        self.warm: list[tuple[int, list[Part]]] = []  # by number, what was measured of them
+        self.cold: list[int] = []  # the numbers of the others
         self.wide = False
         self._keys: set[int] = set()
         self._held: Held | None = None
 
     def add(self, name: str, gradient: Tensor, watch: Any) -> None:
         """One more: that of a parameter, with the watch on it if there is one."""
-        self._names.append(name)
+        number = len(self.tensors)
+        self.names.append(name)
         self.tensors.append(gradient)
         dense = type(gradient) is Tensor and gradient.layout is torch.strided
         self._keys.add((dense and gradient.data_ptr()) or id(gradient))
         warm = None if watch is None else watch.sums(gradient)
         if warm is not None:
-            self.parts += warm
+            self.warm.append((number, warm))
             return
-        self.cold.append(gradient)
+        self.cold.append(number)
         if gradient.dtype in WIDE:
             self.wide = True
 
@@ -70,36 +73,68 @@ class Gradients:
 
     def path(self, number: int) -> str:
         """What an error calls one of them."""
-        return f"{self._names[number]}.grad"
+        return f"{self.names[number]}.grad"
 
     def decided(
-        self, limit: float, on_nonfinite: OnNonfinite, scale: float, part: Joint | None
-    ) -> tuple[Scaled, Keep | Fill | Scale]:
+        self, limit: float | Lesson, on_nonfinite: OnNonfinite, scale: float, part: Joint | None
+    ) -> tuple[Scaled, Keep | Fill | Scale | ScaleEach]:
         """Their norm without GradScaler's ``scale``, and what is to be done to them.
 
         Raises:
             FloatingPointError: they are refused.
             RuntimeError: another worker has failed.
         """
-        norm, wide = self._norm(part)
+        each = None
+        if isinstance(limit, Lesson) and limit.per_tensor:
+            (norm, wide), each = self._norm_and_each(part)
+            each = _each_unscaled(each, scale, self.wide or wide)
+        else:
+            norm, wide = self._norm(part)
         self.wide = self.wide or wide
         norm = _unscaled(norm, scale, self.wide)
-        action = decide(norm, limit, on_nonfinite)
+        clip = Clip(self.tensors, self.path, on_nonfinite=on_nonfinite, part=part)
+        action = clip.judged(norm, each, limit)
         if isinstance(action, Raise):
             # To be read: also those that could not be written are named.
             held = hold(self.tensors, self.path, writable=False)
-            self._clip(part).refuse(held, float(norm))
+            clip.refuse(held, float(norm))
         return norm, action
 
     def _norm(self, part: Joint | None) -> Measured:
         """The global norm: by what was measured while it was warm, if that is all it takes."""
-        alone = part is None and not _is_distributed()
-        if alone and not self.wide and not self.repeated:
-            more = host.sums(self.cold)
-            norm = None if more is None else certified_norm([*self.parts, *more])
+        if self._may_use_warm(part):
+            more = host.sums([self.tensors[number] for number in self.cold])
+            warm = [each for _, parts in self.warm for each in parts]
+            norm = None if more is None else certified_norm([*warm, *more])
             if norm is not None:
                 return Measured(norm)
         return self._clip(part).measured(self.held())
+
+    def _norm_and_each(self, part: Joint | None) -> tuple[Measured, ScaledArray]:
+        """The global norm, and each one's own."""
+        if self.warm and self._may_use_warm(part):
+            found = host.norms([self.tensors[number] for number in self.cold])
+            warm = [certified_norm(parts) for _, parts in self.warm]
+            if found is not None and None not in warm:
+                parts = [each for _, parts in self.warm for each in parts]
+                norm = certified_norm([*parts, *found[1]])
+                if norm is not None:
+                    return Measured(norm), self._in_order(warm, found[0])
+        return self._clip(part).measured_each(self.held())
+
+    def _in_order(self, warm: Sequence[Any], cold: ScaledArray) -> ScaledArray:
+        """The norms of those that were measured and of the others, each in its place."""
+        numbers = [number for number, _ in self.warm]
+        known = ScaledArray.of(warm)
+        new = ScaledArray(np.zeros(len(self.tensors)), np.zeros(len(self.tensors), np.int64))
+        for every, ones, others in zip(new, known, cold, strict=True):
+            every[numbers], every[self.cold] = ones, others
+        return new
+
+    def _may_use_warm(self, part: Joint | None) -> bool:
+        """If what was measured by backward holds, and is all that counts."""
+        alone = part is None and not _is_distributed()
+        return alone and not self.wide and not self.repeated
 
     def _clip(self, part: Joint | None) -> Clip:
         return Clip(self.tensors, self.path, part=part)
@@ -113,6 +148,16 @@ def _unscaled(norm: Scaled, scale: float, wide: bool) -> Scaled:
     quotient = norm.significand / by.significand
     significand, exponent = math.frexp(quotient if wide else float(np.float32(quotient)))
     return Scaled(significand, exponent + norm.exponent - by.exponent)
+
+
+def _each_unscaled(norms: ScaledArray, scale: float, wide: bool) -> ScaledArray:
+    """As `_unscaled`, of each."""
+    if scale == 1:
+        return norms
+    return ScaledArray.of(
+        _unscaled(Scaled(*each), scale, wide)
+        for each in zip(*map(np.ndarray.tolist, norms), strict=True)
+    )
 
 
 def _is_distributed() -> bool:

@@ -105,6 +105,15 @@ def sums(tensors: Sequence[Tensor]) -> list[Part] | None:
     return cpu.sum_squares(memory)
 
 
+def norms(tensors: Sequence[Tensor]) -> tuple[ScaledArray, list[Part]] | None:
+    """The norm of each, and the sum of all; None if sums in float64 do not prove every one."""
+    memory = pointers.taken(tensors, writable=False) if are_plain(tensors) else None
+    if memory is None:
+        return None
+    each, unsure, parts = cpu.norms(memory)
+    return None if unsure else (each, parts)
+
+
 def watch(parameter: Tensor) -> Any:
     """Have a parameter's gradient measured whenever backward has written it, while it is warm.
 

@@ -6,9 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from gradclip.core.decide import check_clip_norm
+from gradclip.core.limits import Limit as Learning
+from gradclip.core.memory import Lesson
 
-# What a limit may be: a number, or a schedule: from how many steps were begun before to a number.
-Limit = float | Callable[[int], Any]
+# What a limit may be: a number, or a schedule: from how many steps were begun before to a number;
+# or one that learns.
+Limit = float | Callable[[int], Any] | Learning
 
 
 class Limits(NamedTuple):
@@ -22,14 +25,18 @@ class Limits(NamedTuple):
         """What a user gives.
 
         Raises:
-            TypeError, ValueError: one is no number, or out of range.
+            TypeError, ValueError: one is no number, or out of range; or two are one object that
+                learns.
         """
         per_group = isinstance(max_norm, Sequence) and not isinstance(max_norm, str)
-        every = max_norm if per_group else [max_norm]
-        return cls(
-            [limit if callable(limit) else check_clip_norm(limit, "max_norm") for limit in every],
-            per_group,
-        )
+        every = [_checked(limit) for limit in (max_norm if per_group else [max_norm])]
+        learning = [limit for limit in every if isinstance(limit, Learning)]
+        if len(set(map(id, learning))) < len(learning):
+            raise ValueError(
+                f"max_norm has {learning[0]!r} for several groups; each learns by an object of its "
+                "own"
+            )
+        return cls(every, per_group)
 
     @property
     def given(self) -> Any:
@@ -48,6 +55,16 @@ class Limits(NamedTuple):
             raise ValueError(f"max_norm is {max_norm!r}; this clipper has {ours}: attach another")
         return new
 
+    @property
+    def learning(self) -> list[Learning]:
+        """Those that learn."""
+        return [limit for limit in self.every if isinstance(limit, Learning)]
+
+    @property
+    def may_skip(self) -> bool:
+        """If one may have a step skipped."""
+        return any(limit.skips for limit in self.learning)
+
     def check_number(self, optimizer: Any) -> None:
         """Count parameter groups.
 
@@ -61,20 +78,40 @@ class Limits(NamedTuple):
                 "groups"
             )
 
-    def after(self, begun: int, knows: Callable[[Any], bool]) -> list[Any]:
-        """Those of the step before which so many were begun.
+    def after(
+        self, begun: int, knows: Callable[[Any], bool], keys: Sequence[Sequence[str]]
+    ) -> list[Any]:
+        """Those of the step before which so many were begun; lessons of those that learn.
 
         Args:
             begun: what schedules are called with.
             knows: if a limit need not be read by the host.
+            keys: the names of the gradients of each.
 
         Raises:
             TypeError, ValueError: a schedule gives no number, or one out of range.
         """
         return [
-            _number(limit(begun), begun, knows) if callable(limit) else limit
-            for limit in self.every
+            _now(limit, begun, knows, names)
+            for limit, names in zip(self.every, keys, strict=True)
         ]
+
+
+def _checked(limit: Any) -> Limit:
+    if isinstance(limit, Learning) or callable(limit):
+        return limit
+    return check_clip_norm(limit, "max_norm")
+
+
+def _now(limit: Any, begun: int, knows: Callable[[Any], bool], names: Sequence[str]) -> Any:
+    if isinstance(limit, Learning):
+        return limit.lesson(names)
+    return _number(limit(begun), begun, knows) if callable(limit) else limit
+
+
+def told(limit: float | Lesson) -> float | str:
+    """What of a limit has to be the same on all workers."""
+    return limit.told() if isinstance(limit, Lesson) else limit
 
 
 def _number(limit: Any, begun: int, knows: Callable[[Any], bool]) -> Any:

@@ -17,11 +17,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gradclip.core.decide import Fill, Keep, Scale
+from gradclip.core.decide import Fill, Keep, Scale, ScaleEach
+from gradclip.core.memory import Lesson
 from gradclip.core.workers import Joint
 from gradclip.torch import devices
 from gradclip.torch.gradients import Gradients
 from gradclip.torch.limits import Limits
+
+Action = Keep | Fill | Scale | ScaleEach
 
 HOOKS = "_optimizer_step_pre_hooks"
 KEY = "gradclip"  # of our hooks, among those that PyTorch numbers
@@ -58,6 +61,7 @@ class Outcome(NamedTuple):
     taken: bool = False
     clipped: bool = False
     stand_in: StandIn | None = None
+    lessons: Sequence[Lesson] = ()
 
 
 @dataclass
@@ -96,6 +100,8 @@ class Step:
     def _may_be_left_to_a_device(self) -> bool:
         if self.part is not None or self.device is None or not devices.has_triton(self.device):
             return False
+        if self.max_norm.learning:
+            return False
         # The host waits in any case to raise: for all lists, before one is written. So it does
         # where it, or the norm of another list, decides about a step.
         waits = self.on_nonfinite == "raise"
@@ -111,8 +117,14 @@ class Step:
             TypeError, ValueError: a schedule gives no number, or one out of range.
         """
         if self._limits is None:
-            self._limits = self.max_norm.after(self.begun, self._knows)
+            keys = [each.names for each in self.lists]
+            self._limits = self.max_norm.after(self.begun, self._knows, keys)
         return self._limits
+
+    @property
+    def lessons(self) -> list[Lesson]:
+        """Of the limits that learn."""
+        return [limit for limit in self.limits() if isinstance(limit, Lesson)]
 
     def _knows(self, limit: Any) -> bool:
         return self.memory is not None and self.memory.locate(limit) is not None
@@ -178,7 +190,7 @@ def check_unrecorded(optimizer: Any, lists: Sequence[Gradients]) -> None:
         )
 
 
-def carried_out(step: Step, actions: Sequence[Keep | Fill | Scale], scale: float) -> StandIn | None:
+def carried_out(step: Step, actions: Sequence[Action], scale: float) -> StandIn | None:
     """Do what has been decided; the stand-in that is to do it in the step, if one can."""
     if isinstance(actions[0], Scale) and step.is_of_one_list:
         divisor = scale / (float(actions[0].factor) or math.ulp(0.0))
@@ -220,11 +232,13 @@ def _is_of_torch(function: Callable[..., Any] | None) -> bool:
     return True
 
 
-def factor_of(action: Keep | Fill | Scale) -> float:
-    """What elements are multiplied by, or, in its place, filled with."""
+def factor_of(action: Action) -> float:
+    """What elements are multiplied by, or, in its place, filled with; the least of several."""
     match action:
         case Scale(factor):
             return float(factor)
+        case ScaleEach(factors):
+            return float(factors.floats().min())
         case Fill(value):
             return value
     return 1.0

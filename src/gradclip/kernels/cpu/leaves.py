@@ -126,8 +126,7 @@ class Leaves(Held):
         return self._written(lambda new: self.scale_to(new, factors))
 
     def scale_each_(self, factors: ScaledArray) -> None:
-        if (factors.significand != 0.5).any() or (factors.exponent != 1).any():  # noqa: PLR2004
-            self._scale(self.memory, self.memory, factors)
+        self._scale(self.memory, self.memory, factors)
 
     def scale_to(self, targets: Sequence[Array], factor: Scaled | ScaledArray) -> None:
         """Write every element times ``factor`` to arrays of the same shapes and dtypes."""
