@@ -27,6 +27,7 @@ ARROWS = {
     "gradclip": {"_clip", "core.sparse:IndexedSlices"},
     "_clip": {"_compiler", "core.", "kernels.cpu.arithmetic", "kernels.cpu:kinds"},
     "_compiler": set(),
+    "limits": {"core.limits"},
     "core.": {"core."},
     "kernels.": {"kernels.", "core.exact", "core.held", "core.workers"},
     "numpy.": {"core.", "kernels.", "numpy."},

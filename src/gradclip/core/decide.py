@@ -148,8 +148,11 @@ def decide(norm: Scaled, clip_norm: float, on_nonfinite: OnNonfinite) -> Action:
 
 
 def at_most(norm: Scaled, clip_norm: float) -> bool:
-    """If a norm is at most the limit; it is not where it is above it, inf or NaN."""
-    if not norm.significand or not math.isfinite(norm.significand) or math.isinf(clip_norm):
+    """If a norm is at most the limit; it is not where it is above it, inf or NaN.
+
+    The limit is 0 where a step is to be skipped and there is none.
+    """
+    if not (norm.significand and math.isfinite(norm.significand) and 0 < clip_norm < math.inf):
         return norm.significand <= clip_norm
     limit = Scaled.of(clip_norm)
     return (norm.exponent, norm.significand) <= (limit.exponent, limit.significand)
@@ -169,7 +172,8 @@ def factors(norms: ScaledArray, limits: npt.NDArray[np.float64]) -> ScaledArray:
         (norms.exponent == exponent) & (norms.significand > significand)
     )
     above &= (norms.significand > 0) & (limits < math.inf)
-    quotient, shift = np.frexp(significand / np.where(above, norms.significand, 1.0))
+    with np.errstate(invalid="ignore"):  # inf / 1, where none is above
+        quotient, shift = np.frexp(significand / np.where(above, norms.significand, 1.0))
     one, place = math.frexp(1.0)
     return ScaledArray(
         np.where(above, quotient, one),

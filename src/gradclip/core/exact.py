@@ -25,6 +25,7 @@ _NARROW_WORDS = 22
 _NARROW_UNIT = -384
 _NARROW_AT = (_NARROW_UNIT - UNIT) // 32
 _COUNTS = 2
+NARROW = slice(_NARROW_AT, _NARROW_AT + _NARROW_WORDS)  # the words of float32 and narrower
 
 
 class Scaled(NamedTuple):

@@ -130,7 +130,7 @@ class Clip:
             self.part.asked(**self.asked(told, None if given is None else float(given)))
         each = None
         if isinstance(limit, Lesson) and limit.per_tensor:
-            found, each = self.measured_each(held)
+            found, each = self.measured_each(held, limit)
         elif given is None:
             found = self.measured(held)
         else:
@@ -143,16 +143,20 @@ class Clip:
             self.refuse(held, float(found.norm))
         return found, action
 
-    def measured_each(self, held: Held) -> tuple[Measured, ScaledArray]:
+    def measured_each(self, held: Held, lesson: Lesson) -> tuple[Measured, ScaledArray]:
         """The global norm, and that of each leaf.
 
         Raises:
             RuntimeError: another worker has failed.
         """
         if self.part is not None:
-            return held.measure_each_with(self.part)
-        norm, each = held.measure_each()
-        return Measured(norm), each
+            found, each = held.measure_each_with(self.part, lesson.told_of)
+        else:
+            norm, each = held.measure_each()
+            found = Measured(norm)
+        if len(each.exponent) < len(self.leaves):
+            raise ValueError("a leaf is listed twice, and limits.PerTensor would clip it twice")
+        return found, each
 
     def judged(self, norm: Scaled, each: ScaledArray | None, limit: float | Lesson) -> Action:
         """What is to be done to leaves of this norm, and each of one of its own, by a limit."""
@@ -269,9 +273,14 @@ class Held:
         """
         raise NotImplementedError(f"{_NO_TENSORS} {type(self).__module__}")
 
-    def measure_each_with(self, joint: Joint) -> tuple[Measured, ScaledArray]:
-        """The same, of leaves of which other workers have parts."""
-        del joint
+    def measure_each_with(
+        self, joint: Joint, learnt: Callable[[Sequence[int]], str]
+    ) -> tuple[Measured, ScaledArray]:
+        """The same, of leaves of which other workers have parts.
+
+        What has been ``learnt`` of those has to be the same on all workers.
+        """
+        del joint, learnt
         raise NotImplementedError(f"{_NO_TENSORS} a group of {type(self).__module__}")
 
     def total(self) -> tuple[Total, float, bool]:

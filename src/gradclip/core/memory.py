@@ -236,7 +236,8 @@ class Lesson:
             place: as in `judge`.
         """
         state = self._begin(ops, place, (len(self.keys or ()),))
-        ruling = self.kind.judge(ops, state, norms, whole)
+        with np.errstate(all="ignore"):  # as for numbers of Python
+            ruling = self.kind.judge(ops, state, norms, whole)
         self.in_force, self.after = ruling.limit, ruling.state
         return ruling.limit, ruling.learnt
 
@@ -254,14 +255,26 @@ class Lesson:
         self.kind._learn(self)
 
     def told(self) -> str:
-        """What has to be the same on all workers."""
-        state = self.kind._memory.on_host()
-        if state is None:
-            return f"{self.kind!r} that has learnt nothing"
-        digest = 0
-        for each in state if not self.per_tensor else ():
-            digest = zlib.crc32(np.asarray(each).tobytes(), digest)
-        return f"{self.kind!r} that has learnt {digest:08x}"
+        """What has to be the same on all workers; of tensors `told_of` has more."""
+        if self.per_tensor:
+            return repr(self.kind)
+        return f"{self.kind!r} that has learnt {_digest(self.kind._memory.on_host())}"
+
+    def told_of(self, numbers: Sequence[int]) -> str:
+        """What has been learnt of some of the tensors."""
+        rows = list(numbers)
+        state = _of_tensors(self.kind, self.keys or ()).on_host()
+        return _digest(None if state is None else [each[rows] for each in state])
+
+
+def _digest(state: Any) -> str:
+    """The same of equal states, and hardly ever of two others."""
+    if state is None:
+        return "nothing"
+    found = 0
+    for each in state:
+        found = zlib.crc32(np.asarray(each).tobytes(), found)
+    return f"{found:08x}"
 
 
 def _of_tensors(kind: Any, keys: Sequence[Any]) -> Memory:
@@ -392,8 +405,8 @@ class Remembers:
             _look_out(self)
 
 
-# Of the latest limits that had seen one norm, one after the other and all alike: the memory of the
-# last one, and how many there were.
+# Of the latest limits that had seen one norm, one after the other and all alike: how they are shown,
+# the memory of the last one, and how many there were.
 _latest: list[Any] = [None, None, 0]
 
 
@@ -403,9 +416,9 @@ def _look_out(limit: Remembers) -> None:
         _latest[:] = [None, None, 0]
         return
     known, before, count = _latest
-    gone = known == limit and before is not None and before() is None
+    gone = known == repr(limit) and before is not None and before() is None
     count = count + 1 if gone else 1
-    _latest[:] = [limit, weakref.ref(limit._memory), count]
+    _latest[:] = [repr(limit), weakref.ref(limit._memory), count]
     if count == 4:  # noqa: PLR2004
         depth = 1
         frame: Any = sys._getframe()

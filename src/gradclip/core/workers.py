@@ -114,6 +114,12 @@ class Joint:
         self._asked = ", ".join(f"{name}={value!r}" for name, value in settings.items())
         self._digest = zlib.crc32(self._asked.encode()) & _FREE
 
+    def asked_too(self, **settings: object) -> None:
+        """What has to be the same beside that."""
+        more = ", ".join(f"{name}={value!r}" for name, value in settings.items())
+        self._asked = f"{self._asked}, {more}"
+        self._digest = zlib.crc32(self._asked.encode()) & _FREE
+
     def meet(self) -> None:
         """In place of a measurement, where the norm is known.
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradclip.core.exact import WORDS, Scaled, Total, total_of
+from gradclip.core.exact import WORDS, Scaled, ScaledArray, Total, total_of
 from gradclip.core.sparse import IndexedSlices
 from gradclip.core.workers import Joint
 from gradclip.kernels.traced import norms, scaling, squares
@@ -44,6 +44,10 @@ class Leaves(Tensors):
         significand, exponent = Scaled.of(float(norm.significand))
         return Scaled(significand, exponent + int(norm.exponent) if significand else 0)
 
+    def measure_each(self) -> tuple[Scaled, ScaledArray]:
+        each = [Leaves([leaf], writable=False).measure() for leaf in self.leaves]
+        return self.measure(), ScaledArray.of(each)
+
     def total(self) -> tuple[Total, float, bool]:
         return self._on_the_host().total()
 
@@ -68,10 +72,19 @@ class Leaves(Tensors):
     def scaled(self, factor: Scaled) -> list[Any]:
         return self.rewrapped([_scaled(detached(leaf), factor) for leaf in self.leaves])
 
+    def scaled_each(self, factors: ScaledArray) -> list[Any]:
+        pairs = zip(self.leaves, _singly(factors), strict=True)
+        return self.rewrapped([_scaled(detached(leaf), factor) for leaf, factor in pairs])
+
     def scale_(self, factor: Scaled) -> None:
+        self.scale_each_(ScaledArray.of([factor] * len(self.leaves)))
+
+    def scale_each_(self, factors: ScaledArray) -> None:
+        one = Scaled.of(1.0)
         with torch.inference_mode():
-            for tensor in map(values_of, self.leaves):
-                tensor.copy_(_scaled(tensor, factor))
+            for tensor, factor in zip(map(values_of, self.leaves), _singly(factors), strict=True):
+                if factor != one:
+                    tensor.copy_(_scaled(tensor, factor))
 
     def _on_the_host(self) -> host.Leaves:
         """Copies of the leaves, to be measured."""
@@ -82,6 +95,10 @@ class Leaves(Tensors):
             for leaf in self.leaves
         ]
         return host.hold(leaves, list(map(values_of, leaves)), str, writable=False)
+
+
+def _singly(factors: ScaledArray) -> list[Scaled]:
+    return [Scaled(*each) for each in zip(*map(np.ndarray.tolist, factors), strict=True)]
 
 
 def _with_rows(leaf: Any) -> tuple[Tensor, Tensor | None]:

@@ -86,7 +86,7 @@ class Gradients:
         """
         each = None
         if isinstance(limit, Lesson) and limit.per_tensor:
-            (norm, wide), each = self._norm_and_each(part)
+            (norm, wide), each = self._norm_and_each(limit, part)
             each = _each_unscaled(each, scale, self.wide or wide)
         else:
             norm, wide = self._norm(part)
@@ -110,7 +110,9 @@ class Gradients:
                 return Measured(norm)
         return self._clip(part).measured(self.held())
 
-    def _norm_and_each(self, part: Joint | None) -> tuple[Measured, ScaledArray]:
+    def _norm_and_each(
+        self, lesson: Lesson, part: Joint | None
+    ) -> tuple[Measured, ScaledArray]:
         """The global norm, and each one's own."""
         if self.warm and self._may_use_warm(part):
             found = host.norms([self.tensors[number] for number in self.cold])
@@ -120,7 +122,7 @@ class Gradients:
                 norm = certified_norm([*parts, *found[1]])
                 if norm is not None:
                     return Measured(norm), self._in_order(warm, found[0])
-        return self._clip(part).measured_each(self.held())
+        return self._clip(part).measured_each(self.held(), lesson)
 
     def _in_order(self, warm: Sequence[Any], cold: ScaledArray) -> ScaledArray:
         """The norms of those that were measured and of the others, each in its place."""

@@ -38,6 +38,7 @@ class Ring(NamedTuple):
     ranks: Ranks  # of all processes, those that are in it
     parts: bool  # if what is not spread by a mesh is a part of its own on each, and no replica
     whole: Sequence[Tensor] = ()  # parameters of which each has the whole gradient all the same
+    flat: bool = False  # if one tensor, of which each has a part, is of many parameters (FSDP1)
 
     @property
     def rank(self) -> int:
@@ -110,7 +111,7 @@ def ring_of_leaves(leaves: Sequence[Any]) -> Ring | None:
         )
     if shards is not None:
         ranks = tuple(dist.get_process_group_ranks(shards.group))
-        return Ring(shards.group, ranks, True, shards.whole)
+        return Ring(shards.group, ranks, True, shards.whole, flat=True)
     if not meshes:
         return None
     every = set(map(_ranks, meshes))
@@ -265,21 +266,27 @@ def any_terms(leaves: Sequence[Any], groups: Iterable[Alike]) -> bool:
 
 def counted(leaves: Sequence[Any], groups: Sequence[Alike], ring: Ring) -> list[Any]:
     """What this process adds of the leaves, grouped by `alike`, to the sum of squares of all."""
+    if len(groups) == 1 and groups[0].is_spread and not groups[0].is_sum:
+        first = groups[0].first
+        return locals_of(leaves) if _is_first(first, ring, {_ranks(first._spec.mesh)}) else []
+    return list(counted_at(leaves, groups, ring).values())
+
+
+def counted_at(leaves: Sequence[Any], groups: Sequence[Alike], ring: Ring) -> dict[int, Any]:
+    """As `counted`, by the place of each leaf."""
     every = {_ranks(group.first._spec.mesh) for group in groups if group.is_spread}
     is_first = [group.is_spread and _is_first(group.first, ring, every) for group in groups]
-    if len(groups) == 1 and groups[0].is_spread and not groups[0].is_sum:
-        return locals_of(leaves) if is_first[0] else []
     whole = {id(parameter.grad) for parameter in ring.whole}
     group_of = {place: number for number, group in enumerate(groups) for place in group.places}
-    found = []
+    found = {}
     for place, leaf in enumerate(leaves):  # in this order, which is that of all who add up
         group = groups[group_of[place]]
         if group.is_spread:
             local = (_added_up(leaf) if group.is_sum else leaf)._local_tensor
             if is_first[group_of[place]]:
-                found.append(_arrived(local))
+                found[place] = _arrived(local)
         elif (ring.parts and id(leaf) not in whole) or ring.rank == 0:
-            found.append(leaf)
+            found[place] = leaf
     return found
 
 

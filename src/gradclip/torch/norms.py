@@ -21,6 +21,7 @@ from gradclip.core.decide import (
 )
 from gradclip.core.exact import Scaled, ScaledArray
 from gradclip.core.held import Held, Measured
+from gradclip.core.memory import Lesson
 from gradclip.core.opening import taking_part
 from gradclip.core.workers import Joint, Workers
 from gradclip.kernels.cpu.arithmetic import ieee_arithmetic
@@ -94,7 +95,7 @@ class GradClip(ByOperation):
             self._refuse()
         return found
 
-    def measured_each(self, held: Any) -> tuple[Measured, ScaledArray]:
+    def measured_each(self, held: Any, lesson: Lesson) -> tuple[Measured, ScaledArray]:
         """The norm of order 2, and that of each gradient.
 
         Raises:
@@ -103,7 +104,7 @@ class GradClip(ByOperation):
         """
         if self.order != 2:
             raise ValueError(f"norm_type is {self.order}; limits.PerTensor clips by norms of order 2")
-        found, each = super().measured_each(held)
+        found, each = super().measured_each(held, lesson)
         if self.error_if_nonfinite and not math.isfinite(found.norm.significand):
             self._refuse()
         return found, each

@@ -6,15 +6,33 @@ from collections.abc import Callable, Sequence
 from operator import is_
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 
-from gradclip.core.exact import Scaled, Total
-from gradclip.core.held import Clip, Held
+from gradclip.core.exact import (
+    FLOAT32,
+    FLOAT64,
+    NARROW,
+    WORDS,
+    Format,
+    Scaled,
+    ScaledArray,
+    Total,
+    merge,
+    normalised,
+    total_of,
+)
+from gradclip.core.exact import norm as root_of
+from gradclip.core.held import Clip, Held, Measured
 from gradclip.core.workers import Joint
 from gradclip.torch import mesh
 from gradclip.torch.elements import copy, count_nonfinite, fill_
 from gradclip.torch.overlap import distinct
-from gradclip.torch.tensors import detached, values_of, with_values
+from gradclip.torch.tensors import WIDE, detached, values_of, with_values
+
+
+# What has been learnt of some of the leaves.
+Learnt = Callable[[Sequence[int]], str]
 
 
 class Tensors(Held):
@@ -43,6 +61,9 @@ class Tensors(Held):
             RuntimeError: another worker has failed, and terms are to be added up.
         """
         return _counted(self, self.leaves, joint)
+
+    def measure_each_with(self, joint: Joint, learnt: Learnt) -> tuple[Measured, ScaledArray]:
+        return _measured_each(self, self.leaves, joint, learnt)
 
     def count_nonfinite(self, leaf: Any) -> tuple[int, int]:
         return count_nonfinite(leaf)
@@ -82,6 +103,79 @@ def _counted(here: Tensors, leaves: Sequence[Any], joint: Joint) -> Tensors:
     return counted
 
 
+def _measured_each(
+    here: Tensors, leaves: Sequence[Any], joint: Joint, learnt: Learnt
+) -> tuple[Measured, ScaledArray]:
+    """The global norm and that of each leaf, of which the spread ones are added up in one sum.
+
+    Raises:
+        NotImplementedError: parameters are flat: the parts of many in one tensor.
+        RuntimeError: another worker has failed, or has other leaves that are spread.
+    """
+    here.check_there()
+    ring = joint.workers
+    if not isinstance(ring, mesh.Ring):
+        _, each = here.measure_each()
+        return Measured(*joint.norm(here.total()[0], wide=here.wide)), each
+    if ring.flat:
+        raise NotImplementedError(
+            "limits.PerTensor under FullyShardedDataParallel, which has many parameters in one "
+            "tensor: shard by fully_shard (FSDP2), which leaves each its own"
+        )
+    groups = mesh.alike(leaves)
+    places = sorted(place for group in groups if group.is_spread for place in group.places)
+    shapes = [tuple(leaves[place].shape) for place in places]
+    joint.asked_too(spread=shapes, learnt=learnt(places))
+    if mesh.any_terms(leaves, groups):
+        joint.agree()  # adding up is a collective, for which one that has failed would be missed
+    counted = mesh.counted_at(leaves, groups, ring)
+    again = _repeated(leaves) if here.writable else set()
+    totals = [
+        _total([counted[place]] if place in counted and place not in again else [])
+        for place in places
+    ]
+    known = set(places)
+    rest = [x for place, x in counted.items() if place not in known and place not in again]
+    norm, wide = joint.norm(merge([*totals, _total(rest)]), wide=here.wide)
+    own = [place for place in range(len(leaves)) if place not in known]
+    _, each = Tensors.hold([leaves[place] for place in own], str, writable=False).measure_each()
+    found = [Scaled(0.0, 0)] * len(leaves)
+    for place, number in zip(own, zip(*each, strict=True), strict=True):
+        found[place] = Scaled(*number)
+    formats = [FLOAT64 if values_of(leaves[place]).dtype in WIDE else FLOAT32 for place in places]
+    for place, number in zip(places, ring_norms(ring, totals, formats), strict=True):
+        found[place] = number
+    return Measured(norm, wide), ScaledArray.of(found)
+
+
+def ring_norms(ring: mesh.Ring, totals: Sequence[Total], formats: Sequence[Format]) -> list[Scaled]:
+    """The roots of totals, each added up over the workers, all in one sum of integers."""
+    if not totals:
+        return []
+    # What is narrower than float64 takes a sixth of the words.
+    kept = [
+        slice(None) if to is FLOAT64 else np.r_[NARROW, WORDS : WORDS + 2] for to in formats
+    ]
+    digits = [normalised(total)[each] for total, each in zip(totals, kept, strict=True)]
+    together = np.split(ring.sum(np.concatenate(digits)), np.cumsum([len(x) for x in digits])[:-1])
+    found = []
+    for words, each, to in zip(together, kept, formats, strict=True):
+        total = total_of()
+        total[each] = words
+        found.append(root_of(total, to))
+    return found
+
+
+def _total(tensors: Sequence[Any]) -> Total:
+    return Tensors.hold(tensors, str, writable=False).total()[0] if tensors else total_of()
+
+
+def _repeated(leaves: Sequence[Any]) -> set[int]:
+    """The places of leaves that stand in the list before."""
+    first: dict[int, int] = {}
+    return {i for i, leaf in enumerate(leaves) if first.setdefault(id(leaf), i) != i}
+
+
 class Spread(Tensors):
     """DTensors, and what this process holds of them."""
 
@@ -99,6 +193,12 @@ class Spread(Tensors):
     def measure(self) -> Scaled:
         """The norm of what is here."""
         return self.here.measure()
+
+    def measure_each(self) -> tuple[Scaled, ScaledArray]:
+        return self.here.measure_each()
+
+    def measure_each_with(self, joint: Joint, learnt: Learnt) -> tuple[Measured, ScaledArray]:
+        return _measured_each(self.here, self.leaves, joint, learnt)
 
     def total(self) -> tuple[Total, float, bool]:
         """The exact sum of what is here, the largest finite |x|, if any is wide."""
@@ -137,6 +237,12 @@ class Spread(Tensors):
 
     def scaled(self, factor: Scaled) -> list[Any]:
         return self.rewrapped(self.here.scaled(factor))
+
+    def scaled_each(self, factors: ScaledArray) -> list[Any]:
+        return self.rewrapped(self.here.scaled_each(factors))
+
+    def scale_each_(self, factors: ScaledArray) -> None:
+        self.here.scale_each_(factors)
 
     def fill_(self, value: float) -> None:
         self.here.fill_(value)
