@@ -41,20 +41,21 @@ import types
 import warnings
 from collections.abc import Iterable
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import utils
 
 from gradclip import _clip
-from gradclip.core.decide import OnNonfinite
+from gradclip.core.decide import OnNonfinite, check_clip_norm
 from gradclip.core.limits import Limit
 from gradclip.core.opening import Opening
 from gradclip.core.patch import Patch
 from gradclip.torch import backend
 from gradclip.torch.clipper import Clipper, clipper_of
 from gradclip.torch.library import operand
+from gradclip.torch.limits import by_limit
 from gradclip.torch.norms import check_order, clip_, clip_with_norm_, total_norm
 from gradclip.torch.parameters import (
     Named,
@@ -63,9 +64,11 @@ from gradclip.torch.parameters import (
     listed,
     path_of_gradient,
 )
+from gradclip.torch.units import adaptive_clip_grad_
 
 __all__ = [
     "Clipper",
+    "adaptive_clip_grad_",
     "attach",
     "clip_grad_norm_",
     "clip_grads_with_norm_",
@@ -212,7 +215,8 @@ def clip_grads_with_norm_(
 
     Args:
         parameters: as in `clip_grad_norm_`.
-        max_norm: above 0; ``inf`` clips nothing.
+        max_norm: above 0; ``inf`` clips nothing. Or a limit of `gradclip.limits`, which learns from
+            ``total_norm``.
         total_norm: the norm, a scalar. NaN makes every gradient NaN, inf makes it 0.
         foreach: without effect.
 
@@ -232,7 +236,7 @@ def clip_grads_with_norm_(
     del foreach
     given = listed(parameters, "parameters", [])
     grads = gradients_of(given)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and not isinstance(max_norm, Limit):
         limits = operand("max_norm", max_norm), operand("total_norm", total_norm)
         torch.ops.gradclip.clip_grads_with_norm_(grads, *limits)
     else:
@@ -246,6 +250,14 @@ class patch(Patch):  # noqa: N801  (used as a function)
     it clips, as Lightning, accelerate and transformers do. Code that has imported them by name
     before keeps PyTorch's. ``undo()`` puts back what was there before.
 
+    Args:
+        limit: what to clip by in place of the number that such code gives: a limit of
+            `gradclip.limits`, or a number. One that learns is for the gradients of one list of
+            parameters: ValueError where others are clipped.
+
+    Raises:
+        ValueError: a patch with another limit is in force; or the limit is out of range.
+
     >>> with patch():
     ...     utils.clip_grad_norm_ is clip_grad_norm_
     True
@@ -253,8 +265,23 @@ class patch(Patch):  # noqa: N801  (used as a function)
     False
     """
 
+    _limit: ClassVar[Any] = None
+
+    def __init__(self, *, limit: Limit | float | None = None) -> None:
+        if limit is not None and not isinstance(limit, Limit):
+            limit = check_clip_norm(limit, "limit")
+        if patch._active and limit is not patch._limit:
+            raise ValueError(
+                f"gradclip.torch.patch is in force with limit {patch._limit!r}: undo() it first"
+            )
+        patch._limit = limit
+        super().__init__()
+
     def _install(self) -> None:
-        for function in (clip_grad_norm_, get_total_norm, clip_grads_with_norm_):
+        ours = (clip_grad_norm_, get_total_norm, clip_grads_with_norm_)
+        if self._limit is not None:
+            ours = (*by_limit(self._limit, clip_grad_norm_, clip_grads_with_norm_), get_total_norm)
+        for function in ours:
             for module in (utils, utils.clip_grad):
                 if hasattr(module, function.__name__):
                     self._put(module, function.__name__, function)

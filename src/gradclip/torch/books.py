@@ -124,9 +124,8 @@ class Here(_Counts):
         self.norms = list(map(float, norms))
         self.limits = list(map(_in_force, limits))
         self.wide = any(each.wide for each in step.lists)
-        finite = all(math.isfinite(norm.significand) for norm in norms)
-        stands_out = any(lesson.skip for lesson in step.lessons)
-        if stands_out or (step.on_nonfinite == "skip" and not finite):
+        finite = [math.isfinite(norm.significand) for norm in norms]
+        if (step.on_nonfinite == "skip" and not all(finite)) or any(map(_stands_out, limits, finite)):
             self._skip()
         self.factors = list(map(factor_of, actions))
         return Outcome(
@@ -149,6 +148,11 @@ class Here(_Counts):
 
 def _in_force(limit: float | Lesson) -> Any:
     return limit.in_force if isinstance(limit, Lesson) else limit
+
+
+def _stands_out(limit: float | Lesson, is_finite: bool) -> bool:
+    """If a limit has the step skipped; what is not finite goes by the policy."""
+    return is_finite and isinstance(limit, Lesson) and bool(limit.skip)
 
 
 def _is_clipped(norm: Scaled, limit: float | Lesson, action: Action) -> bool:

@@ -1,7 +1,7 @@
 """The public functions where ``torch.compile`` or ``torch.export`` follows them: by operations.
 
 What no operation takes breaks a graph: tensors with gradients that are to be clipped in place,
-sparse leaves and subclasses of tensors, a group, a nest without leaves. It is clipped where it is
+sparse leaves and subclasses of tensors, a group, a limit that learns, a nest without leaves. It is clipped where it is
 run, as is what is called where a graph has been broken before. Only imported where there is
 something to compile, for what compiles takes long to import.
 """
@@ -15,6 +15,7 @@ import torch
 
 from gradclip import _clip
 from gradclip.core.decide import OnNonfinite
+from gradclip.core.limits import Limit
 from gradclip.core.tree import Tree, flatten
 from gradclip.torch import library
 from gradclip.torch.following import is_operand
@@ -29,7 +30,7 @@ def clip_by_global_norm(
     if not torch.compiler.is_compiling():
         return _outside(_clip.clip_by_global_norm, t_list, clip_norm, use_norm, **options)
     t_list = _read_once(t_list)
-    tree = _taken_whole(t_list, group)
+    tree = None if isinstance(clip_norm, Limit) else _taken_whole(t_list, group)
     if tree is None:
         return _outside(_clip.clip_by_global_norm, t_list, clip_norm, use_norm, **options)
     _clip.check_policy(on_nonfinite)
@@ -45,7 +46,7 @@ def clip_by_global_norm_(
     if not torch.compiler.is_compiling():
         return _outside(_clip.clip_by_global_norm_, t_list, clip_norm, use_norm, **options)
     t_list = _read_once(t_list)
-    tree = _taken_whole(t_list, group)
+    tree = None if isinstance(clip_norm, Limit) else _taken_whole(t_list, group)
     if tree is None or (torch.is_grad_enabled() and any(x.requires_grad for x in tree.leaves)):
         return _outside(_clip.clip_by_global_norm_, t_list, clip_norm, use_norm, **options)
     _clip.check_policy(on_nonfinite)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from gradclip.core.decide import check_clip_norm
 from gradclip.core.limits import Limit as Learning
@@ -116,3 +119,38 @@ def told(limit: float | Lesson) -> float | str:
 
 def _number(limit: Any, begun: int, knows: Callable[[Any], bool]) -> Any:
     return limit if knows(limit) else check_clip_norm(limit, f"max_norm({begun})")
+
+
+def by_limit(limit: Any, *functions: Callable[..., Any]) -> list[Callable[..., Any]]:
+    """Functions of parameters and a number, by a limit in the number's place."""
+    known: list[Any] = []  # a parameter that stands for those whose gradients it learns from
+
+    def replaced(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def by(parameters: Any, max_norm: Any = None, *args: Any, **options: Any) -> Any:
+            del max_norm
+            if isinstance(parameters, Iterator):
+                parameters = list(parameters)
+            first = _first(parameters)
+            if isinstance(limit, Learning) and first is not None:
+                if known and known[0] is not first:
+                    raise ValueError(
+                        f"gradclip.torch.patch has {limit!r}, which learns from the gradients of "
+                        "one list of parameters, and others are clipped now: "
+                        "gradclip.torch.attach(optimizer, limit) has one for each optimizer"
+                    )
+                known[:] = [first]
+            return function(parameters, limit, *args, **options)
+
+        return by
+
+    return list(map(replaced, functions))
+
+
+def _first(parameters: Any) -> Any:
+    """The first of parameters, which may come with their names; None if there is none."""
+    if isinstance(parameters, Tensor):
+        return parameters
+    items = parameters.values() if isinstance(parameters, Mapping) else parameters
+    first = next(iter(items), None)
+    return first[1] if isinstance(first, tuple) else first

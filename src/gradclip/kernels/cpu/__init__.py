@@ -23,7 +23,7 @@ except ModuleNotFoundError:
 except ImportError as _error:
     _why_numpy = f"cannot be loaded ({_error})"
 else:
-    if not hasattr(_cpu.Leaves, "scale_each"):
+    if not hasattr(_cpu.Leaves, "rows"):
         _why_numpy = "is of an older gradclip"
     elif (_fault := _cpu.fault()) is not None:
         _why_numpy = f"gets {_fault} wrong on this machine"
@@ -81,6 +81,9 @@ class Leaves(Protocol):
 
     def only(self, number: int) -> Any:
         """The memory of one leaf."""
+
+    def rows(self, counts: bytes) -> Any:
+        """Each leaf cut into so many, as leaves; None if one is not in one run of memory."""
 
     def scale(
         self,
@@ -224,6 +227,12 @@ def norms(leaves: Leaves) -> tuple[ScaledArray, list[int], list[Part]]:
     significands, exponents, unsure, parts = leaves.norms(_threads(leaves))
     found = np.frombuffer(significands, np.float64), np.frombuffer(exponents, np.int64)
     return ScaledArray(*(each.copy() for each in found)), unsure, parts
+
+
+def rows(leaves: Leaves, counts: Sequence[int]) -> Leaves | None:
+    """Each leaf cut into so many of its first axis; None if one is not in one run of memory."""
+    found: Leaves | None = leaves.rows(np.array(counts, np.int64).tobytes())
+    return found
 
 
 def scale_each(

@@ -174,6 +174,36 @@ static PyObject *leaves_only(Leaves *self, PyObject *args) {
     return give(only, list_all(only, 1, 0));
 }
 
+static PyObject *leaves_rows(Leaves *self, PyObject *args) {
+    const char *given;
+    Py_ssize_t bytes, count = (Py_ssize_t)self->list.count, all = 0;
+    if (!PyArg_ParseTuple(args, "y#", &given, &bytes)) return NULL;
+    int64_t *rows = malloc((size_t)bytes + 1);
+    if (!rows) return PyErr_NoMemory();
+    memcpy(rows, given, (size_t)bytes);
+    int good = bytes == 8 * count;
+    for (Py_ssize_t i = 0; good && i < count; i++) {
+        const leaf_t *leaf = &self->leaves[i];
+        good = rows[i] > 0 && leaf->size % rows[i] == 0 && !leaf->ndim &&
+               !__builtin_add_overflow(all, rows[i], &all);
+    }
+    Leaves *new = good ? new_leaves(all) : NULL;
+    if (new) {
+        leaf_t *row = new->leaves;
+        for (Py_ssize_t i = 0; i < count; i++)
+            for (int64_t j = 0; j < rows[i]; j++, row++) {
+                *row = self->leaves[i];
+                row->size /= rows[i];
+                row->data += j * row->size * item_size(row->kind);
+            }
+        new->framework = self->framework;
+        new->objects = PyTuple_Pack(1, (PyObject *)self); /* which keeps the memory */
+    }
+    free(rows);
+    if (!good) Py_RETURN_NONE;
+    return new ? give(new, new->objects ? list_all(new, all, 0) : FAILED) : NULL;
+}
+
 static PyObject *leaves_exact_squares(Leaves *self, PyObject *args) {
     int threads;
     if (!PyArg_ParseTuple(args, "i", &threads)) return NULL;
@@ -356,6 +386,8 @@ static PyMethodDef leaves_methods[] = {
      "norms(threads): of each leaf a significand, in float64, and an exponent, in int64; the\n"
      "numbers of those whose norm no sum proves; and the sum of all, in a list, as sum_squares."},
     {"only", (PyCFunction)leaves_only, METH_VARARGS, "only(number): the memory of one leaf."},
+    {"rows", (PyCFunction)leaves_rows, METH_VARARGS,
+     "rows(counts): each leaf cut into so many, int64, as leaves; None if one is not in one run."},
     {"scale", (PyCFunction)leaves_scale, METH_VARARGS,
      "scale(source, significand, exponent, recode, threads): write shares."},
     {"scale_each", (PyCFunction)leaves_scale_each, METH_VARARGS,

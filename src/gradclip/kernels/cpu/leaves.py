@@ -15,6 +15,7 @@ import numpy.typing as npt
 from gradclip.core.exact import (
     FLOAT32,
     FLOAT64,
+    Part,
     Scaled,
     ScaledArray,
     Total,
@@ -76,16 +77,12 @@ class Leaves(Held):
     def measure_each(self) -> tuple[Scaled, ScaledArray]:
         if self.merged is not None:
             return self._measured_with_care()
-        each, unsure, parts = cpu.norms(self.memory)
-        totals = [_exact(self.memory.only(number)) for number in unsure]
-        for number, total in zip(unsure, totals, strict=True):
-            format_ = FLOAT64 if self.is_wide(number) else FLOAT32
-            each.significand[number], each.exponent[number] = norm(total, format_)
+        each, totals, parts = norms_of(self.memory)
         whole = None if self.wide else certified_norm(parts)
         if whole is not None:
             return whole, each
         # Where there are others than float64 their exact sum takes another look at them.
-        exact = merge(totals) if len(unsure) == len(self.leaves) else self.total()[0]
+        exact = merge(totals) if len(totals) == len(self.leaves) else self.total()[0]
         return norm(exact, FLOAT64 if self.wide else FLOAT32), each
 
     def _measured_with_care(self) -> tuple[Scaled, ScaledArray]:
@@ -96,11 +93,6 @@ class Leaves(Held):
             totals.append(merge(map(_exact, parts)))
             each.append(norm(totals[-1], FLOAT64 if values.dtype.char in "dD" else FLOAT32))
         return norm(merge(totals), FLOAT64 if self.wide else FLOAT32), ScaledArray.of(each)
-
-    def is_wide(self, number: int) -> bool:
-        """If the norm of one leaf is float64."""
-        found: bool = self.memory.only(number).has_f64
-        return found
 
     def total(self) -> tuple[Total, float, bool]:
         exact, largest = total_of(), 0.0
@@ -211,6 +203,18 @@ class Leaves(Held):
             else:
                 yield values, codes, self.merged(leaf, values)
             seen.add(place)
+
+
+def norms_of(memory: cpu.Leaves) -> tuple[ScaledArray, list[Total], list[Part]]:
+    """The norm of each leaf; the exact totals of those that took one; the sum of all in float64."""
+    each, unsure, parts = cpu.norms(memory)
+    totals = []
+    for number in unsure:
+        only = memory.only(number)
+        totals.append(_exact(only))
+        found = norm(totals[-1], FLOAT64 if only.has_f64 else FLOAT32)
+        each.significand[number], each.exponent[number] = found
+    return each, totals, parts
 
 
 L = TypeVar("L", bound=Leaves)

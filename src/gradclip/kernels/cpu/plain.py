@@ -130,6 +130,20 @@ class Leaves:
         new.has_f64 = array is not None and array.dtype.char == "d" and array.size > 0
         return new
 
+    def rows(self, counts: bytes) -> Leaves | None:
+        """As `_cpu.Leaves.rows`."""
+        numbers = np.frombuffer(counts, np.int64).tolist()
+        arrays: list[Any] = []
+        decode = []
+        for array, table, count in zip(self._arrays, self._decode, numbers, strict=True):
+            if array is None or not array.flags.c_contiguous or array.size % count:
+                return None
+            arrays += list(array.reshape(count, -1))
+            decode += [table] * count
+        new = copy.copy(self)
+        new._arrays, new._decode, new._layouts = arrays, decode, None
+        return new
+
     def scale_each(
         self,
         source: Leaves,
