@@ -37,6 +37,11 @@ UNITS = {
     "R": "reading the memory once, as float64 by np.dot on all threads; fair if nothing else runs",
     "S": "reading and writing it once, as float64 by np.multiply in place, on as many threads",
     "NumPy loop": "np.vdot of each array, and array *= factor where there is something to clip",
+    "a number": "the same clip by a number that nothing is above, of the same tensors",
+    "20 us": "what a limit that learns may add",
+    "100 us": "what one that looks back over 10,000 norms may add",
+    "the global clip": "clip_grad_norm_ of gradclip by a number, of the same tensors",
+    "PyTorch, each": "a loop of torch.nn.utils.clip_grad_norm_ over the tensors",
     "one thread": "the same call of gradclip with GRADCLIP_NUM_THREADS=1, or under XLA NPROC=1",
     "allowed": "1.2 times the all-reduce of what gradclip sends, 0.1 ms and 1 us a tensor",
 }

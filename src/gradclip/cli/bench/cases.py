@@ -6,7 +6,7 @@ from functools import partial
 from importlib.util import find_spec
 
 from gradclip._clip import survey
-from gradclip.cli.bench import contenders, fresh, jobs, training
+from gradclip.cli.bench import contenders, fresh, jobs, learning, training
 from gradclip.cli.bench.builders import (
     Bar,
     Case,
@@ -41,6 +41,7 @@ _PERCEPTRON: Shapes = [(768, _WIDE), (_WIDE,), (_WIDE, 768), _NORM]
 _BLOCK: Shapes = [_NORM, _NORM, *_ATTENTION, _NORM, _NORM, *_PERCEPTRON]
 _GPT2_SHAPES: Shapes = [(50257, 768), (1024, 768), *(_BLOCK * 12), _NORM, _NORM]
 _10000_SHAPES: Shapes = [(16,)] * 10000
+_EACH, _ALL = learning.tensor_by_tensor, "the global clip"
 _STEP, _INSIDE = training.steps_that_clip, training.steps_that_clip_inside
 
 CASES: Cases = {
@@ -139,6 +140,12 @@ CASES: Cases = {
         "attach in training, nothing to clip", 0.3, _INSIDE, clipping=False
     ),
     "torch-attach-clip": in_training("attach in training", 0.45, _INSIDE, clipping=True),
+    **learning.at_every_door(),
+    "each-gpt2-keep": _EACH("GPT-2: 148 tensors", 1.1, _ALL, _GPT2_SHAPES, clipping=False),
+    "each-gpt2-clip": _EACH("GPT-2: 148 tensors", 1.2, _ALL, _GPT2_SHAPES, clipping=True),
+    "each-small-keep": _EACH("1000 x 1000", 1.5, _ALL, _SMALL_SHAPES, clipping=False),
+    "each-small-clip": _EACH("1000 x 1000", 1.5, _ALL, _SMALL_SHAPES, clipping=True),
+    "each-small-loop": _EACH("1000 x 1000", 0.2, "PyTorch, each", _SMALL_SHAPES, clipping=False),
     "dtensor-100": of_dtensors(100),
     "dtensor-1000": of_dtensors(1000),
     "optax-donated-keep": donated_to_optax(
