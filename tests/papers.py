@@ -144,7 +144,7 @@ Rule = Callable[[float], float]
 
 
 def norms_of(seed: int, count: int) -> list[float]:
-    """Norms as of a training, with outbursts, drifts, plateaus and leaps over many powers of ten."""
+    """Norms as of a training, with outbursts, drifts, plateaus, leaps over powers of ten."""
     rng = np.random.default_rng(seed)
     level = 10.0 ** rng.uniform(-1, 2)
     found: list[float] = []

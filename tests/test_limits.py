@@ -314,7 +314,10 @@ for kind in (limits.ZScore(), limits.Percentile(), limits.Average(1.5)):
     ("state", "text"),
     [
         ({}, "the state is {}; it must be of ZScore.state_dict()"),
-        ({"kind": "Average"}, "the state is {'kind': 'Average'}; it must be of ZScore.state_dict()"),
+        (
+            {"kind": "Average"},
+            "the state is {'kind': 'Average'}; it must be of ZScore.state_dict()",
+        ),
         (
             {"kind": "ZScore", "mean": 1.0},
             "the state has {'mean': 1.0}; it must have mean, var, count",
@@ -344,7 +347,8 @@ def test_a_state_that_is_none_is_refused_and_changes_nothing(state: Any, text: s
 @pytest.mark.parametrize("kind", [*KINDS, *EACH], ids=repr)
 def test_what_is_shown_can_be_pasted(kind: Any) -> None:
     found = eval(repr(kind), vars(limits).copy())
-    assert found == kind and hash(found) == hash(kind) and repr(found) == repr(kind)
+    assert found == kind
+    assert (hash(found), repr(found)) == (hash(kind), repr(kind))
     with pytest.raises(dataclasses.FrozenInstanceError):
         kind._memory = None
 
@@ -358,7 +362,11 @@ def test_inf_can_be_pasted_too() -> None:
     [
         (lambda: limits.ZScore(0.0), ValueError, "z is 0.0; it must be above 0, and finite"),
         (lambda: limits.ZScore("3"), TypeError, "z is '3'; it must be a real number"),
-        (lambda: limits.ZScore(decay=1.0), ValueError, "decay is 1.0; it must be from 0 to below 1"),
+        (
+            lambda: limits.ZScore(decay=1.0),
+            ValueError,
+            "decay is 1.0; it must be from 0 to below 1",
+        ),
         (lambda: limits.ZScore(warmup=-1), ValueError, "warmup is -1; it must be 0 or more"),
         (lambda: limits.ZScore(warmup=2.0), TypeError, "warmup is 2.0; it must be an integer"),
         (
@@ -379,8 +387,10 @@ def test_inf_can_be_pasted_too() -> None:
         (
             lambda: limits.Average(1.0),
             ValueError,
-            "factor is 1.0; an average of norms that are clipped to no more than itself only ever "
-            'falls: it must be above 1, or learn_from="raw"',
+            (
+                "factor is 1.0; an average of norms that are clipped to no more than itself only "
+                'ever falls: it must be above 1, or learn_from="raw"'
+            ),
         ),
         (lambda: limits.Percentile(101), ValueError, "p is 101.0; it must be from 0 to 100"),
         (lambda: limits.Percentile(5, 0), ValueError, "history is 0; it must be 1 or more"),
@@ -392,8 +402,10 @@ def test_inf_can_be_pasted_too() -> None:
         (
             lambda: limits.PerTensor(limits.ZScore(beyond="skip")),
             ValueError,
-            "kind is ZScore(beyond='skip'); one tensor that stands out cannot have a step of all "
-            'skipped: beyond is "shrink", "edge" or "mean"',
+            (
+                "kind is ZScore(beyond='skip'); one tensor that stands out cannot have a step of "
+                'all skipped: beyond is "shrink", "edge" or "mean"'
+            ),
         ),
     ],
 )

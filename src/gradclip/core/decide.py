@@ -62,9 +62,9 @@ def check_clip_norm(clip_norm: Any, name: str = "clip_norm") -> float:
     """
     if hasattr(clip_norm, "judge"):
         raise NotImplementedError(
-            f"{name} is {clip_norm!r}, which learns from each norm; where a clip is differentiated, "
-            "traced or compiled it must be a number, as its last_limit is, or the limit of an "
-            "optimizer, which has a place for what is learnt"
+            f"{name} is {clip_norm!r}, which learns from each norm; where a clip is "
+            "differentiated, traced or compiled it must be a number, as its last_limit is, or the "
+            "limit of an optimizer, which has a place for what is learnt"
         )
     value = clip_norm if type(clip_norm) is float else real_number(name, clip_norm)
     if not value > 0:

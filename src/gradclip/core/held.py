@@ -164,15 +164,17 @@ class Clip:
             return self.action(norm, limit)
         if each is None:
             return self.action(norm, limit.judge(HOST, float(norm)))
-        limits, own = limit.judge_each(HOST, each.floats(), float(norm))
+        norms = each.floats()
+        limits, own = limit.judge_each(HOST, norms, float(norm))
         if not math.isfinite(norm.significand):
             return self.action(norm, 1.0)
+        if (np.where(own, norms, float(norm)) <= limits).all():
+            return Keep()
         against = ScaledArray(
             np.where(own, each.significand, norm.significand),
             np.where(own, each.exponent, norm.exponent),
         )
-        found = factors(against, limits)
-        return Keep() if found.are_one() else ScaleEach(found)
+        return ScaleEach(factors(against, limits))
 
     def action(self, norm: Scaled, limit: float) -> Action:
         """What is to be done to leaves of this norm."""

@@ -10,10 +10,9 @@ In what follows n is the norm before clipping, and m the smaller one of n and wh
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, get_args
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 
@@ -72,12 +71,14 @@ class Ruling(NamedTuple):
     state: Any  # after it
 
 
+@dataclass(frozen=True, repr=False)
 class Limit(Remembers):
     """A limit that learns: the base of all kinds; see `gradclip.limits`.
 
     Two are equal that say the same, whatever they have learnt.
     """
 
+    _memory: Memory = field(default_factory=Memory, init=False, repr=False, compare=False)
     skips: ClassVar[bool] = False  # if it may have a step skipped
     per_tensor: ClassVar[bool] = False  # if each tensor is judged by itself
 
@@ -98,19 +99,12 @@ class Limit(Remembers):
 
     def __repr__(self) -> str:
         told = []
-        for field in dataclasses.fields(self):  # type: ignore[arg-type]
-            value = getattr(self, field.name)
-            if field.repr and value != field.default:
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if each.repr and value != each.default:
                 shown = repr(value) if value != math.inf else "float('inf')"
-                told.append(f"{field.name}={shown}")
+                told.append(f"{each.name}={shown}")
         return f"{type(self).__name__}({', '.join(told)})"
-
-
-L = TypeVar("L", bound=Limit)
-
-
-def _memory() -> Any:
-    return dataclasses.field(default_factory=Memory, init=False, repr=False, compare=False)
 
 
 # ---- the kinds ----
@@ -175,7 +169,6 @@ class ZScore(Limit):
     beyond: Beyond = "shrink"
     log: bool = False
     learn_from: LearnFrom = "clipped"
-    _memory: Memory = _memory()
 
     def __post_init__(self) -> None:
         _set(self, z=_above_zero("z", self.z), decay=_decay(self.decay))
@@ -192,9 +185,7 @@ class ZScore(Limit):
         zero = ops.full(shape, 0, "float64")
         return ZScoreState(zero, zero, ops.full(shape, 0, "int64"))
 
-    def judge(
-        self, ops: Arithmetic, state: ZScoreState, norm: Any, whole: Any = None
-    ) -> Ruling:
+    def judge(self, ops: Arithmetic, state: ZScoreState, norm: Any, whole: Any = None) -> Ruling:
         mean, var, count = state
         learnt = count >= max(self.warmup, 1)
         x = ops.minimum(ops.maximum(_positive(ops, norm), _LEAST), _MOST)
@@ -273,7 +264,6 @@ class Percentile(Limit):
     p: float = 10.0
     history: int = 10_000
     factor: float = 1.0
-    _memory: Memory = _memory()
 
     def __post_init__(self) -> None:
         _set(self, p=real_number("p", self.p), history=_count("history", self.history, 1))
@@ -354,7 +344,6 @@ class Average(Limit):
     warmup: int = 100
     limit: float = 1.0
     learn_from: LearnFrom = "clipped"
-    _memory: Memory = _memory()
 
     def __post_init__(self) -> None:
         _set(self, factor=_above_zero("factor", self.factor), decay=_decay(self.decay))
@@ -370,9 +359,7 @@ class Average(Limit):
     def begin(self, ops: Arithmetic, shape: tuple[int, ...] = ()) -> AverageState:
         return AverageState(ops.full(shape, 0, "float64"), ops.full(shape, 0, "int64"))
 
-    def judge(
-        self, ops: Arithmetic, state: AverageState, norm: Any, whole: Any = None
-    ) -> Ruling:
+    def judge(self, ops: Arithmetic, state: AverageState, norm: Any, whole: Any = None) -> Ruling:
         average, count = state
         learnt = count >= max(self.warmup, 1)
         x = _positive(ops, norm)
@@ -421,7 +408,6 @@ class PerTensor(Limit):
     """
 
     kind: Any
-    _memory: Memory = _memory()
     per_tensor: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

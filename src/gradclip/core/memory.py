@@ -305,7 +305,7 @@ def _put_back(kind: Any, lesson: Lesson) -> None:
     if whole.keys == lesson.keys:
         whole.keep(lesson.after, lesson.place)
         return
-    place_of = {key: place for place, key in enumerate(whole.keys)}
+    place_of = {key: place for place, key in enumerate(whole.keys or ())}
     rows = [place_of[key] for key in lesson.keys or ()]
     state = type(lesson.after)(*(each.copy() for each in whole.on_host()))
     for old, new in zip(state, map(_read, lesson.after), strict=True):
@@ -377,10 +377,7 @@ class Remembers:
         if not isinstance(saved, dict) or set(saved) != set(blank._fields):
             raise ValueError(f"the state has {saved!r}; it must have {', '.join(blank._fields)}")
         state = type(blank)(
-            *(
-                HOST.constant(saved[name], _dtype(old))
-                for name, old in blank._asdict().items()
-            )
+            *(HOST.constant(saved[name], _dtype(old)) for name, old in blank._asdict().items())
         )
         for name, old, new in zip(blank._fields, blank, state, strict=True):
             if np.shape(old) != np.shape(new) or np.isnan(new).any():
@@ -401,12 +398,12 @@ class Remembers:
             _put_back(self, lesson)
         memory.limit = lesson.in_force
         memory.seen += 1
-        if memory.seen <= 2:  # noqa: PLR2004
+        if memory.seen <= 2:
             _look_out(self)
 
 
-# Of the latest limits that had seen one norm, one after the other and all alike: how they are shown,
-# the memory of the last one, and how many there were.
+# Of the latest limits that had seen one norm, one after the other and all alike: how they are
+# shown, the memory of the last one, and how many there were.
 _latest: list[Any] = [None, None, 0]
 
 
@@ -419,12 +416,13 @@ def _look_out(limit: Remembers) -> None:
     gone = known == repr(limit) and before is not None and before() is None
     count = count + 1 if gone else 1
     _latest[:] = [repr(limit), weakref.ref(limit._memory), count]
-    if count == 4:  # noqa: PLR2004
+    if count == 4:
         depth = 1
         frame: Any = sys._getframe()
-        while frame.f_back is not None and __name__.partition(".")[0] in frame.f_globals.get(
-            "__name__", ""
-        ).partition(".")[0]:
+        while (
+            frame.f_back is not None
+            and __name__.partition(".")[0] in frame.f_globals.get("__name__", "").partition(".")[0]
+        ):
             frame, depth = frame.f_back, depth + 1
         warnings.warn(
             f"{limit!r} was made anew for each of the last {count} steps, and has seen one norm "

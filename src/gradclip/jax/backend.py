@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.experimental.sparse import BCOO
 
-from gradclip.core.exact import Scaled
+from gradclip.core.exact import Scaled, ScaledArray
 from gradclip.core.protocol import Beside
 from gradclip.core.sparse import IndexedSlices, check_rows, merged_rows
 from gradclip.core.workers import nobody
@@ -82,7 +82,7 @@ class Leaves(host.Leaves):
         """The leaves themselves: no array can be changed."""
         return list(self.leaves)
 
-    def scale_to(self, targets: Sequence[Array], factor: Scaled) -> None:
+    def scale_to(self, targets: Sequence[Array], factor: Scaled | ScaledArray) -> None:
         if self.values:
             super().scale_to(targets, factor)
             return

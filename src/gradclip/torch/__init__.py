@@ -160,7 +160,7 @@ def clip_grad_norm_(
         on_nonfinite,
         error_if_nonfinite,
         workers,
-        keys_of_gradients(given) if learns else (),
+        keys_of_gradients(given, grads) if learns else (),
     )
 
 
@@ -278,7 +278,7 @@ class patch(Patch):  # noqa: N801  (used as a function)
         super().__init__()
 
     def _install(self) -> None:
-        ours = (clip_grad_norm_, get_total_norm, clip_grads_with_norm_)
+        ours: tuple[Any, ...] = (clip_grad_norm_, get_total_norm, clip_grads_with_norm_)
         if self._limit is not None:
             ours = (*by_limit(self._limit, clip_grad_norm_, clip_grads_with_norm_), get_total_norm)
         for function in ours:

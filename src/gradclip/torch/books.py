@@ -125,7 +125,9 @@ class Here(_Counts):
         self.limits = list(map(_in_force, limits))
         self.wide = any(each.wide for each in step.lists)
         finite = [math.isfinite(norm.significand) for norm in norms]
-        if (step.on_nonfinite == "skip" and not all(finite)) or any(map(_stands_out, limits, finite)):
+        if (step.on_nonfinite == "skip" and not all(finite)) or any(
+            map(_stands_out, limits, finite)
+        ):
             self._skip()
         self.factors = list(map(factor_of, actions))
         return Outcome(
@@ -168,7 +170,9 @@ def _decided(
     """The norm of each list of gradients, and what is to be done to them."""
     part = step.part
     if part is not None:
-        part.asked(max_norm=list(map(told, limits)), on_nonfinite=step.on_nonfinite, grad_scale=scale)
+        part.asked(
+            max_norm=list(map(told, limits)), on_nonfinite=step.on_nonfinite, grad_scale=scale
+        )
     policy: Any = "keep" if step.on_nonfinite == "skip" else step.on_nonfinite
     found = [step.lists[0].decided(limits[0], policy, scale, part)]
     for each, limit in zip(step.lists[1:], limits[1:], strict=True):

@@ -82,7 +82,8 @@ class Clipper(hooks.Hooked):
     also skips by itself, if it has one limit; for others that are to skip, the host waits.
 
     ``norm``, ``limit``, ``factor``, ``steps``, ``clipped_steps`` and ``skipped_steps`` tell of it,
-    in tensors; the first three of one element for each group if ``max_norm`` has. A step is counted when it has
+    in tensors; the first three of one element for each group if ``max_norm`` has. A step is counted
+    when it has
     been taken, and as clipped if its norm was not at most the limit: above it, as inf is above
     every finite limit, or NaN.
 
@@ -215,8 +216,7 @@ class Clipper(hooks.Hooked):
 
     @property
     def factor(self) -> Tensor:
-        """What gradients were multiplied by in the latest step, float64; the least, if by several.
-        """
+        """What gradients were multiplied by in the latest step, float64; of several the least."""
         return self._books.factor(per_group=self._limits.per_group)
 
     @property
@@ -263,7 +263,9 @@ class Clipper(hooks.Hooked):
             )
         tried = copy.deepcopy(learning)  # so that an error leaves all as they were
         for limits in (tried, learning):
-            for limit, each in zip(limits, learnt or [limit.blank() for limit in limits], strict=True):
+            for limit, each in zip(
+                limits, learnt or [limit.blank() for limit in limits], strict=True
+            ):
                 limit.load_state_dict(each)
         self._books = books.on_host(self._settled())
         self._books.counts.update(counts)

@@ -1,7 +1,8 @@
 """The public functions where ``torch.compile`` or ``torch.export`` follows them: by operations.
 
 What no operation takes breaks a graph: tensors with gradients that are to be clipped in place,
-sparse leaves and subclasses of tensors, a group, a limit that learns, a nest without leaves. It is clipped where it is
+sparse leaves and subclasses of tensors, a group, a limit that learns, a nest without leaves.
+It is clipped where it is
 run, as is what is called where a graph has been broken before. Only imported where there is
 something to compile, for what compiles takes long to import.
 """

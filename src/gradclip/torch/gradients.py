@@ -110,9 +110,7 @@ class Gradients:
                 return Measured(norm)
         return self._clip(part).measured(self.held())
 
-    def _norm_and_each(
-        self, lesson: Lesson, part: Joint | None
-    ) -> tuple[Measured, ScaledArray]:
+    def _norm_and_each(self, lesson: Lesson, part: Joint | None) -> tuple[Measured, ScaledArray]:
         """The global norm, and each one's own."""
         if self.warm and self._may_use_warm(part):
             found = host.norms([self.tensors[number] for number in self.cold])

@@ -95,8 +95,7 @@ class Limits(NamedTuple):
             TypeError, ValueError: a schedule gives no number, or one out of range.
         """
         return [
-            _now(limit, begun, knows, names)
-            for limit, names in zip(self.every, keys, strict=True)
+            _now(limit, begun, knows, names) for limit, names in zip(self.every, keys, strict=True)
         ]
 
 

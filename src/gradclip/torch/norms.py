@@ -100,10 +100,12 @@ class GradClip(ByOperation):
 
         Raises:
             ValueError: the order is another.
-            RuntimeError: the norm is NaN or inf, and that is an error; or another worker has failed.
+            RuntimeError: the norm is NaN or inf, and that is an error; or another has failed.
         """
         if self.order != 2:
-            raise ValueError(f"norm_type is {self.order}; limits.PerTensor clips by norms of order 2")
+            raise ValueError(
+                f"norm_type is {self.order}; limits.PerTensor clips by norms of order 2"
+            )
         found, each = super().measured_each(held, lesson)
         if self.error_if_nonfinite and not math.isfinite(found.norm.significand):
             self._refuse()
@@ -207,7 +209,10 @@ def clip_(
     workers: Workers | None = None,
     keys: Sequence[Any] = (),
 ) -> Tensor:
-    """Clip gradients where they lie; the norm before. ``keys`` tells them apart from step to step."""
+    """Clip gradients where they lie; the norm before.
+
+    Where a limit learns, ``keys`` tells them apart from step to step.
+    """
     with torch.no_grad(), ieee_arithmetic(), taking_part(workers) as part:
         if on_nonfinite is not None:
             _clip.check_policy(on_nonfinite)

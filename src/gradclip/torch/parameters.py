@@ -127,7 +127,9 @@ def path_of_gradient(given: Listed, place: int) -> str:
     return f"{given.path(places[place])}.grad"
 
 
-def keys_of_gradients(given: Listed) -> list[Any]:
+def keys_of_gradients(given: Listed, grads: Sequence[Tensor]) -> Sequence[Any]:
     """What tells gradients apart from step to step: their parameters' names, or places."""
     names: Sequence[Any] = range(len(given.tensors)) if given.names is None else given.names
+    if len(grads) == len(names):
+        return names
     return [key for key, each in zip(names, given.tensors, strict=True) if each.grad is not None]

@@ -30,7 +30,6 @@ from gradclip.torch.elements import copy, count_nonfinite, fill_
 from gradclip.torch.overlap import distinct
 from gradclip.torch.tensors import WIDE, detached, values_of, with_values
 
-
 # What has been learnt of some of the leaves.
 Learnt = Callable[[Sequence[int]], str]
 
@@ -153,9 +152,7 @@ def ring_norms(ring: mesh.Ring, totals: Sequence[Total], formats: Sequence[Forma
     if not totals:
         return []
     # What is narrower than float64 takes a sixth of the words.
-    kept = [
-        slice(None) if to is FLOAT64 else np.r_[NARROW, WORDS : WORDS + 2] for to in formats
-    ]
+    kept = [slice(None) if to is FLOAT64 else np.r_[NARROW, WORDS : WORDS + 2] for to in formats]
     digits = [normalised(total)[each] for total, each in zip(totals, kept, strict=True)]
     together = np.split(ring.sum(np.concatenate(digits)), np.cumsum([len(x) for x in digits])[:-1])
     found = []

@@ -87,8 +87,8 @@ def _check_dense(tensors: Sequence[Any], path: Callable[[int], str]) -> None:
     for number, tensor in enumerate(tensors):
         if mesh.any_spread([tensor]) or tensor.layout is not torch.strided:
             raise NotImplementedError(
-                f"{path(number)}, or its parameter, is sparse or a DTensor, of whose units no norms "
-                "are taken; limits.PerTensor clips each tensor by its own history"
+                f"{path(number)}, or its parameter, is sparse or a DTensor, of whose units no "
+                "norms are taken; limits.PerTensor clips each tensor by its own history"
             )
         if type(tensor) not in PLAIN_TYPES:
             raise TypeError(f"{path(number)} is {type(tensor).__name__}, and no plain tensor")

@@ -70,9 +70,11 @@ def optax(limit: Any, arrays: list[Any]) -> Call | None:
     updates = [jax.numpy.array(array) for array in arrays]
     update, state = jax.jit(clip.update), clip.init(updates)
 
+    wait: Callable[[Any], Any] = jax.block_until_ready
+
     def call() -> None:
         nonlocal state
-        _, state = jax.block_until_ready(update(updates, state))
+        _, state = wait(update(updates, state))
 
     return call
 
@@ -113,10 +115,9 @@ def _beside_a_number(door: Door, kind: str, shrink: int) -> Iterator[dict[str, f
     """Seconds of a clip by a limit that learns, and by a number, of the same ten tensors."""
     make, more = _KINDS[kind]
     few = _FEW[: max(1, len(_FEW) // shrink)]
-    calls = [door(limit, jobs.random(few)) for limit in (make(), 1e9)]
-    if calls[0] is None or calls[1] is None:
+    ours, plain = (door(limit, jobs.random(few)) for limit in (make(), 1e9))
+    if ours is None or plain is None:
         return
-    ours, plain = calls
     fill = limits.Percentile().history if kind == "percentile" and shrink == 1 else 0
     for _ in range(fill):  # so that every place of its history is taken
         ours()

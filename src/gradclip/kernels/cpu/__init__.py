@@ -23,7 +23,7 @@ except ModuleNotFoundError:
 except ImportError as _error:
     _why_numpy = f"cannot be loaded ({_error})"
 else:
-    if not hasattr(_cpu.Leaves, "rows"):
+    if not hasattr(getattr(_cpu, "Leaves", None), "rows"):
         _why_numpy = "is of an older gradclip"
     elif (_fault := _cpu.fault()) is not None:
         _why_numpy = f"gets {_fault} wrong on this machine"
@@ -225,8 +225,10 @@ def norms(leaves: Leaves) -> tuple[ScaledArray, list[int], list[Part]]:
     An unsure one is 0 here; every leaf of float64 is unsure.
     """
     significands, exponents, unsure, parts = leaves.norms(_threads(leaves))
-    found = np.frombuffer(significands, np.float64), np.frombuffer(exponents, np.int64)
-    return ScaledArray(*(each.copy() for each in found)), unsure, parts
+    each = ScaledArray(
+        np.frombuffer(significands, np.float64).copy(), np.frombuffer(exponents, np.int64).copy()
+    )
+    return each, unsure, parts
 
 
 def rows(leaves: Leaves, counts: Sequence[int]) -> Leaves | None:

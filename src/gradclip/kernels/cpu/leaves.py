@@ -158,9 +158,7 @@ class Leaves(Held):
         with np.errstate(over="ignore", under="ignore"):
             return kind(float(value))
 
-    def _scale(
-        self, source: cpu.Leaves, target: cpu.Leaves, factor: Scaled | ScaledArray
-    ) -> None:
+    def _scale(self, source: cpu.Leaves, target: cpu.Leaves, factor: Scaled | ScaledArray) -> None:
         if isinstance(factor, ScaledArray):
             cpu.scale_each(source, target, factor, self._recode(factor))
         else:
@@ -193,7 +191,8 @@ class Leaves(Held):
 
     def _addends(self) -> Iterator[tuple[Array, Float8 | None, Iterator[Array] | None]]:
         """Of each leaf its elements and their codes, or what rows of one index add up to."""
-        assert self.merged is not None and self.codes is not None, "sparse leaves"
+        assert self.merged is not None, "sparse leaves"
+        assert self.codes is not None, "which are held with care"
         seen = set()
         for leaf, values, codes in zip(self.leaves, self.values, self.codes, strict=True):
             place = (values.__array_interface__["data"], values.shape, values.strides)

@@ -119,7 +119,12 @@ class Leaves:
                 unsure.append(number)
             else:
                 each.significand[number], each.exponent[number] = found
-        return each.significand.tobytes(), each.exponent.tobytes(), unsure, self.sum_squares(threads)
+        return (
+            each.significand.tobytes(),
+            each.exponent.tobytes(),
+            unsure,
+            self.sum_squares(threads),
+        )
 
     def only(self, number: int) -> Leaves:
         """As `_cpu.Leaves.only`."""
