@@ -105,9 +105,9 @@ def test_spinners_end_with_a_process_that_is_killed() -> None:
         while is_there(spinner):
             assert time.monotonic() < give_up
             time.sleep(0.01)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(spinner, signal.SIGKILL)
+    except AssertionError:  # else its number may be another's by now
+        os.kill(spinner, signal.SIGKILL)
+        raise
 
 
 def is_there(process: int) -> bool:

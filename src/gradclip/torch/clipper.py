@@ -83,9 +83,8 @@ class Clipper(hooks.Hooked):
 
     ``norm``, ``limit``, ``factor``, ``steps``, ``clipped_steps`` and ``skipped_steps`` tell of it,
     in tensors; the first three of one element for each group if ``max_norm`` has. A step is counted
-    when it has
-    been taken, and as clipped if its norm was not at most the limit: above it, as inf is above
-    every finite limit, or NaN.
+    when it has been taken, and as clipped if its norm was not at most the limit: above it, as inf
+    is above every finite limit, or NaN.
 
     Raises:
         TypeError: what is given is no optimizer, or one whose step runs no hooks or needs a
