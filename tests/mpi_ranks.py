@@ -9,6 +9,7 @@ import pytest
 from mpi4py import MPI
 
 import gradclip
+from gradclip import limits
 
 SHAPES = [(10, 3), (7,), (1,), (4, 0)]
 
@@ -57,6 +58,23 @@ def run() -> None:
             with pytest.raises(told, match=r"^the workers were not asked for the same"):
                 gradclip.clip_by_global_norm_(**{**good, **other})
     assert mine.tolist() == [1, 1, 1]
+    learn(world)
+
+
+def learn(world: Any) -> None:
+    """All learn the same of the global norm; tensor by tensor each of its own."""
+    rng = np.random.default_rng(0)
+    limit, each = limits.ZScore(warmup=3), limits.PerTensor(limits.Percentile(50))
+    alone = limits.ZScore(warmup=3)
+    for _ in range(12):
+        whole = [rng.lognormal(size=5) for _ in range(world.size)]
+        gradclip.clip_by_global_norm(whole, alone)
+        mine = whole[world.rank]
+        gradclip.clip_by_global_norm([mine], limit, group=world)
+        norm = gradclip.clip_by_global_norm([mine], each, group=world)[1]
+        assert norm == gradclip.global_norm(whole)
+    assert limit.state_dict() == alone.state_dict()
+    assert each.state_dict()["tensors"][0][1]["ring"][11] == gradclip.global_norm([mine])
 
 
 run()

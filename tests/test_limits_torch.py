@@ -395,7 +395,7 @@ def test_what_cannot_be_is_refused_before_anything_is_written() -> None:
     each = limits.PerTensor(limits.Percentile(50, factor=0.1))
     with pytest.raises(ValueError, match=r"PerTensor clips by norms of order 2$"):
         gtorch.clip_grad_norm_(weights, each, norm_type=1.0)
-    with pytest.raises(ValueError, match="clips each gradient by its own norm, not by total_norm"):
+    with pytest.raises(ValueError, match="clips each tensor by a norm of its own"):
         gtorch.clip_grads_with_norm_(weights, each, torch.tensor(1.0))
     with pytest.raises(NotImplementedError, match="which learns from each norm; where a clip is"):
         gradclip.clip_by_global_norm([torch.ones(2, requires_grad=True)], limits.ZScore())

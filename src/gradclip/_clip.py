@@ -286,6 +286,11 @@ def limits_read(
     So it comes before their memory is held. Arrays of a framework have no such code, and the host
     need not wait for one that is on the leaves' device.
     """
+    if isinstance(clip_norm, Lesson) and clip_norm.per_tensor and use_norm is not None:
+        called = names[1] if len(names) > 1 else "use_norm"
+        raise ValueError(
+            f"{called} is {use_norm!r}, and {clip_norm!r} clips each tensor by a norm of its own"
+        )
     if not unless(clip_norm):
         clip_norm = check_clip_norm(clip_norm, *names[:1])
     if not unless(use_norm):

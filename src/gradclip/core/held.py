@@ -278,12 +278,14 @@ class Held:
     def measure_each_with(
         self, joint: Joint, learnt: Callable[[Sequence[int]], str]
     ) -> tuple[Measured, ScaledArray]:
-        """The same, of leaves of which other workers have parts.
+        """The same, where other workers have other leaves, or parts of these.
 
-        What has been ``learnt`` of those has to be the same on all workers.
+        What has been ``learnt`` of those of which they have parts has to be the same on all.
         """
-        del joint, learnt
-        raise NotImplementedError(f"{_NO_TENSORS} a group of {type(self).__module__}")
+        del learnt
+        _, each = self.measure_each()
+        total, wide = self.share(joint)
+        return Measured(*joint.norm(total, wide=wide)), each
 
     def total(self) -> tuple[Total, float, bool]:
         """The exact sum of squares, the largest finite |x|, and if a leaf is float64."""

@@ -241,11 +241,6 @@ def clip_with_norm_(
     """Clip gradients of a norm that is known where they lie."""
     with torch.no_grad(), ieee_arithmetic():
         max_norm = _clip.lesson_of(max_norm, ())
-        if isinstance(max_norm, Lesson) and max_norm.per_tensor:
-            raise ValueError(
-                f"max_norm is {max_norm!r}, which clips each gradient by its own norm, not by "
-                "total_norm: clip by gradclip.torch.clip_grad_norm_"
-            )
         limits = _clip.limits_read(max_norm, total_norm, "max_norm", "total_norm")
         held = hold(grads, path, writable=True)
         if total_norm is None:  # by which a clip would be asked to measure
