@@ -183,13 +183,14 @@ def test_hostile_norms_make_no_nan_and_no_limit_of_0(name: str, kind: Any, warmu
             assert not any(np.isnan(x).any() for x in values)
 
 
-def test_a_constant_sequence_has_no_outliers() -> None:
+@pytest.mark.parametrize("constant", [1e-30, 0.1, 1e30])
+def test_a_constant_sequence_has_no_outliers(constant: float) -> None:
     limit = limits.ZScore(warmup=3)
     for _ in range(500):
-        assert clipped(limit, 0.1) == (0.1, math.inf)
-    above = math.nextafter(0.1, 1)
+        assert clipped(limit, constant) == (constant, math.inf)
+    above = math.nextafter(constant, math.inf)
     assert clipped(limit, above) == (above, math.inf)
-    assert clipped(limit, 0.2)[0] == pytest.approx(0.1, rel=1e-3)
+    assert clipped(limit, 2 * constant)[0] == pytest.approx(constant, rel=1e-3)
 
 
 def test_small_norms_stand_out_too() -> None:
