@@ -16,6 +16,7 @@ def check_all() -> None:
 
     import gradclip
     import test_bits
+    import test_each
     from cases import DTYPES, Case, near_midpoints
     from compare import assert_norm, check
     from gradclip.kernels import cpu
@@ -43,6 +44,8 @@ def check_all() -> None:
             test_bits.check_every_length()
     test_bits.check_a_survey_of_what_is_not_finite()
     test_bits.check_the_bound(test_bits.many_leaves())
+    test_each.check_some()
+    test_each.test_one_listed_twice_counts_once_and_is_scaled_once()
     twice = np.float32([3, 4])
     assert gradclip.clip_by_global_norm_([twice, twice], 2.5) == 5
     assert twice.tolist() == [1.5, 2]

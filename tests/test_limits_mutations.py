@@ -1,3 +1,4 @@
+# ruff: noqa: E501  (a mutation is a line)
 """The tests of limits see what they are there to see: each mutation of a formula fails a check."""
 
 from __future__ import annotations

@@ -318,6 +318,15 @@ C_MUTATIONS = {
     "float16 ties away": ("bits.h", "+ 0xfff + (magnitude >> 13 & 1)", "+ 0x1000"),
     "bytes not swapped": ("walk.c", "leaf->swap ? size - 1 - b : b", "b"),
     "a stream without its end": ("scale.c", "memcpy(to + head, from + head, bytes - head);", ""),
+    "the norm of all in the first": ("sums.c", "&sums[step * walk.leaf]", "&sums[0]"),
+    "all by the first factor": ("scale.c", "&factors[step * walk.leaf]", "&factors[0]"),
+    "norms of one share": ("leaves.c", "(&sums[i], shares, count)", "(&sums[i], 1, count)"),
+    "norms that no sum proves": (
+        "leaves.c",
+        "!certified_root(&sum, 1, root)",
+        "certified_root(&sum, 1, root) > 1",
+    ),
+    "a factor of 1 taken for others": ("scale.c", "factor->narrow_wide == 1 && ", ""),
     "scaled twice": ("overlap.c", "leaves[place->leaf].size = 0;", ";"),
     "inf counted as NaN": ("exact.c", "+= magnitude > infinite;", "+= magnitude >= infinite;"),
     "a number on the edge left out": ("cpu_blocks.h", "magnitude >= from", "magnitude > from"),
@@ -372,6 +381,11 @@ UNTRIED = {
     "a number on the edge left out",
     "a power of two of the exponent below",
     "the largest by half of its bits",
+    "the norm of all in the first",
+    "all by the first factor",
+    "norms of one share",
+    "norms that no sum proves",
+    "a factor of 1 taken for others",
 }
 
 
