@@ -18,7 +18,7 @@ from gradclip.numpy import backend
 from machines import machine
 from oracle import FLOAT32, FLOAT64
 
-FACTORS = (1.0, 0.5, 0.75, 1e-3, 0.1, 3e-40, 1e-300, 0.0)
+FACTORS = (1.0, 1 - 2.0**-40, 0.5, 0.75, 1e-3, 0.1, 3e-40, 1e-300, 0.0)
 
 
 def assert_number(found: Scaled, numbers: list[float], *, wide: bool) -> None:
@@ -66,6 +66,18 @@ def check_some() -> None:
     rng = np.random.default_rng(3)
     many = [rng.standard_normal(int(n)).astype(np.float32) for n in rng.integers(0, 9000, 300)]
     check(Case(many, ["contiguous"] * len(many), math.inf))
+    check_two_threads()
+
+
+def check_two_threads() -> None:
+    """Over and over, as a busy machine may keep one of them from taking part."""
+    leaves = [np.ones(200_000, np.float32)] * 20
+    held = backend.hold(leaves, str, writable=False)
+    with machine(host.cpu.kernel(), 2):
+        for _ in range(50):
+            whole, each = held.measure_each()
+            assert float(whole) == 2000
+            assert (each.floats() == np.float32(200_000**0.5)).all()
 
 
 @pytest.mark.parametrize(
@@ -83,6 +95,10 @@ def test_norms_that_sums_in_float64_leave_open() -> None:
         memory = backend.hold(leaves, str, writable=False).memory
         assert host.norms_of(memory)[1]
         check(Case(leaves, ["contiguous"] * len(leaves), math.inf))
+
+
+def test_two_threads_add_up_each_norm() -> None:
+    check_two_threads()
 
 
 def test_a_leaf_longer_than_one_share_of_a_walk() -> None:

@@ -326,7 +326,7 @@ C_MUTATIONS = {
         "!certified_root(&sum, 1, root)",
         "certified_root(&sum, 1, root) > 1",
     ),
-    "a factor of 1 taken for others": ("scale.c", "factor->narrow_wide == 1 && ", ""),
+    "a factor near 1 taken for 1": ("scale.c", "factor->wide == 1", "factor->narrow == 1"),
     "scaled twice": ("overlap.c", "leaves[place->leaf].size = 0;", ";"),
     "inf counted as NaN": ("exact.c", "+= magnitude > infinite;", "+= magnitude >= infinite;"),
     "a number on the edge left out": ("cpu_blocks.h", "magnitude >= from", "magnitude > from"),
@@ -385,7 +385,7 @@ UNTRIED = {
     "all by the first factor",
     "norms of one share",
     "norms that no sum proves",
-    "a factor of 1 taken for others",
+    "a factor near 1 taken for 1",
 }
 
 

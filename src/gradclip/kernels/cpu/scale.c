@@ -94,7 +94,7 @@ static void scale_past_caches(kind_t kind, const char *x, int n, const factor_t 
 }
 
 static int is_one(const factor_t *factor) {
-    return factor->narrow_wide == 1 && factor->wide == 1 && factor->shift == 1;
+    return factor->wide == 1 && factor->shift == 1;
 }
 
 void scale(const list_t *source, list_t *target, const factor_t *factors, int step,
