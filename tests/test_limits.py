@@ -267,7 +267,7 @@ def test_tensors_keep_their_state_by_place_while_others_come_and_go() -> None:
 
 
 @pytest.mark.parametrize("kind", [*KINDS, *EACH], ids=repr)
-@pytest.mark.parametrize("way", ["json", "pickle", "deepcopy"])
+@pytest.mark.parametrize("way", ["json", "pickle", "deepcopy", "copy"])
 def test_what_is_saved_goes_on_to_the_bit(kind: Any, way: str) -> None:
     one = fresh(kind)
     for norm in RECORDED[:150]:
@@ -276,7 +276,12 @@ def test_what_is_saved_goes_on_to_the_bit(kind: Any, way: str) -> None:
         other = fresh(kind)
         other.load_state_dict(json.loads(json.dumps(one.state_dict())))
     else:
-        other = pickle.loads(pickle.dumps(one)) if way == "pickle" else copy.deepcopy(one)
+        ways: dict[str, Any] = {
+            "pickle": lambda limit: pickle.loads(pickle.dumps(limit)),
+            "deepcopy": copy.deepcopy,
+            "copy": copy.copy,
+        }
+        other = ways[way](one)
     assert other == one
     for norm in RECORDED[150:300]:
         assert clipped(one, norm) == clipped(other, norm)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import utils
 
 import gradclip.torch as gtorch
+from gradclip import limits
 
 pytestmark = [
     pytest.mark.slow,
@@ -227,6 +228,18 @@ def test_patch(trainer: str, scale: float) -> None:
         wide = new_model(trainer).double()  # where PyTorch's squares do not overflow
         by_hand(wide, [scale] * STEPS, torchs[0])
         assert_near(ours, wide)
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_a_limit_that_learns_in_trainers_that_know_a_number(trainer: str) -> None:
+    limit, by_itself = (limits.Average(1.01, warmup=2, limit=1e-2) for _ in range(2))
+    model, expected = new_model(trainer), new_model(trainer)
+    with gtorch.patch(limit=limit):
+        fit(trainer, model, 1.0)
+    by_hand(expected, [1.0] * STEPS, lambda every, _: gtorch.clip_grad_norm_(every, by_itself))
+    assert_same(model, expected)
+    assert limit.state_dict() == by_itself.state_dict()
+    assert limit.state_dict()["count"] == STEPS
 
 
 # ---- attach ----

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 import warnings
 import weakref
 import zlib
 from collections.abc import Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 
@@ -313,6 +314,9 @@ def _put_back(kind: Any, lesson: Lesson) -> None:
     whole.replace(state, whole.keys)
 
 
+R = TypeVar("R", bound="Remembers")
+
+
 class Remembers:
     """What keeps the state of a limit for those who have no place of their own for it."""
 
@@ -326,6 +330,10 @@ class Remembers:
         Of `PerTensor` that of each tensor, in their order. It lies where the gradients do.
         """
         return self._memory.limit
+
+    def __copy__(self: R) -> R:
+        """A copy learns by itself."""
+        return copy.deepcopy(self)
 
     def state_dict(self) -> dict[str, Any]:
         """What has been learnt, to be saved: numbers, words, lists and dicts of them."""
