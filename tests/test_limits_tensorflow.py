@@ -166,8 +166,8 @@ def test_eager_and_graphs_on_the_host_are_numpy_to_the_bit(name: str) -> None:
         gradient = np.array([norm, 0.0])
         (wanted,), whole = gradclip.clip_by_global_norm([gradient], kinds[0])
         variable = tf.Variable(gradient)
-        norm = gradclip.clip_by_global_norm_([variable], kinds[1])
-        assert norm.numpy().tobytes() == whole.tobytes()
+        before = gradclip.clip_by_global_norm_([variable], kinds[1])
+        assert before.numpy().tobytes() == whole.tobytes()
         new = [variable, gtf.clip_by_global_norm([tf.constant(gradient)], kinds[2])[0][0]]
         new.append(clipped(tf.constant(gradient))[0][0])
         assert {each.numpy().tobytes() for each in new} == {wanted.tobytes()}

@@ -347,8 +347,8 @@ def exact(optimizer_class: Any) -> Any:
 
     Returns:
         The subclass, the same one each time; ``optimizer_class`` itself if it is one already.
-        Its instances raise TypeError for a ``global_clipnorm`` that is no real number and
-        ValueError for one that is not above 0.
+        Its instances raise TypeError for a ``global_clipnorm`` that is no real number or limit of
+        `gradclip.limits`, and ValueError for one that is not above 0.
 
     Raises:
         TypeError: it is no optimizer class, or one that hands its gradients to other optimizers;

@@ -59,7 +59,8 @@ class Variables(tf.Module):  # type: ignore[misc]
 
 
 def _variable(value: Any, name: str) -> Any:
-    return tf.Variable(np.asarray(value), trainable=False, name=name)
+    with tf.name_scope(""):  # not that of the call which happens to be the first
+        return tf.Variable(np.asarray(value), trainable=False, name=name)
 
 
 def home_of(lesson: Lesson) -> Variables:
