@@ -59,9 +59,10 @@ def test_a_file_goes_on_to_the_bit_in_a_new_process(backend: str, tmp_path: Path
     rest = run(backend, "-c", RESUME, "half.keras", "17", "40", cwd=tmp_path)
     shown = [printed.splitlines()[-3:] for printed in (whole, rest)]
     assert shown[0] == shown[1], whole + rest
-    assert shown[0][-1] in ("skipped 2", "skipped 3"), whole
+    assert re.match(r"skipped [2-9]$", shown[0][-1]), whole
 
 
+@pytest.mark.long
 def test_a_model_saved_on_one_backend_goes_on_on_another(tmp_path: Path) -> None:
     run("torch", "-c", RESUME, "saved.keras", "0", "17", cwd=tmp_path)
     printed = run("tensorflow", "-c", RESUME, "saved.keras", "17", "40", cwd=tmp_path)

@@ -27,13 +27,13 @@ def by_global_norm(optimizer: Any) -> bool:
     return isinstance(limit, Limit) or bool(limit and limit > 0)
 
 
-def clip(
-    optimizer: Any, grads: Sequence[Any], limit: Any = None
-) -> tuple[list[Any], list[Any], Any]:
-    """Sum gradients over the replicas, if there are any, and clip the sums.
+def clip(optimizer: Any, grads: Sequence[Any]) -> tuple[list[Any], Any]:
+    """Sum gradients over the replicas, if there are any, and clip the sums."""
+    return clip_sums(sums(optimizer, grads), optimizer.global_clipnorm)
 
-    By a limit, or else by the optimizer's own; the sums, the clipped ones and their norm.
-    """
+
+def sums(optimizer: Any, grads: Sequence[Any]) -> list[Any]:
+    """Gradients summed over the replicas, if there are any, as tensors."""
     backend = keras.backend.backend()
     if backend not in _BACKENDS:
         raise NotImplementedError(f"Keras's backend is {backend}; gradclip has {list(_BACKENDS)}")
@@ -42,10 +42,12 @@ def clip(
         some = [(grad, None) for grad in grads if grad is not None]
         reduced = iter(keras_all_reduce(optimizer, some))
         grads = [None if grad is None else next(reduced)[0] for grad in grads]
-    grads = [grad if _is_gradient(grad) else keras.ops.convert_to_tensor(grad) for grad in grads]
-    limit = optimizer.global_clipnorm if limit is None else limit
-    called = partial(_called, _variables.get())
-    return grads, *as_it_is(clipped)(grads, limit, called=called)
+    return [grad if _is_gradient(grad) else keras.ops.convert_to_tensor(grad) for grad in grads]
+
+
+def clip_sums(grads: Sequence[Any], limit: Any) -> tuple[list[Any], Any]:
+    """Clip gradients that are summed; an error names each by its variable."""
+    return as_it_is(clipped)(grads, limit, called=partial(_called, _variables.get()))
 
 
 def as_it_is(function: Callable[..., T]) -> Callable[..., T]:

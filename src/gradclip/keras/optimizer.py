@@ -17,9 +17,11 @@ from gradclip.keras.clipping import (
     as_it_is,
     by_global_norm,
     clip,
+    clip_sums,
     is_slices,
     replicas,
     rows,
+    sums,
 )
 from gradclip.keras.learning import Learnt, OptimizersLesson, config_of, limit_of
 
@@ -255,7 +257,7 @@ class ExactGlobalNorm:
             return super()._clip_gradients(grads)  # type: ignore[misc]
         if hasattr(self, "_learnt") and isinstance(self._global_clipnorm, Limit):
             return as_it_is(self._clip_and_learn)(grads)
-        _, new, norm = clip(self, grads)
+        new, norm = clip(self, grads)
         if hasattr(self, "_norms"):
             limit = self._global_clipnorm
             assert limit is not None, "it was clipped"
@@ -265,7 +267,8 @@ class ExactGlobalNorm:
 
     def _clip_and_learn(self, grads: list[Any]) -> list[Any]:
         lesson = OptimizersLesson(self._global_clipnorm, self._learnt, rows(self, grads))
-        summed, new, norm = clip(self, grads, lesson)
+        summed = sums(self, grads)
+        new, norm = clip_sums(summed, lesson)
         within = lesson.write(self, norm)
         if within is None:  # each had a limit of its own
             within = _are_same(summed, new)

@@ -19,7 +19,7 @@ class Installed(Patch):
     """
 
     def _install(self) -> None:
-        self._replace("_clip_gradients", lambda self, grads: clip(self, grads)[1])
+        self._replace("_clip_gradients", lambda self, grads: clip(self, grads)[0])
         if keras_all_reduce is not None:
             self._replace("_all_reduce_sum_gradients", lambda _, grads_and_vars: grads_and_vars)
         owner, keras_own = _own("_backend_apply_gradients")
