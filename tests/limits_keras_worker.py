@@ -234,6 +234,31 @@ def test_a_variable_without_a_gradient_keeps_its_own() -> None:
     assert learnt(optimizer)["count"] == [3, 2, 3]
 
 
+@pytest.mark.parametrize("name", ["shrink", "percentile of each"])
+def test_the_host_and_the_backend_read_and_write_the_same_bits(name: str) -> None:
+    from gradclip.keras import learning
+
+    variables = [zeros(1), zeros(1), zeros(1)]
+    optimizer = SGD(1.0, global_clipnorm=KINDS[name]())
+    for row in steps(20)[:, :3]:
+        optimizer.apply([tensor([each]) for each in row], variables)
+    kept = optimizer._learnt
+    with learning._float64():
+        here, there = (kept.read(where) for where in (learning._Host, learning._of_backend()))
+        for one, other in zip(here, there, strict=True):
+            assert one.dtype.name in str(other.dtype)
+            assert one.tobytes() == bits(other)
+        for where, values in ((learning._Host, here), (learning._of_backend(), there)):
+            assert bits(kept.written(where, values)) == bits(kept.variable)
+        old, new = np.arange(8.0).reshape(4, 2), -np.ones((2, 2))
+        for where in (learning._Host, learning._of_backend()):
+            lesson = learning.OptimizersLesson(limits.PerTensor(limits.Percentile()), kept, [2, 0])
+            lesson._there = where
+            made = np.asarray if where is learning._Host else keras.ops.convert_to_tensor
+            pair = (made(each) for each in (old, new))
+            assert array(lesson._put(*pair)).tolist() == [[-1, -1], [2, 3], [-1, -1], [6, 7]]
+
+
 @on_jax
 def test_stateless_apply() -> None:
     import jax

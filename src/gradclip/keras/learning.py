@@ -107,9 +107,10 @@ class Learnt:
 class OptimizersLesson(Lesson):
     """One step of a limit whose state is in an optimizer's variable."""
 
-    __slots__ = ("_learnt", "_read", "_there")
+    __slots__ = ("_learnt", "_read", "_there", "against")
 
     passed = True
+    against: Any  # the norm that the limit was held against, where a room tells
 
     def __init__(self, kind: Limit, learnt: Learnt, rows: Sequence[int]) -> None:
         super().__init__(kind, list(rows) if kind.per_tensor else None)
