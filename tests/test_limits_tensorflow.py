@@ -487,6 +487,7 @@ def test_a_norm_that_is_given_in_a_graph() -> None:
         clip(tf.constant([1.0]))
 
 
+@pytest.mark.slow
 def test_replicas() -> None:
     code = """
     import tensorflow as tf, gradclip, gradclip.tensorflow as gtf
