@@ -65,7 +65,7 @@ def backends_of(leaves: Sequence[Any]) -> list[Backend]:
 def is_inert(value: Any) -> bool:
     """If to read a limit runs no code but Python's own or a framework's, which changes no leaf."""
     kind = type(value)
-    if value is None or kind is float or kind is int or kind is Lesson:
+    if value is None or kind is float or kind is int or issubclass(kind, Lesson):
         return True
     root = kind.__module__.partition(".")[0]
     return _name(kind) in (root, *map(root.removesuffix, _ENDINGS))

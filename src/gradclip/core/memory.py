@@ -109,11 +109,22 @@ def _exp(x: float) -> float:
 class Home(Protocol):
     """Where a framework keeps a state that its graphs read and write."""
 
+    limit: Any  # that was in force in the latest step
+
+    def is_at(self, place: Any) -> bool:
+        """If it is where norms are judged, a place that is not the host's."""
+
+    def here(self) -> Any:
+        """The state there."""
+
+    def put(self, state: Any) -> None:
+        """Put another in its place, that is there too."""
+
     def read(self) -> Any:
         """The state, as numbers and arrays of the host."""
 
     def write(self, state: Any) -> None:
-        """Put another in its place."""
+        """Put another in its place, of the host; None: that before the first norm."""
 
 
 class Memory:
@@ -122,14 +133,14 @@ class Memory:
     It lies where the norms are: with the host, or on a device that is not waited for.
     """
 
-    __slots__ = ("__weakref__", "home", "keys", "limit", "place", "seen", "state")
+    __slots__ = ("__weakref__", "_limit", "home", "keys", "place", "seen", "state")
 
     def __init__(self) -> None:
         self.state: Any = None  # none yet
         self.keys: Sequence[Any] | None = None  # of tensors
         self.place: Any = None  # of the state, as `Lesson.judge` is told; None: of the host
         self.home: Home | None = None
-        self.limit: Any = math.nan  # that was in force in the latest step
+        self._limit: Any = math.nan
         self.seen = 0  # how many norms were looked at
 
     def __getstate__(self) -> dict[str, Any]:
@@ -139,6 +150,18 @@ class Memory:
         self.__init__()  # type: ignore[misc]
         for name, value in state.items():
             setattr(self, name, value)
+
+    @property
+    def limit(self) -> Any:
+        """That was in force in the latest step."""
+        return self._limit if self.home is None else self.home.limit
+
+    @limit.setter
+    def limit(self, limit: Any) -> None:
+        if self.home is None:
+            self._limit = limit
+        else:
+            self.home.limit = limit
 
     def on_host(self) -> Any:
         """The state as numbers and arrays of the host, for which a device is waited for."""
@@ -152,6 +175,8 @@ class Memory:
         """The state, where norms are to be judged; None if there is none yet."""
         if self.home is None and self.place == place:
             return self.state
+        if self.home is not None and self.home.is_at(place):
+            return self.home.here()
         state = self.on_host()
         if state is None or place is None:
             return state
@@ -159,18 +184,36 @@ class Memory:
 
     def keep(self, state: Any, place: Any) -> None:
         """Keep the state after a step."""
-        if self.home is not None:
+        if self.home is not None and self.home.is_at(place):
+            self.home.put(state)
+        elif self.home is not None:
             self.home.write(state if place is None else _host_state(state))
         else:
             self.state, self.place = state, place
 
     def replace(self, state: Any, keys: Sequence[Any] | None) -> None:
-        """Go on from another state, of the host."""
-        self.keys = keys
+        """Go on from another state, of the host.
+
+        Raises:
+            ValueError: it is of other tensors than those that a graph knows by their places.
+        """
         if self.home is not None:
-            self.home.write(state)
+            self.home.write(self._in_order(state, keys))
         else:
-            self.state, self.place = state, None
+            self.keys, self.state, self.place = keys, state, None
+
+    def _in_order(self, state: Any, keys: Sequence[Any] | None) -> Any:
+        """A state of tensors, in the order of those whose state is here."""
+        if state is None or keys is None or keys == self.keys:
+            return state
+        place_of = {key: place for place, key in enumerate(keys)}
+        if self.keys is None or set(place_of) != set(self.keys):
+            raise ValueError(
+                f"the state is of the tensors {list(keys)}; a tf.function was made for those of "
+                f"{list(self.keys or ())}: load it into a new limit"
+            )
+        rows = [place_of[key] for key in self.keys]
+        return type(state)(*(each[rows] for each in state))
 
 
 def _host_state(state: Any) -> Any:
@@ -195,11 +238,16 @@ class Lesson:
     The clip has the norm judged; what has been learnt counts once `learn` says so.
     """
 
-    __slots__ = ("after", "before", "in_force", "keys", "kind", "place", "skip")
+    __slots__ = ("after", "before", "in_force", "keys", "kind", "memory", "place", "skip")
 
-    def __init__(self, kind: Any, keys: Sequence[Any] | None = None) -> None:
+    passed: ClassVar[bool] = False  # if a call brings the state, and takes it away again
+
+    def __init__(
+        self, kind: Any, keys: Sequence[Any] | None = None, memory: Memory | None = None
+    ) -> None:
         self.kind = kind
         self.keys = keys  # of the tensors that are clipped
+        self.memory: Memory = kind._memory if memory is None else memory
         self.in_force: Any = None  # the limit; of tensors, a vector
         self.skip: Any = False  # if the step is not to be taken
         self.before: Any = None
@@ -222,9 +270,8 @@ class Lesson:
             norm: the global norm, float64.
             place: what tells one memory from others, None for the host's.
         """
-        state = self._begin(ops, place, ())
-        ruling = self.kind.judge(ops, state, norm)
-        self.in_force, self.skip, self.after = ruling.limit, ruling.skip, ruling.state
+        ruling = self.kind.judge(ops, self.begin(ops, place), norm)
+        self.keep(ruling)
         return ops.where(ruling.skip, 0.0, ruling.limit) if self.kind.skips else ruling.limit
 
     def judge_each(self, ops: Any, norms: Any, whole: Any, place: Any = None) -> tuple[Any, Any]:
@@ -236,20 +283,26 @@ class Lesson:
             whole: the global norm.
             place: as in `judge`.
         """
-        state = self._begin(ops, place, (len(self.keys or ()),))
+        state = self.begin(ops, place)
         with np.errstate(all="ignore"):  # as for numbers of Python
             ruling = self.kind.judge(ops, state, norms, whole)
-        self.in_force, self.after = ruling.limit, ruling.state
+        self.keep(ruling)
         return ruling.limit, ruling.learnt
 
-    def _begin(self, ops: Any, place: Any, shape: tuple[int, ...]) -> Any:
-        memory = self.kind._memory
+    def begin(self, ops: Any, place: Any = None) -> Any:
+        """The state to judge by, where the norms are."""
+        memory = self.memory
         if self.keys is not None:
-            memory = _of_tensors(self.kind, self.keys)
+            memory = _of_tensors(self.kind, memory, self.keys)
         self.place = place
         state = memory.on(ops, place)
+        shape = () if self.keys is None else (len(self.keys),)
         self.before = self.kind.begin(ops, shape) if state is None else state
         return self.before
+
+    def keep(self, ruling: Any) -> None:
+        """Take what has come of the norm."""
+        self.in_force, self.skip, self.after = ruling.limit, ruling.skip, ruling.state
 
     def learn(self) -> None:
         """Keep what has been learnt."""
@@ -259,12 +312,12 @@ class Lesson:
         """What has to be the same on all workers; of tensors `told_of` has more."""
         if self.per_tensor:
             return repr(self.kind)
-        return f"{self.kind!r} that has learnt {_digest(self.kind._memory.on_host())}"
+        return f"{self.kind!r} that has learnt {_digest(self.memory.on_host())}"
 
     def told_of(self, numbers: Sequence[int]) -> str:
         """What has been learnt of some of the tensors."""
         rows = list(numbers)
-        state = _of_tensors(self.kind, self.keys or ()).on_host()
+        state = _of_tensors(self.kind, self.memory, self.keys or ()).on_host()
         return _digest(None if state is None else [each[rows] for each in state])
 
 
@@ -278,9 +331,8 @@ def _digest(state: Any) -> str:
     return f"{found:08x}"
 
 
-def _of_tensors(kind: Any, keys: Sequence[Any]) -> Memory:
+def _of_tensors(kind: Any, whole: Memory, keys: Sequence[Any]) -> Memory:
     """The memory of a kind, for just these tensors: the known ones with what they have learnt."""
-    whole: Memory = kind._memory
     if whole.keys == keys or (whole.keys is None and whole.state is None):
         return whole
     state, known = whole.on_host(), list(whole.keys or ())
@@ -298,9 +350,9 @@ def _of_tensors(kind: Any, keys: Sequence[Any]) -> Memory:
     return part
 
 
-def _put_back(kind: Any, lesson: Lesson) -> None:
+def _put_back(lesson: Lesson) -> None:
     """Keep what some of the tensors have learnt."""
-    whole: Memory = kind._memory
+    whole = lesson.memory
     if whole.keys is None:
         whole.keys = lesson.keys
     if whole.keys == lesson.keys:
@@ -397,16 +449,16 @@ class Remembers:
         return Lesson(self, keys if self.per_tensor else None)
 
     def _learn(self, lesson: Lesson) -> None:
-        memory = self._memory
+        memory = lesson.memory
         if lesson.after is None:
             return  # nothing was judged: the norm of no leaves on a path of its own
         if lesson.keys is None:
             memory.keep(lesson.after, lesson.place)
         else:
-            _put_back(self, lesson)
+            _put_back(lesson)
         memory.limit = lesson.in_force
         memory.seen += 1
-        if memory.seen <= 2:
+        if memory is self._memory and memory.seen <= 2:
             _look_out(self)
 
 

@@ -15,6 +15,17 @@ What differs from ``keras.optimizers``, with ``global_clipnorm`` alone:
 - 0, negative numbers and NaN are errors, ``inf`` only measures;
 - the norm is kept: `GlobalNorm` logs it, and ``optimizer.last_global_norm`` is the latest.
 
+``global_clipnorm`` may also be a limit of `gradclip.limits`, which sets itself:
+
+>>> from gradclip import limits
+>>> optimizer = gradclip.keras.Adam(1e-3, global_clipnorm=limits.ZScore())
+
+What it learns, one norm for each update, is in a variable of the optimizer, and so in what Keras
+saves: a loaded model goes on to the bit. The object that was given only says where to begin. With
+``beyond="skip"`` an update that stands out leaves weights, state and ``iterations`` as they were;
+torch waits for the device then, and several replicas of TensorFlow cannot. ``last_limit`` and
+``skipped_steps`` of the optimizer tell of it. A step that a loss scale leaves out teaches nothing.
+
 With ``global_clipnorm=None`` they are Keras's to the bit, and so they are with a ``clipnorm`` that
 has been set beside it, by which Keras clips instead. What they save and copy is what Keras's do,
 and the norms; the state that Keras's own optimizer has saved is taken over.

@@ -19,7 +19,9 @@ class GlobalNorm(keras.callbacks.Callback):  # type: ignore[misc]
     - ``global_norm``: the mean over the epoch's updates of the norm before clipping;
     - ``clipped``: the share of the epoch's updates that were clipped, from 0 to 1. An update counts
       as clipped if its norm was not at most the limit: above it, as inf is above every finite
-      limit, or NaN. Where the backend flushes subnormal numbers, such a norm counts as 0.
+      limit, or NaN. A limit that learns is the one in force in its step; where each tensor has one,
+      an update counts that changed a tensor. Where the backend flushes subnormal numbers, such a
+      norm counts as 0.
 
     An update that a loss scale or gradient accumulation leaves out does not count; both are NaN
     in an epoch without any. The place in ``callbacks=`` does not matter: it moves to the front,

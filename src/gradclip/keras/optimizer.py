@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import keras
 import numpy as np
 
 from gradclip.core.decide import check_clip_norm
-from gradclip.keras.clipping import applying, by_global_norm, clip
+from gradclip.core.limits import Limit
+from gradclip.keras.clipping import (
+    applying,
+    as_it_is,
+    by_global_norm,
+    clip,
+    clip_sums,
+    is_slices,
+    replicas,
+    rows,
+    sums,
+)
+from gradclip.keras.learning import Learnt, OptimizersLesson, config_of, limit_of
 
 # Where users import from: what is saved or pickled is looked for there.
 DOOR = "gradclip.keras"
@@ -24,21 +36,30 @@ class ExactGlobalNorm:
 
     built: bool
     clipnorm: float | None
-    _global_clipnorm: float | None
+    _global_clipnorm: Any  # a number, a limit that learns, or None
     _norms: Any
-    _waiting: list[float] | None = None
+    _learnt: Any
+    _waiting: Sequence[Any] = ()
+    _seen: Any = None
     variables: list[Any]
+    name: str
+    gradient_accumulation_steps: int | None
     add_variable: Callable[..., Any]
+    _iterations: Any
+    _trainable_variables: list[Any]
     assign: Callable[[Any, Any], None]
 
     @property
-    def global_clipnorm(self) -> float | None:
-        """The limit, or None for Keras's own behaviour."""
+    def global_clipnorm(self) -> Any:
+        """The limit, a number or one that learns, or None for Keras's own behaviour."""
         return self._global_clipnorm
 
     @global_clipnorm.setter
     def global_clipnorm(self, limit: Any) -> None:
-        limit = None if limit is None else check_clip_norm(limit, "global_clipnorm")
+        if isinstance(limit, Limit):
+            self._check(limit)
+        elif limit is not None:
+            limit = check_clip_norm(limit, "global_clipnorm")
         if limit is not None and getattr(self, "built", False) and not hasattr(self, "_norms"):
             raise ValueError(
                 f"global_clipnorm is set to {limit!r} on an optimizer that was built without one; "
@@ -57,6 +78,50 @@ class ExactGlobalNorm:
             raise AttributeError("last_global_norm needs a global_clipnorm, and a first step")
         return self._norms[0]
 
+    @property
+    def last_limit(self) -> Any:
+        """The limit that was in force in the latest update, float64; of ``PerTensor`` one each.
+
+        NaN before the first. It is read from the device.
+
+        Raises:
+            AttributeError: the optimizer is not built yet, or its limit is none that learns.
+        """
+        return self._what_is_learnt("last_limit").limit
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many updates a limit with ``beyond="skip"`` left out; read from the device.
+
+        Raises:
+            AttributeError: the optimizer is not built yet, or its limit is none that learns.
+        """
+        return int(self._what_is_learnt("skipped_steps").skipped)
+
+    def _what_is_learnt(self, name: str) -> Learnt:
+        if not hasattr(self, "_learnt"):
+            raise AttributeError(f"{name} needs a limit that learns, and a first step")
+        learnt: Learnt = self._learnt
+        return learnt
+
+    def _check(self, limit: Limit) -> None:
+        """Hold a limit that learns against the optimizer.
+
+        Raises:
+            NotImplementedError: it skips, which replicas cannot do.
+            ValueError: the optimizer was built for another.
+        """
+        if getattr(self, "built", False) and limit != self._global_clipnorm:
+            raise ValueError(
+                f"global_clipnorm is set to {limit!r} on an optimizer that was built for "
+                f"{self._global_clipnorm!r}; build it with it"
+            )
+        if limit.skips and replicas() > 1:
+            raise NotImplementedError(
+                f"global_clipnorm is {limit!r}; several replicas of TensorFlow cannot skip a step: "
+                'beyond is "shrink", "edge" or "mean", or there is one replica'
+            )
+
     def build(self, variables: Any) -> None:
         """Make the optimizer's variables, one for the norms among them."""
         first = not self.built
@@ -66,8 +131,33 @@ class ExactGlobalNorm:
             self._norms = self.add_variable(
                 (NORMS,), dtype="float32", aggregation="only_first_replica", name="global_norm"
             )
-            if self._waiting is not None:
-                self.assign(self._norms, np.array(self._waiting, np.float32))
+            if isinstance(self.global_clipnorm, Limit):
+                self._learnt = Learnt(self, self.global_clipnorm, len(variables))
+            if self._waiting:
+                self._take(self._waiting)
+
+    @property
+    def _ours(self) -> list[Any]:
+        """The variables that Keras's own optimizer has not."""
+        learnt = [self._learnt.variable] if hasattr(self, "_learnt") else []
+        return [self._norms, *learnt] if hasattr(self, "_norms") else []
+
+    def _take(self, saved: Sequence[Any]) -> None:
+        """Go on from what was saved of our variables; what was not saved begins."""
+        for variable, value in zip(self._ours, saved, strict=False):
+            self.assign(variable, value)
+
+    def get_config(self) -> dict[str, Any]:
+        """As Keras does, with a limit that learns as a dict."""
+        config: dict[str, Any] = super().get_config()  # type: ignore[misc]
+        return {**config, "global_clipnorm": config_of(config["global_clipnorm"])}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Any:
+        """The optimizer of a `get_config`."""
+        limit = limit_of(config.get("global_clipnorm"))
+        new = {**config, "global_clipnorm": limit}
+        return super().from_config(new, custom_objects)  # type: ignore[misc]
 
     def load_own_variables(self, store: Any) -> None:
         """Take over what was saved, also from Keras's own optimizer, which keeps no norms.
@@ -75,17 +165,21 @@ class ExactGlobalNorm:
         An optimizer without other variables has nowhere to put the norms before it is built; they
         wait until it is.
         """
-        norms = getattr(self, "_norms", None)
-        others = [each for each in self.variables if each is not norms]
-        more = len(store.keys()) - len(others)
-        waits = norms is None and more == 1 and np.shape(store[str(len(others))]) == (NORMS,)
-        if more and not waits:
+        ours = self._ours
+        others = [each for each in self.variables if all(each is not one for one in ours)]
+        more = [np.asarray(store[str(place)]) for place in range(len(others), len(store.keys()))]
+        same = len(store.keys()) == len(self.variables)
+        fits = len(more) < len(ours) and _alike(more, ours[: len(more)])
+        waits = not ours and more and _could_be_ours(more)
+        if same or not (fits or waits) or len(store.keys()) < len(others):
             super().load_own_variables(store)  # type: ignore[misc]
             return
         for place, variable in enumerate(others):
             variable.assign(store[str(place)])
         if waits:
-            self._waiting = np.asarray(store[str(len(others))]).tolist()
+            self._waiting = more
+        else:
+            self._take(more)
 
     def __reduce__(self) -> Any:
         """As Keras does; of a class that only `exact` has, by the class that it was made of."""
@@ -97,16 +191,88 @@ class ExactGlobalNorm:
             return restore, state
         return _restored, (named, *state)
 
+    def apply(self, grads: Any, trainable_variables: Any = None) -> None:
+        """As Keras does; but of a step that is skipped nothing stays."""
+        if not self._may_skip:
+            super().apply(grads, trainable_variables)  # type: ignore[misc]
+            return
+        if not self.built and trainable_variables is not None:
+            with keras.name_scope(self.name):
+                self.build(list(trainable_variables))
+        before = [(variable, keras.ops.copy(variable)) for variable in self._put_back_after_skip()]
+        count, seen = self.gradient_accumulation_steps or 1, self._learnt.skipped
+        iterations = keras.ops.copy(self._iterations)
+        super().apply(grads, trainable_variables)  # type: ignore[misc]
+        skipped = self._learnt.skipped != seen
+        before.append((self._iterations, iterations - (count - 1)))
+        for variable, value in before:
+            now = keras.ops.convert_to_tensor(variable)
+            self.assign(variable, keras.ops.where(skipped, value, now))
+
+    @property
+    def _may_skip(self) -> bool:
+        limit = self._global_clipnorm
+        return isinstance(limit, Limit) and limit.skips and by_global_norm(self)
+
+    def _put_back_after_skip(self) -> list[Any]:
+        """What a step changes that is not left out: under JAX all, since there is no branch."""
+        weights = self._trainable_variables
+        if keras.backend.backend() != "jax":
+            return [each for each in weights if each.constraint is not None]
+        counts = [self._iterations, *self._ours, *getattr(self, "_accumulated_gradients", ())]
+        state = [each for each in self.variables if all(each is not one for one in counts)]
+        return [*weights, *state]
+
+    def _unless_skipped(self, act: Callable[[], None]) -> None:
+        """Do what changes weights or state, where there are branches."""
+        if not self._may_skip or keras.backend.backend() == "jax":
+            act()
+            return
+        taken = self._learnt.skipped == self._seen
+        keras.ops.cond(taken, act, lambda: None)
+
     def _backend_apply_gradients(self, grads: list[Any], trainable_variables: Any) -> None:
+        if self._may_skip:
+            self._seen = self._learnt.skipped
         with applying(trainable_variables):
             super()._backend_apply_gradients(grads, trainable_variables)  # type: ignore[misc]
+        self._seen = None
+
+    def _apply_weight_decay(self, variables: Any) -> None:
+        self._unless_skipped(lambda: super(ExactGlobalNorm, self)._apply_weight_decay(variables))  # type: ignore[misc]
+
+    def _backend_update_step(self, *args: Any) -> None:
+        self._unless_skipped(lambda: super(ExactGlobalNorm, self)._backend_update_step(*args))  # type: ignore[misc]
+
+    def _update_model_variables_moving_average(self, variables: Any) -> None:
+        own = super()._update_model_variables_moving_average  # type: ignore[misc]
+        self._unless_skipped(lambda: own(variables))
+
+    def _overwrite_model_variables_with_average_value(self, variables: Any) -> None:
+        own = super()._overwrite_model_variables_with_average_value  # type: ignore[misc]
+        self._unless_skipped(lambda: own(variables))
 
     def _clip_gradients(self, grads: list[Any]) -> Any:
         if not by_global_norm(self):
             return super()._clip_gradients(grads)  # type: ignore[misc]
+        if hasattr(self, "_learnt") and isinstance(self._global_clipnorm, Limit):
+            return as_it_is(self._clip_and_learn)(grads)
         new, norm = clip(self, grads)
         if hasattr(self, "_norms"):
-            self._record(norm)
+            limit = self._global_clipnorm
+            assert limit is not None, "it was clipped"
+            largest = _at_most(limit, keras.backend.standardize_dtype(norm.dtype))
+            self._record(norm, norm <= largest)
+        return new
+
+    def _clip_and_learn(self, grads: list[Any]) -> list[Any]:
+        lesson = OptimizersLesson(self._global_clipnorm, self._learnt, rows(self, grads))
+        summed = sums(self, grads)
+        new, norm = clip_sums(summed, lesson)
+        within = lesson.write(self, norm)
+        if within is None:  # each had a limit of its own
+            within = _are_same(summed, new)
+        self._record(norm, within)
         return new
 
     def _all_reduce_sum_gradients(self, grads_and_vars: Any) -> Any:
@@ -114,16 +280,34 @@ class ExactGlobalNorm:
             return super()._all_reduce_sum_gradients(grads_and_vars)  # type: ignore[misc]
         return grads_and_vars  # `clip` has summed them
 
-    def _record(self, norm: Any) -> None:
-        limit = self._global_clipnorm
-        assert limit is not None, "it was clipped"
-        largest = _at_most(limit, keras.backend.standardize_dtype(norm.dtype))
-        within = keras.ops.cast(norm <= largest, "float32")
+    def _record(self, norm: Any, is_within: Any) -> None:
+        within = keras.ops.cast(is_within, "float32")
         norm = keras.ops.cast(norm, "float32")
         _, mean, clipped, count = keras.ops.unstack(keras.ops.convert_to_tensor(self._norms), NORMS)
         # A running mean: a sum of a million float32 would stop growing.
         mean = mean + (norm - mean) / (count + 1)
         self.assign(self._norms, keras.ops.stack([norm, mean, clipped + 1 - within, count + 1]))
+
+
+def _alike(saved: list[Any], variables: list[Any]) -> bool:
+    return [each.shape for each in saved] == [tuple(each.shape) for each in variables]
+
+
+def _could_be_ours(saved: list[Any]) -> bool:
+    """If these are norms, and what a limit has learnt, and nothing else."""
+    norms, *learnt = saved
+    return norms.shape == (NORMS,) and all(each.dtype == np.int32 for each in learnt)
+
+
+def _are_same(old: list[Any], new: list[Any]) -> Any:
+    """If gradients were not changed."""
+    pairs = [
+        (each.values for each in pair) if is_slices(pair[0]) else pair
+        for pair in zip(old, new, strict=True)
+        if pair[0] is not None
+    ]
+    same = [keras.ops.all(keras.ops.equal(*pair)) for pair in pairs]
+    return keras.ops.all(keras.ops.stack(same))
 
 
 def _at_most(limit: float, dtype: str) -> float:
@@ -166,8 +350,8 @@ def exact(optimizer_class: Any) -> Any:
 
     Returns:
         The subclass, the same one each time; ``optimizer_class`` itself if it is one already.
-        Its instances raise TypeError for a ``global_clipnorm`` that is no real number and
-        ValueError for one that is not above 0.
+        Its instances raise TypeError for a ``global_clipnorm`` that is no real number or limit of
+        `gradclip.limits`, and ValueError for one that is not above 0.
 
     Raises:
         TypeError: it is no optimizer class, or one that hands its gradients to other optimizers;

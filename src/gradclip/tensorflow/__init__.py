@@ -27,6 +27,10 @@ TensorFlow's own operations: it gives the same bits where it is loaded, without 
 function that was traced before is refused. What else writes graphs, as ``as_graph_def``, the savers
 of ``tf.compat.v1`` and the service of ``tf.data`` do, fails in another process, as with every
 ``tf.py_function``; with ``jit_compile=True`` there is none.
+
+A limit of `gradclip.limits` learns in eager mode and in a ``tf.function``, compiled or not; there
+its state is in variables, which `variables_of` shows to ``tf.train.Checkpoint``. It is refused in
+graphs of ``tf.compat.v1``, and where each of several replicas has a norm of its own.
 """
 
 from __future__ import annotations
@@ -41,10 +45,11 @@ import tensorflow as tf
 from tensorflow.python.ops import clip_ops
 
 from gradclip import _clip
+from gradclip.core.limits import Limit
 from gradclip.core.patch import Patch
 from gradclip.tensorflow.graph import Scope
 
-__all__ = ["clip_by_global_norm", "global_norm", "patch"]
+__all__ = ["clip_by_global_norm", "global_norm", "patch", "variables_of"]
 
 
 def clip_by_global_norm(
@@ -63,7 +68,8 @@ def clip_by_global_norm(
     Args:
         t_list: a sequence of tensors, tf.IndexedSlices, variables, what converts to a tensor, and
             None. float16, bfloat16, float8, float32, float64, complex64, complex128, any shapes.
-        clip_norm: a scalar above 0; ``inf`` clips nothing.
+        clip_norm: a scalar above 0; ``inf`` clips nothing. Or a limit of `gradclip.limits`, which
+            learns once from each norm of a step that is executed; for a gradient it is a constant.
         use_norm: the norm to scale by, a scalar, if it is known already.
         name: names the operations; ``global_norm`` and ``clip_by_global_norm`` by default.
 
@@ -114,6 +120,33 @@ def global_norm(t_list: Sequence[Any], name: str | None = None) -> Any:
 
 for _function in (clip_by_global_norm, global_norm):
     vars(_function)["autograph_info__"] = {}  # see `_clip`
+
+
+def variables_of(limit: Limit) -> tf.Module:
+    """What a limit has learnt in a ``tf.function``, as variables to be saved.
+
+    All functions and eager calls that clip by it share them.
+
+    Args:
+        limit: a limit of `gradclip.limits`, once a ``tf.function`` that clips by it is traced.
+
+    Returns:
+        For ``tf.train.Checkpoint(limit=...)``, and whatever else looks for variables in an object.
+
+    Raises:
+        ValueError: no function has been traced, so that there are none.
+
+    >>> from gradclip import limits
+    >>> limit = limits.Percentile(50, 3)
+    >>> clip = tf.function(lambda x: clip_by_global_norm([x], limit))
+    >>> clipped, norm = clip(tf.constant([3.0, 4.0]))
+    >>> [variable.name for variable in variables_of(limit).variables]
+    ['limit:0', 'ring:0', 'ordered:0', 'count:0']
+    """
+    home = limit._memory.home
+    if home is None:
+        raise ValueError(f"{limit!r} has no variables before a tf.function with it is traced")
+    return home
 
 
 def _tensors(t_list: Any, name: str | None, default: str) -> tuple[list[Any], str | None]:

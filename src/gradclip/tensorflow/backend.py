@@ -17,6 +17,7 @@ from gradclip.core.protocol import Beside
 from gradclip.core.workers import nobody
 from gradclip.tensorflow import eager
 from gradclip.tensorflow.graph import Followed, is_followed
+from gradclip.tensorflow.limits import check_replicas
 
 
 def workers(leaves: Sequence[Any], group: Any) -> None:
@@ -48,6 +49,7 @@ def hold(
     """
     if beside is not None:
         check_no_group(beside.group)
+        check_replicas(beside.limits)
         if is_followed([*leaves, *beside.limits]):
             return Followed()
     return eager.hold(_distinct_variables(leaves, path) if writable else leaves, path)

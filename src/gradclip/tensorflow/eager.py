@@ -10,11 +10,14 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from gradclip.core.exact import Scaled
+from gradclip.core.exact import Scaled, ScaledArray
+from gradclip.core.held import Clip
+from gradclip.core.memory import Lesson
 from gradclip.core.sparse import IndexedSlices, check_rows, merged_rows
 from gradclip.kernels.cpu import leaves as host
 from gradclip.kernels.cpu.leaves import Array
 from gradclip.tensorflow.leaf import checked, is_slices, tensor_of, with_values
+from gradclip.tensorflow.limits import check_replicas
 
 _HOST = "/job:localhost/replica:0/task:0/device:CPU:0"
 _NATIVE = {tf.float16, tf.float32, tf.float64, tf.complex64, tf.complex128}
@@ -63,6 +66,25 @@ class Leaves(host.Leaves):
     def scale_(self, factor: Scaled) -> None:
         """Multiply every element of variables."""
         self._assign(self.scaled(factor))
+
+    def scale_each_(self, factors: ScaledArray) -> None:
+        """Multiply the elements of each variable by a factor of its own."""
+        self._assign(self.scaled_each(factors))
+
+    def clip_(self, clip: Clip) -> Any:
+        """Clip variables.
+
+        Raises:
+            NotImplementedError: each of several replicas would have a limit learn.
+            ValueError: each is to have a limit of its own, and one is there twice.
+        """
+        check_replicas([clip.clip_norm])
+        each = isinstance(clip.clip_norm, Lesson) and clip.clip_norm.per_tensor
+        if each and len(self.leaves) < len(clip.leaves):
+            raise ValueError(
+                f"clip_norm is {clip.clip_norm!r}, and a variable is listed twice; list it once"
+            )
+        return super().clip_(clip)
 
     def _assign(self, new: list[Any]) -> None:
         for variable, value in zip(self.leaves, new, strict=True):

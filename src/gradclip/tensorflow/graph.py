@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -18,14 +18,12 @@ from tensorflow.python.framework.func_graph import FuncGraph
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 from tensorflow.python.saved_model.save_context import in_save_context
 
-from gradclip.core.decide import check_clip_norm, check_use_norm
-from gradclip.core.exact import Scaled
 from gradclip.core.held import Clip, Held
-from gradclip.kernels.cpu.arithmetic import ieee_arithmetic
-from gradclip.kernels.traced.clip import clip
-from gradclip.tensorflow import eager
-from gradclip.tensorflow.derivative import grouped, pulled_back
-from gradclip.tensorflow.leaf import checked, is_slices, tensor_of, with_values
+from gradclip.core.limits import Ruling
+from gradclip.tensorflow.call import Call, Learning, call_of
+from gradclip.tensorflow.derivative import grouped
+from gradclip.tensorflow.leaf import tensor_of, with_values
+from gradclip.tensorflow.limits import PLACE, home_of
 from gradclip.tensorflow.operations import Operations
 
 
@@ -59,10 +57,9 @@ class Followed(Held):
         """New leaves and the norm, by operations named as those of tf.clip_by_global_norm."""
         first = "global_norm" if clip.use_norm is None else "clip_by_global_norm"
         with tf.name_scope(clip.name or first) as scope:
-            limit, given = _limits_of(clip)
-            call = _Call.of(clip)
-            norm, _, *new = _recorded(call, limit, given)
-            if given:
+            call = call_of(clip)
+            norm, _, *new = _clipped(call)
+            if clip.use_norm is not None:
                 return _named(call, new, scope), norm
             norm = tf.identity(norm, name="global_norm")
         given_name = clip.name.given if isinstance(clip.name, Scope) else clip.name
@@ -73,7 +70,7 @@ class Followed(Held):
     def norm(self, clip: Clip) -> Any:
         """The global norm, by an operation named as that of tf.linalg.global_norm."""
         with tf.name_scope(clip.name or "global_norm"):
-            norm, *_ = _measured(_Call.of(clip))
+            norm, *_ = _measured(call_of(clip))
             return tf.identity(norm, name="global_norm")
 
 
@@ -90,7 +87,7 @@ class Scope(str):
         return self
 
 
-def _named(call: _Call, new: list[Any], scope: str) -> list[Any]:
+def _named(call: Call, new: list[Any], scope: str) -> list[Any]:
     """The leaves with new elements, each beside the old ones and named by its place."""
     leaves = []
     clip, old = call.clip, [values for values, *_ in grouped(call.tensors)]
@@ -109,127 +106,31 @@ def _beside(tensor: Any) -> contextlib.AbstractContextManager[Any]:
     return graph.colocate_with(tensor.op)  # type: ignore[no-any-return]
 
 
-# ---- limits ----
-
-
-def _limits_of(clip: Clip) -> tuple[Any, list[Any]]:
-    """The limit, and the norm if it is given, as tensors."""
-    limit = _scalar(clip.limit_name, clip.clip_norm, check_clip_norm)
-    if clip.use_norm is None:
-        return limit, []
-    return limit, [_scalar(clip.norm_name, clip.use_norm, check_use_norm)]
-
-
-def _scalar(name: str, value: Any, check: Callable[[Any], Any]) -> Any:
-    """A limit as a tensor; checked, where its value is known."""
-    if not tf.is_tensor(value) or (tf.executing_eagerly() and not tf.is_symbolic_tensor(value)):
-        check(value)
-        return value if tf.is_tensor(value) else tf.constant(float(value), tf.float64)
-    if not (value.dtype.is_floating or value.dtype.is_integer):
-        raise TypeError(f"{name} is a tensor of {value.dtype.name}; it must be a real number")
-    if not value.shape.is_compatible_with(()):
-        raise ValueError(f"{name} is a tensor of shape {value.shape}; it must be a scalar")
-    # Few operations take float8, and an integer would be taken for the indices of slices.
-    few = value.dtype.is_integer or value.dtype.size == 1
-    return tf.cast(value, tf.float64) if few else tf.convert_to_tensor(value)
-
-
-class _Run(Clip):
-    """A clip by limits that nobody could refuse: NaN gives NaN, and below 0 acts as 0."""
-
-    __slots__ = ()
-
-    def read(self) -> tuple[float, Scaled | None]:
-        """The limit, and the norm if it is given."""
-        given = None if self.use_norm is None else Scaled.of(max(float(self.use_norm), 0.0))
-        return max(float(self.clip_norm), 0.0), given
-
-
 # ---- one call ----
 
 
-class _Call(NamedTuple):
-    """One call: what was asked, and its leaves, as tensors in a row."""
-
-    clip: Clip
-    policy: Any
-    tensors: list[Any]  # of each leaf its values, of slices then the indices and the dense shape
-
-    @classmethod
-    def of(cls, clip: Clip) -> _Call:
-        """A call on the leaves of a clip."""
-        tensors = []
-        for place, leaf in enumerate(clip.leaves):
-            tensors.append(tf.convert_to_tensor(checked(leaf, partial(clip.path, place))))
-            if is_slices(leaf):
-                shape = () if leaf.dense_shape is None else (leaf.dense_shape,)
-                integers = [tf.convert_to_tensor(part) for part in (leaf.indices, *shape)]
-                for part, field in zip(integers, ("indices", "dense_shape"), strict=False):
-                    if not part.dtype.is_integer:
-                        raise ValueError(
-                            f"{clip.path(place)}.{field} is {part.dtype.name}; it holds integers"
-                        )
-                tensors += integers
-        return cls(clip, clip.on_nonfinite, tensors)
-
-    @property
-    def dtype(self) -> Any:
-        """That of the norm."""
-        wide = any(tensor.dtype in (tf.float64, tf.complex128) for tensor in self.tensors)
-        return tf.float64 if wide else tf.float32
-
-    def on_host(self, tensors: Sequence[Any], limit: Any, given: Sequence[Any]) -> list[Any]:
-        """Norm, norm as float64, and new values, of eager tensors."""
-        leaves = [_leaf(parts) for parts in grouped(tensors)]
-        path = self.clip.path
-        run = _Run(leaves, path, limit, given[0] if given else None, self.policy)
-        with ieee_arithmetic():  # TensorFlow's own threads flush subnormal numbers
-            new, norm, exact = eager.hold(leaves, path).clipped_by_host(run)
-            wide = float(exact)
-        return [norm, tf.constant(wide, tf.float64), *map(tensor_of, new)]
-
-    def by_callback(self, limit: Any, given: Sequence[Any]) -> list[Any]:
-        """The same in a graph on the CPU."""
-        parts, count = grouped(self.tensors), len(self.tensors)
-        dtypes = [self.dtype, tf.float64, *(values.dtype for values, *_ in parts)]
-
-        def clip(*inputs: Any) -> list[Any]:
-            return self.on_host(inputs[:count], *_limits(inputs[count:]))
-
-        inputs = [*self.tensors, limit, *given]
-        # tf.gradients finds the gradient by the label, a tape by what it is told.
-        label = {"EagerPyFunc": _label(self.policy, given)}
-        graph = tf.compat.v1.get_default_graph()
-        _mark_as_unsaveable(graph)
-        with graph.gradient_override_map(label), record.stop_recording():
-            results = tf.py_function(clip, inputs, dtypes)
-        for result, shape in zip(results, [(), (), *(p[0].shape for p in parts)], strict=True):
-            result.set_shape(shape)
-        pull_back = partial(pulled_back, self.tensors, limit, given, self.policy, results[1])
-        record.record_operation("GradclipClip", results, inputs, lambda *d: pull_back(d))
-        return results  # type: ignore[no-any-return]
-
-    def by_operations(self, tensors: Sequence[Any], limit: Any, given: Sequence[Any]) -> list[Any]:
-        """The same by TensorFlow's own operations."""
-        return clip(
-            Operations(),
-            [(parts[0], parts[1] if len(parts) > 1 else None) for parts in grouped(tensors)],
-            limit,
-            given[0] if given else None,
-            self.policy,
-        )
+def _clipped(call: Call) -> list[Any]:
+    """Norm, norm as float64, and new values, by what a graph and a gradient tape know."""
+    if not isinstance(call, Learning) or tf.executing_eagerly():
+        return _recorded(call)[: 2 + len(call.clip.leaves)]
+    lesson = call.lesson
+    home = None if lesson.passed else home_of(lesson)
+    state = lesson.begin(Operations(), PLACE) if home is None else home.here()
+    results = _recorded(replace(call, limits=list(state)))
+    count = 2 + len(call.clip.leaves)
+    limit, skip, *after = results[count:]
+    if home is None:
+        lesson.keep(Ruling(limit, skip, None, type(state)(*after)))
+    else:
+        home.put(after)
+        home.limit = limit
+        # Its variables live as long as what was traced.
+        tf.compat.v1.add_to_collection("gradclip limits", home)
+    return results[:count]
 
 
-def _limits(inputs: Sequence[Any]) -> tuple[Any, Sequence[Any]]:
-    return inputs[0], inputs[1:]
-
-
-def _leaf(parts: list[Any]) -> Any:
-    return parts[0] if len(parts) == 1 else tf.IndexedSlices(*parts)
-
-
-def _recorded(call: _Call, limit: Any, given: list[Any], *, elsewhere: bool = False) -> list[Any]:
-    """Norm, norm as float64, and new values, with their gradient.
+def _recorded(call: Call, *, elsewhere: bool = False) -> list[Any]:
+    """What comes out of a call, with its gradient.
 
     ``elsewhere``: not on the host, whatever the graph says.
     """
@@ -241,39 +142,61 @@ def _recorded(call: _Call, limit: Any, given: list[Any], *, elsewhere: bool = Fa
             'choose "nan", "zero" or "keep"'
         )
     if in_graph and not elsewhere:
-        return call.by_callback(limit, given)
+        return _by_callback(call)
     compute = call.by_operations if elsewhere else call.on_host
-    inputs = [*call.tensors, limit, *given]
 
     @tf.custom_gradient  # type: ignore[untyped-decorator]
     def run(*inputs: Any) -> tuple[list[Any], Callable[..., list[Any]]]:
-        tensors, limits = inputs[: len(call.tensors)], _limits(inputs[len(call.tensors) :])
-        return compute(tensors, *limits), _gradient(call, tensors, *limits, elsewhere=elsewhere)
+        results = compute(*call.parted(inputs))
+        return results, _gradient(call, inputs, results, elsewhere=elsewhere)
 
     if not in_graph:
-        return run(*inputs)  # type: ignore[no-any-return]
+        return run(*call.inputs)  # type: ignore[no-any-return]
     # In a graph it hides its operations from tf.gradients, but not from an accumulator.
     with record.stop_recording():
-        results: list[Any] = run(*inputs)
-    gradient = _gradient(call, call.tensors, limit, given, elsewhere=elsewhere)
-    record.record_operation("GradclipClip", results, inputs, gradient)
+        results: list[Any] = run(*call.inputs)
+    gradient = _gradient(call, call.inputs, results, elsewhere=elsewhere)
+    record.record_operation("GradclipClip", results, call.inputs, gradient)
     return results
 
 
-def _measured(call: _Call, *, elsewhere: bool = False) -> list[Any]:
+def _by_callback(call: Call) -> list[Any]:
+    """What comes out of a call in a graph on the CPU."""
+
+    def clip(*inputs: Any) -> list[Any]:
+        return call.on_host(*call.parted(inputs))
+
+    # tf.gradients finds the gradient by the label, a tape by what it is told.
+    graph = tf.compat.v1.get_default_graph()
+    _mark_as_unsaveable(graph)
+    dtypes, shapes = zip(*call.outputs, strict=True)
+    with graph.gradient_override_map({"EagerPyFunc": call.label}), record.stop_recording():
+        results: list[Any] = tf.py_function(clip, call.inputs, dtypes)
+    for result, shape in zip(results, shapes, strict=True):
+        result.set_shape(shape)
+
+    def gradient(*changes: Any) -> list[Any]:
+        return call.pulled_back(call.inputs, results, results[1], changes)
+
+    record.record_operation("GradclipClip", results, call.inputs, gradient)
+    return results
+
+
+def _measured(call: Call, *, elsewhere: bool = False) -> list[Any]:
     """The norm, the norm as float64, and values that are the old ones."""
-    kept = call._replace(policy="keep")
-    return _recorded(kept, tf.constant(np.inf, tf.float64), [], elsewhere=elsewhere)
+    unlimited = Call(call.clip, "keep", call.tensors, [tf.constant(np.inf, tf.float64)])
+    return _recorded(unlimited, elsewhere=elsewhere)
 
 
 def _gradient(
-    call: _Call, tensors: Sequence[Any], limit: Any, given: Sequence[Any], *, elsewhere: bool
+    call: Call, inputs: Sequence[Any], results: Sequence[Any], *, elsewhere: bool
 ) -> Callable[..., list[Any]]:
     """The gradient of a call with respect to these inputs, of which it may be measured again."""
 
     def gradient(*changes: Any) -> list[Any]:
-        wide = _measured(call._replace(tensors=list(tensors)), elsewhere=elsewhere)[1]
-        return pulled_back(tensors, limit, given, call.policy, wide, changes)
+        tensors, _ = call.parted(inputs)
+        wide = _measured(replace(call, tensors=tensors), elsewhere=elsewhere)[1]
+        return call.pulled_back(inputs, results, wide, changes)
 
     return gradient
 
@@ -303,19 +226,20 @@ def _mark_as_unsaveable(graph: Any) -> None:
         graph = graph.outer_graph
 
 
-def _label(policy: Any, given: Sequence[Any]) -> str:
-    return f"GradclipClip_{policy}_{'given' if given else 'measured'}"
+def _register(kind: Any, policy: str, count: int, *more: Any) -> None:
+    label = kind(None, policy, [], [None] * count, *more).label
 
-
-def _register(policy: str, given: int) -> None:
-    @tf.RegisterGradient(_label(policy, [None] * given))  # type: ignore[untyped-decorator]
+    @tf.RegisterGradient(label)  # type: ignore[untyped-decorator]
     def gradient(operation: Any, *changes: Any) -> list[Any]:
-        inputs = list(operation.inputs)
-        count = len(inputs) - 1 - given
-        limits = _limits(inputs[count:])
-        return pulled_back(inputs[:count], *limits, policy, operation.outputs[1], changes)
+        inputs, results = list(operation.inputs), list(operation.outputs)
+        place = len(inputs) - count
+        call = kind(None, policy, inputs[:place], inputs[place:], *more)
+        new: list[Any] = call.pulled_back(inputs, results, results[1], changes)
+        return new
 
 
 for _policy in ("nan", "zero", "keep"):
-    for _given in (0, 1):
-        _register(_policy, _given)
+    for _count in (1, 2):
+        _register(Call, _policy, _count)
+    for _count in (2, 3):  # what a limit has learnt
+        _register(Learning, _policy, _count, None)

@@ -10,9 +10,10 @@ import tensorflow as tf
 
 
 class Operations:
-    """TensorFlow's names for what `kernels.traced` asks for; see `operations` there."""
+    """See `kernels.traced.operations`, and `Arithmetic` in `core.limits`."""
 
     sqrt, round = staticmethod(tf.sqrt), staticmethod(tf.round)
+    log, exp = staticmethod(tf.math.log), staticmethod(tf.exp)
     sum, any, max = map(staticmethod, (tf.reduce_sum, tf.reduce_any, tf.reduce_max))
     left = staticmethod(tf.bitwise.left_shift)
     right = staticmethod(tf.bitwise.right_shift)
@@ -59,6 +60,25 @@ class Operations:
 
     def minimum(self, x: Any, y: Any) -> Any:
         return tf.minimum(*_of_one_dtype(x, y))
+
+    def full(self, shape: tuple[int, ...], value: float, dtype: str) -> Any:
+        return tf.fill(shape, tf.constant(value, dtype))
+
+    def pick(self, x: Any, index: Any) -> Any:
+        return tf.gather(x, index, axis=-1, batch_dims=x.shape.rank - 1)
+
+    def put(self, x: Any, index: Any, value: Any) -> Any:
+        place = tf.range(x.shape[-1], dtype=tf.int64)
+        return tf.where(place == self.column(index), self.column(value), x)
+
+    def earlier(self, x: Any, fill: float) -> Any:
+        return tf.concat([x[..., 1:], tf.fill([*x.shape[:-1], 1], tf.constant(fill, x.dtype))], -1)
+
+    def later(self, x: Any, fill: float) -> Any:
+        return tf.concat([tf.fill([*x.shape[:-1], 1], tf.constant(fill, x.dtype)), x[..., :-1]], -1)
+
+    def column(self, x: Any) -> Any:
+        return x[..., None]
 
     def loop(self, count: Any, body: Callable[[Any, Any], Any], start: Any) -> Any:
         count = tf.cast(count, tf.int64)

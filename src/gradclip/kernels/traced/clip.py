@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from gradclip.kernels.traced.norms import is_wide, measured
-from gradclip.kernels.traced.numbers import compared, number_of, rounded
+from gradclip.kernels.traced.numbers import Number, compared, number_of, rounded
 from gradclip.kernels.traced.operations import Operations, by_parts
 from gradclip.kernels.traced.scaling import scaled
 
@@ -24,12 +25,49 @@ def clip(
     Returns:
         The norm in its dtype, the norm as float64, then the new values.
     """
-    wide = is_wide(ops, leaves)
     norm = measured(ops, leaves) if use_norm is None else number_of(ops, use_norm)
-    above, factor = compared(ops, norm, number_of(ops, clip_norm))
+    decided = compared(ops, norm, number_of(ops, clip_norm))
+    return _carried_out(ops, leaves, norm, [decided] * len(leaves), policy)
+
+
+def clip_learning(
+    ops: Operations, leaves: Sequence[tuple[Any, Any]], lesson: Any, policy: str, place: Any
+) -> list[Any]:
+    """The same by a limit that learns; ``lesson`` and ``place`` are as in `core.memory`."""
+    norm = measured(ops, leaves)
+    whole = rounded(ops, norm, wide=True)
+    if not lesson.per_tensor:
+        limit = lesson.judge(ops, whole, place)
+        decided = [compared(ops, norm, number_of(ops, limit))] * len(leaves)
+        return _carried_out(ops, leaves, norm, decided, policy)
+    each = [measured(ops, [leaf]) for leaf in leaves]
+    norms = ops.stack([rounded(ops, number, wide=True) for number in each])
+    limits, own = lesson.judge_each(ops, norms, whole, place)
+    decided = []
+    for number, limit, is_own in zip(
+        each, _taken(ops, limits, each), _taken(ops, own, each), strict=True
+    ):
+        against = Number(*(ops.where(is_own, *pair) for pair in zip(number, norm, strict=True)))
+        decided.append(compared(ops, against, number_of(ops, limit)))
+    return _carried_out(ops, leaves, norm, decided, policy)
+
+
+def _taken(ops: Operations, vector: Any, each: Sequence[Any]) -> list[Any]:
+    return [ops.take(vector, place) for place in range(len(each))]
+
+
+def _carried_out(
+    ops: Operations,
+    leaves: Sequence[tuple[Any, Any]],
+    norm: Number,
+    decided: Sequence[tuple[Any, Number]],
+    policy: str,
+) -> list[Any]:
+    """The norm, twice, and new values, of each leaf by whether it is above, and a factor."""
     failed = norm.inf | norm.nan
 
-    def clipped(values: Any) -> Any:
+    def clipped(decision: tuple[Any, Number], values: Any) -> Any:
+        above, factor = decision
         kept = ops.where(above, scaled(ops, values, factor), values)
         if policy == "keep":
             return kept
@@ -38,5 +76,9 @@ def clip(
         )
         return ops.where(failed, filling, kept)
 
-    new = [by_parts(ops, clipped, values) for values, _ in leaves]
+    new = [
+        by_parts(ops, partial(clipped, decision), values)
+        for decision, (values, _) in zip(decided, leaves, strict=True)
+    ]
+    wide = is_wide(ops, leaves)
     return [rounded(ops, norm, wide=wide), rounded(ops, norm, wide=True), *new]
