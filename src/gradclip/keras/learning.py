@@ -29,7 +29,7 @@ def config_of(limit: Any) -> Any:
     if not isinstance(limit, Limit):
         return limit
     config: dict[str, Any] = {"kind_of_limit": type(limit).__name__}
-    for field in dataclasses.fields(limit):  # type: ignore[arg-type]
+    for field in dataclasses.fields(limit):
         value = getattr(limit, field.name)
         if field.init and value != field.default:
             config[field.name] = config_of(value)
