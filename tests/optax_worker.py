@@ -7,10 +7,13 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from gradclip.limits import ZScore
 from gradclip.optax import (
     ClipByGlobalNormState,
+    apply_clipped,
     clip_by_global_norm,
     per_example_global_norm_clip,
 )
@@ -36,6 +39,28 @@ def run() -> None:
         jax.shard_map, mesh=mesh, in_specs=(SHARDED, specs), out_specs=(SHARDED, specs)
     )
     check_same(jax.jit(sharded(clip.update))(updates, clip.init(updates)), expected)
+
+    # What a limit learns is the same on all, and so is a step that is skipped.
+    learns = apply_clipped(optax.adam(0.1), ZScore(z=4, warmup=2, beyond="skip"))
+    shared = apply_clipped(optax.adam(0.1), ZScore(z=4, warmup=2, beyond="skip"), axis_name="data")
+    whole = learns.init(updates)
+    placing = jax.tree.map(lambda x: SHARDED if x.ndim and x.dtype == "float32" else WHOLE, whole)
+    step = jax.jit(
+        jax.shard_map(
+            shared.update,
+            mesh=mesh,
+            in_specs=(SHARDED, placing),
+            out_specs=(SHARDED, placing),
+        )
+    )
+    state = whole
+    for size in (1.0, 1.1, 50.0, 0.9):
+        some = jax.tree.map(lambda x, size=size: np.float32(size) * x, updates)
+        wanted, whole = jax.jit(learns.update)(some, whole)
+        found, state = step(some, state)
+        check_same(found, wanted)
+        check_same(state, whole)
+    assert int(state.skipped_count) == 1
 
     def two(updates, state):  # type: ignore[no-untyped-def]
         """The state is the carry of a scan within the shards."""

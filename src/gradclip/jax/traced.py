@@ -5,19 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.core import Tracer
+from jax.custom_derivatives import zero_from_primal
 from jax.experimental.sparse import BCOO
 
 from gradclip.core.decide import check_clip_norm, check_use_norm
 from gradclip.core.held import Clip, Held
+from gradclip.core.limits import Ruling
+from gradclip.core.memory import Lesson
 from gradclip.core.sparse import IndexedSlices
-from gradclip.jax import xla
+from gradclip.jax import judging, xla
+from gradclip.jax.arithmetic import Steps
 from gradclip.jax.derivative import LOWER, pushed_forward, rows_of
 from gradclip.jax.leaf import SPARSE, checked, places_of, values_of, with_values
 from gradclip.jax.operations import Operations
@@ -57,13 +61,19 @@ class Traced(Held):
 
     def _recorded(self, clip: Clip, policy: str, name: str) -> tuple[list[Any], Any]:
         with jax.enable_x64(True), jax.named_scope(name):
-            limit = limit_of("clip_norm", clip.clip_norm, check_clip_norm)
             given = clip.use_norm
             if given is not None:
                 given = limit_of("use_norm", given, check_use_norm)
             values = [checked(leaf, partial(clip.path, i)) for i, leaf in enumerate(clip.leaves)]
             rows = [_rows(leaf, partial(clip.path, i)) for i, leaf in enumerate(clip.leaves)]
-            norm, new = _recorded(self._axes, policy, limit, given, values, rows)
+            lesson, kind = clip.clip_norm, None
+            if isinstance(lesson, Lesson):
+                kind, limit = lesson.kind, _begun(lesson, [given, values, rows])
+            else:
+                limit = limit_of("clip_norm", lesson, check_clip_norm)
+            norm, ruling, new = _recorded(self._axes, policy, kind, limit, given, values, rows)
+            if kind is not None:
+                lesson.keep(ruling)
         return list(map(with_values, clip.leaves, new)), norm
 
 
@@ -108,6 +118,25 @@ def _on_host(array: jax.Array) -> bool:
 # ---- what it consists of ----
 
 
+def _begun(lesson: Lesson, args: Any) -> Any:
+    """The state of a limit that learns.
+
+    Raises:
+        TypeError: an object would keep what is traced, which means nothing after the trace.
+    """
+    arrays = jax.tree.leaves(args)
+    if lesson.passed:
+        return lesson.begin(None)
+    if any(isinstance(each, Tracer) for each in arrays):
+        raise TypeError(
+            f"{lesson.kind!r} keeps what it learns in itself, and what is traced cannot be kept: "
+            "under jit, grad or vmap use gradclip.optax.clip_by_global_norm, which has it in the "
+            "optimizer's state"
+        )
+    devices = [frozenset(x.sharding.device_set) for x in arrays if isinstance(x, jax.Array)]
+    return lesson.begin(Steps(None), ("jax", *devices[:1]))
+
+
 def limit_of(name: str, value: Any, check: Callable[[Any], Any]) -> Any:
     """A limit as an array; checked, where its value is known."""
     if not isinstance(value, Tracer):
@@ -137,30 +166,44 @@ def _rows(leaf: Any, path: Callable[[], str]) -> Any:
     return indices
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+class Found(NamedTuple):
+    """What comes of the norm of leaves."""
+
+    norm: Any  # in its dtype
+    wide: Any  # as float64
+    low: Any  # as float64, times `LOWER`
+    ruling: Ruling | None  # of a limit that learns
+    limit: Any  # that they are clipped by
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
 def _recorded(
-    axes: Any, policy: str, limit: Any, given: Any, values: list[Any], rows: list[Any]
-) -> tuple[Any, list[Any]]:
-    norm, _, _, new = clip_values(axes, policy, limit, given, values, rows)
-    return norm, new
+    axes: Any, policy: str, kind: Any, limit: Any, given: Any, values: list[Any], rows: list[Any]
+) -> tuple[Any, Ruling | None, list[Any]]:
+    found, new = clip_values(axes, policy, kind, limit, given, values, rows)
+    return found.norm, found.ruling, new
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
 def clip_values(
-    axes: Any, policy: str, limit: Any, given: Any, values: list[Any], rows: list[Any]
-) -> tuple[Any, Any, Any, list[Any]]:
-    """The norm in its dtype, as float64, as float64 times `LOWER`, and new values."""
+    axes: Any, policy: str, kind: Any, limit: Any, given: Any, values: list[Any], rows: list[Any]
+) -> tuple[Found, list[Any]]:
+    """What is found, and new values; of a ``kind`` that learns, the limit is its state."""
     with jax.enable_x64(True):
         wide = norms.is_wide(_OPS, [(x, None) for x in values])
         if given is None:
             number = _norm(axes, values, rows, wide=wide)
         else:
             number = numbers.number_of(_OPS, real(given))
+        lower = number._replace(exponent=number.exponent + int(math.log2(LOWER)))
+        pairs = ((number, wide), (number, True), (lower, True))
+        norm, norm64, low = (numbers.rounded(_OPS, each, wide=wide) for each, wide in pairs)
+        ruling = None
+        if kind is not None:
+            ruling = judging.judged(kind, limit, norm64)
+            limit = jnp.where(ruling.skip, 0.0, ruling.limit)
         new = xla.carry_out(values, *decided(number, numbers.number_of(_OPS, real(limit)), policy))
-        low = number._replace(exponent=number.exponent + int(math.log2(LOWER)))
-        pairs = ((number, wide), (number, True), (low, True))
-        rounded = [numbers.rounded(_OPS, each, wide=wide) for each, wide in pairs]
-        return (*rounded, new)
+        return Found(norm, norm64, low, ruling, limit), new
 
 
 def decided(norm: numbers.Number, limit: numbers.Number, policy: str) -> tuple[Any, numbers.Number]:
@@ -189,9 +232,24 @@ def _norm(axes: Any, values: list[Any], rows: list[Any], *, wide: bool) -> numbe
 
 
 @clip_values.defjvp
-def _clip_jvp(axes: Any, policy: str, primals: Any, tangents: Any) -> Any:
-    norm, wide, low, new = clip_values(axes, policy, *primals)
+def _clip_jvp(axes: Any, policy: str, kind: Any, primals: Any, tangents: Any) -> Any:
+    found, new = clip_values(axes, policy, kind, *primals)
     with jax.enable_x64(True):
-        d_wide, d_new = pushed_forward(axes, policy, wide, low, primals, tangents)
-        d_norm = d_wide.astype(norm.dtype)
-        return (norm, wide, low, new), (d_norm, d_wide, d_wide * LOWER, d_new)
+        still = jax.tree.map(zero_from_primal, found)
+        # A limit that learns is a constant here, as what it has learnt is.
+        d_limit = tangents[0] if kind is None else still.limit
+        d_wide, d_new = pushed_forward(
+            axes,
+            policy,
+            found.wide,
+            found.low,
+            (found.limit, *primals[1:]),
+            (d_limit, *tangents[1:]),
+        )
+        changes = still._replace(
+            norm=d_wide.astype(found.norm.dtype),
+            wide=d_wide,
+            low=d_wide * LOWER,
+            limit=d_limit,
+        )
+        return (found, new), (changes, d_new)

@@ -1,0 +1,529 @@
+"""Limits that learn, by `gradclip.optax` and by the core's functions on arrays of JAX."""
+
+from __future__ import annotations
+
+import math
+import pickle
+import re
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import gradclip
+from conftest import version
+from gradclip import limits
+from gradclip.core.memory import HOST
+
+if version("jax") is None or version("optax") is None:
+    pytest.skip("jax or optax is not installed", allow_module_level=True)
+import jax
+import jax.numpy as jnp
+import optax
+
+import gradclip.optax as door
+
+# ---- the rules, as their papers have them ----
+
+
+def zclip(
+    norms: Sequence[float],
+    *,
+    z: float = 2.5,
+    decay: float = 0.97,
+    warmup: int = 25,
+    limit: float = math.inf,
+    beyond: str = "shrink",
+    raw: bool = False,
+) -> Iterator[float]:
+    """ZClip: the limit of each norm, 0 where the step is skipped."""
+    seen: list[float] = []
+    mean = var = 0.0
+    for norm in norms:
+        usual = 0 < norm < math.inf
+        if len(seen) < max(warmup, 1):
+            yield limit
+            if usual:
+                seen.append(norm)
+                mean, var = float(np.mean(seen)), float(np.var(seen))
+            continue
+        score = (norm - mean) / (math.sqrt(var) + min(1e-6, mean / 1000))
+        stands_out = score > z and norm > np.nextafter(mean, math.inf)
+        rule = {
+            "shrink": mean + z * math.sqrt(var) * (z / score if stands_out else 1),
+            "edge": mean + z * math.sqrt(var),
+            "mean": mean,
+            "skip": 0.0,
+        }[beyond]
+        yield min(rule, limit) if stands_out else limit
+        if usual and not (stands_out and beyond == "skip"):
+            learnt = min(norm, rule) if stands_out and not raw else norm
+            mean = decay * mean + (1 - decay) * learnt
+            var = decay * var + (1 - decay) * (learnt - mean) ** 2
+
+
+def zclip_of_logarithms(norms: Sequence[float], **options: Any) -> Iterator[float]:
+    """Chen et al.: the same of logarithms, for a decay, z = 4 and steps that are skipped."""
+    mean = var = 0.0
+    logs: list[float] = []
+    for norm in norms:
+        usual = 0 < norm < math.inf
+        if len(logs) < options["warmup"]:
+            yield math.inf
+            if usual:
+                logs.append(math.log(norm))
+                mean, var = float(np.mean(logs)), float(np.var(logs))
+            continue
+        x = math.log(norm) if norm > 0 else -math.inf
+        skipped = x > mean + options["z"] * (math.sqrt(var) + 1e-6)
+        yield 0.0 if skipped else math.inf
+        if usual and not skipped:
+            mean = options["decay"] * mean + (1 - options["decay"]) * x
+            var = options["decay"] * var + (1 - options["decay"]) * (x - mean) ** 2
+
+
+def autoclip(
+    norms: Sequence[float], *, p: float = 10, history: int = 10_000, factor: float = 1
+) -> Iterator[float]:
+    seen: list[float] = []
+    for norm in norms:
+        usual = 0 < norm < math.inf
+        if usual:
+            seen.append(norm)
+            yield factor * float(np.percentile(seen[-history:], p))
+        else:
+            yield math.nan  # nothing is clipped by it
+
+
+def moving_average(
+    norms: Sequence[float], *, factor: float, decay: float = 0.98, warmup: int = 100, raw: bool
+) -> Iterator[float]:
+    seen: list[float] = []
+    average = 0.0
+    for norm in norms:
+        usual = 0 < norm < math.inf
+        if len(seen) < max(warmup, 1):
+            yield 1.0
+            if usual:
+                seen.append(norm)
+                average = float(np.mean(seen))
+            continue
+        yield factor * average
+        if usual:
+            average = decay * average + (1 - decay) * (norm if raw else min(norm, factor * average))
+
+
+KINDS: dict[str, tuple[limits.ZScore | limits.Percentile | limits.Average, Any]] = {
+    "zscore": (limits.ZScore(), zclip),
+    "edge": (
+        limits.ZScore(z=1.5, decay=0.9, warmup=3, limit=7.0, beyond="edge", learn_from="raw"),
+        partial(zclip, z=1.5, decay=0.9, warmup=3, limit=7.0, beyond="edge", raw=True),
+    ),
+    "mean": (
+        limits.ZScore(warmup=0, beyond="mean"),
+        partial(zclip, warmup=0, beyond="mean"),
+    ),
+    "skip": (limits.ZScore(beyond="skip"), partial(zclip, beyond="skip")),
+    "log": (
+        limits.ZScore(z=2.0, log=True, beyond="skip"),
+        partial(zclip_of_logarithms, z=2.0, decay=0.97, warmup=25),
+    ),
+    "percentile": (limits.Percentile(), autoclip),
+    "median": (limits.Percentile(50, 100, 2.0), partial(autoclip, p=50, history=100, factor=2)),
+    "average": (limits.Average(1.05), partial(moving_average, factor=1.05, raw=False)),
+    "raw": (
+        limits.Average(0.5, decay=0.9, warmup=2, learn_from="raw"),
+        partial(moving_average, factor=0.5, decay=0.9, warmup=2, raw=True),
+    ),
+}
+every_kind = pytest.mark.parametrize("name", KINDS)
+
+
+def hostile(seed: int, count: int) -> Any:
+    """Norms as training has them, with some that are far out, equal, 0, inf and NaN."""
+    rng = np.random.default_rng(seed)
+    norms = np.exp(rng.normal(size=count)) * (1 + rng.random(count))
+    far = rng.random(count) < 0.03
+    norms[far] = 10 ** rng.uniform(-100, 100, far.sum())
+    norms[rng.random(count) < 0.03] = 1.25
+    norms[count // 2 : count // 2 + 50] = norms[count // 2]
+    for value in (0.0, math.inf, math.nan):
+        norms[rng.random(count) < 0.01] = value
+    norms[0] = 1e30
+    return norms
+
+
+def scanned(clip: optax.GradientTransformation, gradients: Any) -> tuple[Any, Any]:
+    """The last state, and what each update gave."""
+
+    def step(state: Any, gradient: Any) -> Any:
+        clipped, state = clip.update([gradient], state)
+        return state, (clipped[0], state.limit, state.factor)
+
+    return jax.jit(partial(jax.lax.scan, step))(clip.init([gradients[0]]), gradients)
+
+
+@every_kind
+@pytest.mark.parametrize("count", [1500, pytest.param(10_000, marks=pytest.mark.long)])
+def test_each_kind_against_its_paper(name: str, count: int) -> None:
+    kind, paper = KINDS[name]
+    norms = hostile(3, count)
+    with jax.enable_x64(True):
+        _, given = scanned(door.clip_by_global_norm(kind), norms[:, None])
+    clipped, limit, factor = map(np.asarray, given)
+    wanted = np.array(list(paper(norms.tolist())))
+    finite = np.isfinite(norms) & (norms > 0)
+    skipped = finite & (factor == 0)
+    found = np.where(skipped, 0.0, limit)[finite]
+    np.testing.assert_allclose(found, wanted[finite], rtol=1e-12)
+    exact = np.minimum(norms, wanted)[finite]
+    np.testing.assert_allclose(clipped[finite, 0], exact, rtol=1e-12)
+    assert (found < norms[finite]).sum() > 5  # some were clipped
+
+
+# ---- one state, however it goes on ----
+
+PARAMS = {"a": jnp.array([3.0]), "b": jnp.array([4.0])}
+
+
+def gradients(seed: int, count: int) -> list[Any]:
+    sizes = np.exp(np.random.default_rng(seed).normal(size=count)).astype("float32")
+    sizes[7:8], sizes[11:12] = math.nan, 1e20
+    return [jax.tree.map(lambda x, size=size: size * x, PARAMS) for size in sizes]
+
+
+def assert_same(actual: Any, expected: Any) -> None:
+    """Trees of the same structure, dtypes and bits, but of NaN."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for got, wanted in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert got.dtype == wanted.dtype
+        np.testing.assert_array_equal(np.asarray(got), np.asarray(wanted))
+
+
+def looped(update: Any, trees: Sequence[Any], state: Any) -> tuple[list[Any], Any]:
+    found = []
+    for tree in trees:
+        clipped, state = update(tree, state)
+        found.append(clipped)
+    return found, state
+
+
+@every_kind
+def test_eager_jit_and_scan_give_the_same_bits(name: str) -> None:
+    kind, _ = KINDS[name]
+    clip, trees = door.clip_by_global_norm(kind), gradients(0, 40)
+    eager, state = looped(clip.update, trees, clip.init(PARAMS))
+    assert_same(looped(jax.jit(clip.update), trees, clip.init(PARAMS)), (eager, state))
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+    def step(state: Any, tree: Any) -> Any:
+        clipped, state = clip.update(tree, state)
+        return state, clipped
+
+    last, every = jax.lax.scan(step, clip.init(PARAMS), stacked)
+    assert_same(last, state)
+    assert_same(every, jax.tree.map(lambda *leaves: jnp.stack(leaves), *eager))
+    assert int(state.count) == 40
+    assert kind._memory.state is None  # the object keeps nothing
+
+
+@every_kind
+def test_what_is_learnt_is_what_the_host_learns(name: str) -> None:
+    kind, _ = KINDS[name]
+    clip, trees = door.clip_by_global_norm(kind), gradients(1, 40)
+    _, state = looped(jax.jit(clip.update), trees, clip.init(PARAMS))
+    host = kind.begin(HOST)
+    for tree in trees:
+        norm = gradclip.global_norm([np.asarray(leaf) for leaf in tree.values()])
+        host = kind.judge(HOST, host, float(norm)).state
+    for got, wanted in zip(state.learnt, host, strict=True):
+        if name == "log":
+            np.testing.assert_allclose(got, wanted, rtol=1e-14)
+        else:
+            np.testing.assert_array_equal(got, wanted)
+
+
+@pytest.mark.parametrize("size", [0.0, math.inf, math.nan, -math.inf])
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_what_is_not_finite_and_zero_teach_nothing(size: float, wrap: Callable[[Any], Any]) -> None:
+    for kind, _ in KINDS.values():
+        clip = door.clip_by_global_norm(kind)
+        update = wrap(clip.update)
+        for trees in (gradients(0, 5), []):  # also before anything is learnt
+            _, state = looped(update, trees, clip.init(PARAMS))
+            clipped, after = update({"a": jnp.zeros(1), "b": jnp.array([size])}, state)
+            assert_same(after.limit_state, state.limit_state)
+            assert int(after.count) == len(trees) + 1
+            wanted = 0.0 if size == 0 else math.nan
+            np.testing.assert_array_equal(clipped["a"], [wanted])
+            assert not np.isnan(after.limit)
+            assert after.limit > 0
+
+
+def test_float64_norms_beyond_float64_are_clipped_and_teach_nothing() -> None:
+    with jax.enable_x64(True):
+        clip = door.clip_by_global_norm(limits.Average(2.0, limit=3.0))
+        huge = jnp.full(4, 1.5e308)
+        state = clip.init(huge)
+        for update in (clip.update, jax.jit(clip.update)):
+            clipped, after = update(huge, state)
+            np.testing.assert_allclose(clipped, np.full(4, 1.5))
+            assert_same(after.limit_state, state.limit_state)
+
+
+def test_no_gradient_flows_through_what_is_learnt() -> None:
+    clip = door.clip_by_global_norm(limits.Average(2.0, warmup=1, limit=10.0))
+    _, state = clip.update(PARAMS, clip.init(PARAMS))
+
+    def first(size: Any) -> Any:
+        clipped, _ = clip.update({"a": size * jnp.array([3.0]), "b": jnp.array([4.0])}, state)
+        return clipped["a"][0]
+
+    # The limit is 10: of (30, 4) the norm is sqrt(916), and d(10 x / N) = 10 (1 / N - x^2 / N^3).
+    norm = math.sqrt(916)
+    assert first(10.0) == np.float32(30 * 10 / norm)
+    wanted = 3 * 10 * (1 / norm - 900 / norm**3)
+    np.testing.assert_allclose(jax.grad(first)(10.0), wanted, rtol=1e-6)
+    assert jax.jit(jax.grad(first))(10.0) == jax.grad(first)(10.0)
+
+
+# ---- in what optax, Orbax and others make of a state ----
+
+
+def test_multi_steps_and_chains_keep_what_is_learnt() -> None:
+    clip = door.clip_by_global_norm(limits.ZScore(warmup=3))
+    trees = gradients(0, 6)
+    pairs = zip(trees[::2], trees[1::2], strict=True)
+    means = [jax.tree.map(lambda x, y: (x + y) / 2, *pair) for pair in pairs]
+    _, wanted = looped(clip.update, means, clip.init(PARAMS))
+    steps = optax.MultiSteps(optax.chain(clip, optax.sgd(1.0)), 2)
+    _, state = looped(jax.jit(steps.update), trees, steps.init(PARAMS))
+    assert_same(state.inner_opt_state[0], wanted)
+    assert float(optax.tree.get(state, "limit")) == float(wanted.limit)
+
+
+@pytest.mark.parametrize("name", ["zscore", "median", "average"])
+def test_orbax_saves_and_restores_every_bit(name: str, tmp_path: Path) -> None:
+    checkpoint = pytest.importorskip("orbax.checkpoint")
+    kind, _ = KINDS[name]
+    optimizer = optax.chain(door.clip_by_global_norm(kind), optax.sgd(0.1, momentum=0.9))
+    trees = gradients(0, 60)
+    update = jax.jit(optimizer.update)
+    _, whole = looped(update, trees, optimizer.init(PARAMS))
+    _, half = looped(update, trees[:30], optimizer.init(PARAMS))
+    with checkpoint.StandardCheckpointer() as saver:
+        saver.save(tmp_path / "state", half)
+        saver.wait_until_finished()
+        again = saver.restore(tmp_path / "state", optimizer.init(PARAMS))
+    assert_same(again, half)
+    assert_same(looped(update, trees[30:], again)[1], whole)
+
+
+def test_flax_and_pickle_save_and_restore_every_bit() -> None:
+    serialization = pytest.importorskip("flax.serialization")
+    clip = door.clip_by_global_norm(limits.ZScore(warmup=3))
+    trees = gradients(0, 30)
+    update = jax.jit(clip.update)
+    _, whole = looped(update, trees, clip.init(PARAMS))
+    _, half = looped(update, trees[:15], clip.init(PARAMS))
+    saved = serialization.to_bytes(half)
+    read = [
+        serialization.from_bytes(clip.init(PARAMS), saved),
+        pickle.loads(pickle.dumps(half)),
+        jax.tree.map(np.asarray, half),
+    ]
+    for again in read:
+        assert_same(looped(update, trees[15:], again)[1], whole)
+
+
+def test_a_batch_of_optimizers_is_judged_one_by_one() -> None:
+    clip = door.clip_by_global_norm(limits.Percentile(40, 5))
+    sizes = jnp.asarray(np.random.default_rng(0).random((9, 3)), "float32")
+    trees = [{"a": 3 * row[:, None], "b": 4 * row[:, None]} for row in sizes]
+    states = jax.tree.map(lambda x: jnp.stack([x] * 3), clip.init(PARAMS))
+    _, states = looped(jax.jit(jax.vmap(clip.update)), trees, states)
+    for member in range(3):
+        own = [jax.tree.map(lambda x, member=member: x[member], tree) for tree in trees]
+        _, state = looped(clip.update, own, clip.init(PARAMS))
+        assert_same(jax.tree.map(lambda x, member=member: x[member], states), state)
+
+
+def test_the_parts_of_an_axis_learn_as_the_whole_does() -> None:
+    kind = limits.ZScore(warmup=3)
+    trees = gradients(0, 20)
+    whole = door.clip_by_global_norm(kind)
+    _, wanted = looped(whole.update, trees, whole.init(PARAMS))
+    parts = door.clip_by_global_norm(kind, axis_name="parts")
+    stacked = [jnp.stack([tree["a"], tree["b"]]) for tree in trees]
+    update = jax.jit(
+        jax.vmap(parts.update, axis_name="parts", in_axes=(0, None), out_axes=(0, None))
+    )
+    _, state = looped(update, stacked, parts.init(PARAMS))
+    assert_same(state, wanted)
+
+
+# ---- states of others ----
+
+
+def test_a_state_of_optaxs_own_or_of_a_number_is_taken_over() -> None:
+    learns, fixed = door.clip_by_global_norm(limits.Average(2.0)), door.clip_by_global_norm(1.0)
+    for first in (None, optax.EmptyState()):
+        assert_same(learns.update(PARAMS, first), learns.update(PARAMS, learns.init(PARAMS)))
+    _, number = fixed.update(PARAMS, fixed.init(PARAMS))
+    _, state = learns.update(PARAMS, number)
+    assert (int(state.count), int(state.clipped_count)) == (2, 2)
+    assert state.learnt == (5.0, 1)
+    _, back = fixed.update(PARAMS, state)
+    assert isinstance(back, door.ClipByGlobalNormState)
+    assert (int(back.count), int(back.clipped_count)) == (3, 3)
+
+
+def test_what_another_kind_has_learnt_is_refused() -> None:
+    clip = door.clip_by_global_norm(limits.Average(2.0))
+    state = clip.init(PARAMS)
+    for other, text in (
+        (
+            door.clip_by_global_norm(limits.Percentile()).init(PARAMS).limit_state,
+            "limit_state is PercentileState; that of Average(factor=2.0) is AverageState",
+        ),
+        (
+            state.limit_state._replace(average=jnp.float32(1.0)),
+            (
+                "limit_state.average is float32 of shape (); for Average(factor=2.0) it is uint32 "
+                "of shape (2,)"
+            ),
+        ),
+    ):
+        with pytest.raises(TypeError, match=f"^{re.escape(text)}$"):
+            clip.update(PARAMS, state._replace(limit_state=other))
+
+
+# ---- steps that are skipped ----
+
+SKIPS = limits.ZScore(z=4, warmup=3, beyond="skip")
+
+
+def adam(max_norm: Any, **options: Any) -> Any:
+    return door.apply_clipped(optax.adam(0.1), max_norm, **options)
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_a_skipped_step_holds_the_optimizer_still(wrap: Callable[[Any], Any]) -> None:
+    optimizer = adam(SKIPS)
+    update = wrap(optimizer.update)
+    trees = gradients(2, 6)
+    _, state = looped(update, trees, optimizer.init(PARAMS))
+    for size in (1e6, 1e-2):
+        updates, after = update(jax.tree.map(lambda x, size=size: x * size, PARAMS), state)
+        skipped = size > 1
+        if skipped:
+            assert_same(updates, jax.tree.map(jnp.zeros_like, PARAMS))
+            assert_same(after.inner_state, state.inner_state)
+            assert_same(after.clip_state.limit_state, state.clip_state.limit_state)
+        else:
+            assert all((leaf != 0).all() for leaf in jax.tree.leaves(updates))
+        assert int(after.skipped_count) == int(state.skipped_count) + skipped
+        assert int(after.clip_state.count) == 7
+
+
+@pytest.mark.parametrize("size", [math.nan, math.inf])
+@pytest.mark.parametrize("max_norm", [1.0, limits.Average(2.0)], ids=str)
+def test_what_is_not_finite_can_be_skipped(max_norm: Any, size: float) -> None:
+    optimizer = adam(max_norm, on_nonfinite="skip")
+    update = jax.jit(optimizer.update)
+    _, state = update(PARAMS, optimizer.init(PARAMS))
+    updates, after = update({"a": jnp.zeros(1), "b": jnp.array([size])}, state)
+    assert_same(updates, jax.tree.map(jnp.zeros_like, PARAMS))
+    assert_same(after.inner_state, state.inner_state)
+    assert int(after.skipped_count) == 1
+    # Finite elements, though the norm is beyond float32.
+    _, after = update({"a": jnp.array([3e38]), "b": jnp.array([3e38])}, state)
+    assert int(after.skipped_count) == 0
+
+
+def test_without_a_step_to_skip_it_is_the_chain() -> None:
+    for max_norm in (2.5, SKIPS, optax.linear_schedule(1.0, 2.0, 3)):
+        chain = optax.chain(door.clip_by_global_norm(max_norm), optax.adam(0.1))
+        applied = adam(max_norm)
+        trees = gradients(4, 7)
+        trees = [tree for tree in trees if np.isfinite(tree["a"]).all()]
+        wanted, last = looped(jax.jit(chain.update), trees, chain.init(PARAMS))
+        found, state = looped(jax.jit(applied.update), trees, applied.init(PARAMS))
+        assert_same(found, wanted)
+        assert_same((state.clip_state, state.inner_state), last)
+
+
+def test_a_skipped_step_in_multi_steps_and_under_scan() -> None:
+    steps = optax.MultiSteps(adam(SKIPS), 2)
+    trees = [jax.tree.map(lambda x, size=size: x * size, PARAMS) for size in (1, 1.1, 0.9, 1e9)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[t for t in trees for _ in "ab"])
+
+    def step(state: Any, tree: Any) -> Any:
+        updates, state = steps.update(tree, state)
+        return state, updates
+
+    state, updates = jax.lax.scan(step, steps.init(PARAMS), stacked)
+    assert int(state.inner_opt_state.skipped_count) == 1
+    assert int(optax.tree.get(state, "mu_count", state.inner_opt_state.inner_state[0].count)) == 3
+    np.testing.assert_array_equal(updates["a"][-1], [0.0])
+
+
+def test_a_chained_clip_makes_zeros_of_what_is_skipped() -> None:
+    clip = door.clip_by_global_norm(SKIPS)
+    for update in (clip.update, jax.jit(clip.update)):
+        _, state = looped(update, gradients(2, 6), clip.init(PARAMS))
+        for scale in (1.0, 1e-3):  # also below 1/2
+            small = limits.ZScore(z=4, warmup=3, beyond="skip")
+            own = door.clip_by_global_norm(small)
+            trees = [jax.tree.map(lambda x, s=scale: x * s, tree) for tree in gradients(2, 6)]
+            _, state = looped(own.update, trees, own.init(PARAMS))
+            clipped, after = own.update(jax.tree.map(lambda x, s=scale: 90 * s * x, PARAMS), state)
+            assert_same(clipped, jax.tree.map(jnp.zeros_like, PARAMS))
+            assert float(after.factor) == 0
+            assert_same(after.limit_state, state.limit_state)
+
+
+def test_policies_of_steps_are_for_steps() -> None:
+    with pytest.raises(ValueError, match="on_nonfinite is 'skip'"):
+        door.clip_by_global_norm(1.0, on_nonfinite="skip")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="on_nonfinite is 'drop'"):
+        door.apply_clipped(optax.sgd(1.0), 1.0, on_nonfinite="drop")  # type: ignore[arg-type]
+
+
+# ---- the core's functions ----
+
+
+def test_eager_arrays_learn_into_the_object() -> None:
+    for kind, _ in KINDS.values():
+        here, there = (pickle.loads(pickle.dumps(kind)) for _ in "ab")
+        for tree in gradients(5, 30):
+            arrays = [np.asarray(leaf) for leaf in tree.values()]
+            wanted = gradclip.clip_by_global_norm(arrays, here)
+            found = gradclip.clip_by_global_norm(list(tree.values()), there)
+            assert_same(jax.tree.map(np.asarray, found), wanted)
+        assert here.state_dict() == there.state_dict()
+        assert here.last_limit == there.last_limit
+
+
+def test_what_is_traced_is_refused_before_anything_is_stored() -> None:
+    kind = limits.Average(2.0)
+    text = (
+        "Average(factor=2.0) keeps what it learns in itself, and what is traced cannot be kept: "
+        "under jit, grad or vmap use gradclip.optax.clip_by_global_norm, which has it in the "
+        "optimizer's state"
+    )
+
+    def clip(x: Any) -> Any:
+        return gradclip.clip_by_global_norm([x], kind)[0][0].sum()
+
+    x = jnp.array([3.0, 4.0])
+    for call in (jax.jit(clip), jax.grad(clip), jax.vmap(clip)):
+        with pytest.raises(TypeError) as caught:
+            call(x)
+        assert str(caught.value) == text
+        assert kind._memory.state is None
+    clip(x)
+    assert kind._memory.state == (5.0, 1)
