@@ -240,7 +240,7 @@ def _after(state: State, norm: Any, limit: Any) -> ClipByGlobalNormState:
 @jax.jit
 def _learnt(state: State, norm: Any, limit: Any, skip: Any, bits: Any) -> ClipByLimitState:
     """The same of a limit that learns."""
-    after = _after(state, norm, jnp.where(skip, 0.0, limit))
+    after: ClipByGlobalNormState = _after(state, norm, jnp.where(skip, 0.0, limit))
     return ClipByLimitState(*after, limit.astype(after.global_norm.dtype), bits)
 
 
