@@ -88,21 +88,20 @@ def _state_of(kind: Limit, bits: Any) -> Any:
 
 
 @partial(jax.jit, static_argnums=0)
-def _judged_bits(kind: Limit, bits: Any, norm: Any) -> Ruling:
-    ruling = judged(kind, _state_of(kind, bits), norm)
+def _judged_bits(kind: Limit, bits: Any, norm: Any, whole: Any = None) -> Ruling:
+    ruling = judged(kind, _state_of(kind, bits), norm, whole)
     return ruling._replace(state=_bits_of(ruling.state))
 
 
 class PassedLesson(Lesson):
     """One step of a limit whose state is passed in and out; no object keeps it."""
 
-    __slots__ = ()
-
     passed = True
 
     def __init__(self, kind: Limit, bits: Any) -> None:
         super().__init__(kind)
         self.before = bits
+        self.against: Any = None  # the norm that the limit is held against; of tensors, a vector
 
     def begin(self, ops: Any, place: Any = None) -> Any:
         """The state that was passed."""
@@ -119,7 +118,19 @@ class PassedLesson(Lesson):
         del ops, place
         with jax.enable_x64(True):
             super().keep(_judged_bits(self.kind, self.before, np.float64(norm)))
+        self.against = np.float64(norm)
         return 0.0 if self.skip else float(self.in_force)
+
+    def judge_each(self, ops: Any, norms: Any, whole: Any, place: Any = None) -> tuple[Any, Any]:
+        """As of any lesson, by the program that judges under jit too."""
+        del ops, place
+        whole = np.float64(whole)
+        with jax.enable_x64(True):
+            ruling = _judged_bits(self.kind, self.before, norms, whole)
+            super().keep(ruling)
+        own = np.asarray(ruling.learnt)
+        self.against = np.where(own & np.isfinite(whole), norms, whole)
+        return np.asarray(ruling.limit), own
 
     def learn(self) -> None:
         """Nothing: who has passed the state takes ``after``."""

@@ -22,7 +22,7 @@ from gradclip.core.memory import Lesson
 from gradclip.core.sparse import IndexedSlices
 from gradclip.jax import judging, xla
 from gradclip.jax.arithmetic import Steps
-from gradclip.jax.derivative import LOWER, pushed_forward, rows_of
+from gradclip.jax.derivative import LOWER, pushed_forward, pushed_forward_each, rows_of
 from gradclip.jax.leaf import SPARSE, checked, places_of, values_of, with_values
 from gradclip.jax.operations import Operations
 from gradclip.kernels.traced import norms, numbers
@@ -71,9 +71,13 @@ class Traced(Held):
                 kind, limit = lesson.kind, _begun(lesson, [given, values, rows])
             else:
                 limit = limit_of("clip_norm", lesson, check_clip_norm)
-            norm, ruling, new = _recorded(self._axes, policy, kind, limit, given, values, rows)
+            norm, ruling, against, new = _recorded(
+                self._axes, policy, kind, limit, given, values, rows
+            )
             if kind is not None:
                 lesson.keep(ruling)
+                if lesson.passed:
+                    lesson.against = against
         return list(map(with_values, clip.leaves, new)), norm
 
 
@@ -174,14 +178,15 @@ class Found(NamedTuple):
     low: Any  # as float64, times `LOWER`
     ruling: Ruling | None  # of a limit that learns
     limit: Any  # that they are clipped by
+    against: Any  # the norm, as float64, that it is held against
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _recorded(
     axes: Any, policy: str, kind: Any, limit: Any, given: Any, values: list[Any], rows: list[Any]
-) -> tuple[Any, Ruling | None, list[Any]]:
+) -> tuple[Any, Ruling | None, Any, list[Any]]:
     found, new = clip_values(axes, policy, kind, limit, given, values, rows)
-    return found.norm, found.ruling, new
+    return found.norm, found.ruling, found.against, new
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
@@ -190,20 +195,33 @@ def clip_values(
 ) -> tuple[Found, list[Any]]:
     """What is found, and new values; of a ``kind`` that learns, the limit is its state."""
     with jax.enable_x64(True):
-        wide = norms.is_wide(_OPS, [(x, None) for x in values])
-        if given is None:
+        wide, each = norms.is_wide(_OPS, [(x, None) for x in values]), None
+        if kind is not None and kind.per_tensor:
+            number, each = _norms(axes, values, rows, wide=wide)
+        elif given is None:
             number = _norm(axes, values, rows, wide=wide)
         else:
             number = numbers.number_of(_OPS, real(given))
         lower = number._replace(exponent=number.exponent + int(math.log2(LOWER)))
         pairs = ((number, wide), (number, True), (lower, True))
         norm, norm64, low = (numbers.rounded(_OPS, each, wide=wide) for each, wide in pairs)
-        ruling = None
-        if kind is not None:
+        ruling, held = None, number
+        if each is not None:
+            ruling = judging.judged(kind, limit, numbers.rounded(_OPS, each, wide=True), norm64)
+            limit, held = ruling.limit, _held_each(ruling.learnt, each, number)
+        elif kind is not None:
             ruling = judging.judged(kind, limit, norm64)
             limit = jnp.where(ruling.skip, 0.0, ruling.limit)
-        new = xla.carry_out(values, *decided(number, numbers.number_of(_OPS, real(limit)), policy))
-        return Found(norm, norm64, low, ruling, limit), new
+        new = xla.carry_out(values, *decided(held, numbers.number_of(_OPS, real(limit)), policy))
+        against = norm64 if each is None else numbers.rounded(_OPS, held, wide=True)
+        return Found(norm, norm64, low, ruling, limit, against), new
+
+
+def _held_each(own: Any, each: numbers.Number, whole: numbers.Number) -> numbers.Number:
+    """What the limit of each leaf is held against: its norm or that of all, if that is finite."""
+    significand, exponent = (jnp.where(own, each[i], whole[i]) for i in range(2))
+    inf, nan = (jnp.broadcast_to(failed, own.shape) for failed in (whole.inf, whole.nan))
+    return numbers.Number(significand, exponent, inf, nan)
 
 
 def decided(norm: numbers.Number, limit: numbers.Number, policy: str) -> tuple[Any, numbers.Number]:
@@ -231,6 +249,24 @@ def _norm(axes: Any, values: list[Any], rows: list[Any], *, wide: bool) -> numbe
     return xla.root(lax.psum(xla.total(xs), axes), wide=wide)
 
 
+def _norms(
+    axes: Any, values: list[Any], rows: list[Any], *, wide: bool
+) -> tuple[numbers.Number, numbers.Number]:
+    """The norm of all leaves, and those of each."""
+    if axes is None and all(places is None for places in rows):
+        return xla.norms_of(values, wide=wide)
+    xs = []
+    for x, places in zip(values, rows, strict=True):
+        parts = [x] if places is None else norms.addends(_OPS, [rows_of(x, places)])
+        xs.append(parts[0] if len(parts) == 1 else jnp.concatenate([p.ravel() for p in parts]))
+    words = xla.totals(xs)
+    words = words if axes is None else lax.psum(words, axes)
+    own = jnp.array([norms.is_wide(_OPS, [(x, None)]) for x in values], bool)
+    pairs = zip(xla.root(words, wide=True), xla.root(words, wide=False), strict=True)
+    each = numbers.Number(*(jnp.where(own, *pair) for pair in pairs))
+    return xla.root(jnp.sum(words, 0), wide=wide), each
+
+
 @clip_values.defjvp
 def _clip_jvp(axes: Any, policy: str, kind: Any, primals: Any, tangents: Any) -> Any:
     found, new = clip_values(axes, policy, kind, *primals)
@@ -238,14 +274,13 @@ def _clip_jvp(axes: Any, policy: str, kind: Any, primals: Any, tangents: Any) ->
         still = jax.tree.map(zero_from_primal, found)
         # A limit that learns is a constant here, as what it has learnt is.
         d_limit = tangents[0] if kind is None else still.limit
-        d_wide, d_new = pushed_forward(
-            axes,
-            policy,
-            found.wide,
-            found.low,
-            (found.limit, *primals[1:]),
-            (d_limit, *tangents[1:]),
-        )
+        primals, tangents = (found.limit, *primals[1:]), (d_limit, *tangents[1:])
+        if found.ruling is not None and kind.per_tensor:
+            own = found.ruling.learnt
+            held = found.wide, found.against, found.limit, own
+            d_wide, d_new = pushed_forward_each(axes, policy, held, primals, tangents)
+        else:
+            d_wide, d_new = pushed_forward(axes, policy, found.wide, found.low, primals, tangents)
         changes = still._replace(
             norm=d_wide.astype(found.norm.dtype),
             wide=d_wide,

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.experimental.sparse import JAXSparse
 
 from gradclip.core.sparse import IndexedSlices
+from gradclip.jax.leaf import values_of
 
 
 def arrays_of(tree: Any, called: str) -> Any:
@@ -52,3 +53,16 @@ def norm_dtype(params: Any) -> str:
         if isinstance(leaf, float | complex) or str(getattr(leaf, "dtype", None)) in wide
     ]
     return "float64" if any(str(jnp.result_type(leaf)) in wide for leaf in may_be) else "float32"
+
+
+def number_of_leaves(tree: Any) -> int:
+    """How many leaves of updates are clipped; of parameters, of their updates."""
+    return sum(map(_is_clipped, jax.tree.leaves(tree, is_leaf=is_leaf)))
+
+
+def _is_clipped(leaf: Any) -> bool:
+    """If it is a number, or an array of those that have a gradient."""
+    dtype = getattr(values_of(leaf), "dtype", None)
+    return (
+        isinstance(leaf, float | complex) if dtype is None else jnp.issubdtype(dtype, jnp.inexact)
+    )

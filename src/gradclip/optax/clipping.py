@@ -17,7 +17,7 @@ from gradclip import _clip
 from gradclip.core.decide import OnNonfinite, check_clip_norm
 from gradclip.core.limits import Limit
 from gradclip.jax import judging
-from gradclip.optax.arrays import arrays_of, norm_dtype
+from gradclip.optax.arrays import arrays_of, norm_dtype, number_of_leaves
 
 
 class ClipByGlobalNormState(NamedTuple):
@@ -50,7 +50,8 @@ class ClipByLimitState(NamedTuple):
         global_norm, factor, count, clipped_count: as in `ClipByGlobalNormState`; a step that is to
             be skipped counts as clipped, with a factor of 0.
         limit: that was in force in the latest update, of the dtype of ``global_norm``; inf before
-            the first.
+            the first. Of `limits.PerTensor` this and ``factor`` are vectors, in the order of
+            ``jax.tree.leaves``; an update counts as clipped if one of its leaves was.
         limit_state: what the limit has learnt: of each float64 or int64 the two halves as uint32,
             the lower one first, which all keep that copy, restore or accumulate states without
             ``jax_enable_x64``. `learnt` has the numbers.
@@ -160,8 +161,10 @@ class Clipping:
             first = ClipByGlobalNormState(jnp.zeros((), dtype), jnp.ones((), dtype), *counts)
             if self._learner is None:
                 return first
-            limit = jnp.full((), math.inf, dtype)
-            return ClipByLimitState(*first, limit, judging.begun_bits(self._learner))
+            shape = self._shape(params)
+            first = first._replace(factor=jnp.ones(shape, dtype))
+            limit = jnp.full(shape, math.inf, dtype)
+            return ClipByLimitState(*first, limit, judging.begun_bits(self._learner, shape))
 
     def step(self, updates: Any, state: Any, params: Any) -> tuple[Any, State, Any]:
         """The clipped updates, the state after them, and if the step is to be skipped."""
@@ -171,14 +174,20 @@ class Clipping:
             clipped, norm = self._clipped(updates, limit)
             with jax.enable_x64(True):
                 return clipped, _after(state, norm, limit), False
-        judging.check_bits(self._learner, state.limit_state)
+        judging.check_bits(self._learner, state.limit_state, self._shape(updates))
         lesson = judging.PassedLesson(self._learner, state.limit_state)
         clipped, norm = self._clipped(updates, lesson)
         if lesson.after is None:  # there was nothing to clip
             return clipped, state._replace(count=optax.safe_increment(state.count)), False
         with jax.enable_x64(True):
-            new = _learnt(state, norm, lesson.in_force, lesson.skip, lesson.after)
+            limits = lesson.in_force, lesson.against, lesson.skip
+            new = _learnt(state, norm, *limits, lesson.after)
         return clipped, new, lesson.skip
+
+    def _shape(self, tree: Any) -> tuple[int, ...]:
+        """That of limits: of tensors, one for each."""
+        per_tensor = self._learner is not None and self._learner.per_tensor
+        return (number_of_leaves(tree),) if per_tensor else ()
 
     def _state(self, state: Any, params: Any) -> Any:
         """The state to go on from: one that begins, or has been left by another kind of limit.
@@ -225,22 +234,28 @@ def _limit(max_norm: Any) -> Any:
 
 
 @jax.jit
-def _after(state: State, norm: Any, limit: Any) -> ClipByGlobalNormState:
+def _after(state: State, norm: Any, limit: Any, against: Any = None) -> ClipByGlobalNormState:
     """The state after an update of this norm. Call it with float64 enabled."""
     dtype = state.global_norm.dtype
-    above, factor = _compared(*lax.stop_gradient((norm, limit)))
+    held = norm if against is None else against
+    above, factor = _compared(*lax.stop_gradient((held, limit)))
+    clipped = jnp.any(above)
     return ClipByGlobalNormState(
         norm.astype(dtype),
         factor.astype(dtype),
         optax.safe_increment(state.count),
-        jnp.where(above, optax.safe_increment(state.clipped_count), state.clipped_count),
+        jnp.where(clipped, optax.safe_increment(state.clipped_count), state.clipped_count),
     )
 
 
 @jax.jit
-def _learnt(state: State, norm: Any, limit: Any, skip: Any, bits: Any) -> ClipByLimitState:
+def _learnt(
+    state: State, norm: Any, limit: Any, against: Any, skip: Any, bits: Any
+) -> ClipByLimitState:
     """The same of a limit that learns."""
-    after: ClipByGlobalNormState = _after(state, norm, jnp.where(skip, 0.0, limit))
+    held = norm if jnp.ndim(limit) == 0 else against
+    bound = jnp.where(skip, 0.0, limit)
+    after: ClipByGlobalNormState = _after(state, norm, bound, held)
     return ClipByLimitState(*after, limit.astype(after.global_norm.dtype), bits)
 
 
