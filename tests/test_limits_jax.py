@@ -715,3 +715,112 @@ def test_integers_and_places_without_a_gradient_have_no_limit() -> None:
     clipped, state = clip.update({**params, "b": nothing}, state)
     assert state.limit.shape == (2,)
     assert clipped["c"] is None
+
+
+# ---- units ----
+
+
+def exact_units(x: Any, weights: Any, clipping: float, eps: float, axes: Any) -> Any:
+    """Unit by unit, each clipped as a gradient of its own."""
+    new = np.array(x)
+    kept = [axis for axis in range(x.ndim) if axis not in axes]
+    for place in np.ndindex(*(x.shape[axis] for axis in kept)):
+        at: list[Any] = [slice(None)] * x.ndim
+        for axis, index in zip(kept, place, strict=True):
+            at[axis] = index
+        unit = (*at, ...)
+        norm = float(gradclip.global_norm([np.array(weights[unit])]))
+        (new[unit],), _ = gradclip.clip_by_global_norm(
+            [np.array(x[unit])], clipping * max(norm, eps)
+        )
+    return new
+
+
+UNITS = {
+    (): (),
+    (6,): (0,),
+    (1, 5, 1): (0, 1, 2),
+    (4, 6): (0,),
+    (3, 2, 4): (0,),
+    (2, 3, 2, 5): (0, 1, 2),
+    (2, 1, 2, 2, 3): (0, 1, 2, 3),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64", "complex64"])
+def test_units_are_clipped_one_by_one(dtype: str) -> None:
+    rng = np.random.default_rng(0)
+
+    def leaf(shape: Any) -> Any:
+        spread = np.exp(3 * rng.normal(size=shape[-1:]))
+        return jnp.asarray(rng.normal(size=shape) * spread, dtype)
+
+    with jax.enable_x64(dtype == "float64"):
+        updates, params = ([leaf(shape) for shape in UNITS] for _ in "ab")
+        clip = door.adaptive_grad_clip(0.5)
+        found, state = clip.update(updates, clip.init(params), params)
+        assert state == optax.EmptyState()
+        assert_same(jax.jit(clip.update)(updates, state, params)[0], found)
+        theirs = optax.adaptive_grad_clip(0.5)
+        close, _ = theirs.update(updates, theirs.init(params), params)
+        changed = 0
+        for x, weights, got, other, axes in zip(
+            updates, params, found, close, UNITS.values(), strict=True
+        ):
+            old = np.asarray(x)
+            assert_same(np.asarray(got), exact_units(old, np.asarray(weights), 0.5, 1e-3, axes))
+            wide = "complex128" if dtype == "complex64" else "float64"
+            pair = (np.asarray(each).astype(wide) for each in (got, other))
+            np.testing.assert_allclose(*pair, rtol=3e-2 if dtype == "bfloat16" else 1e-5)
+            changed += not np.array_equal(got, old)
+        assert changed > 3
+
+
+def test_units_far_out_and_their_edges() -> None:
+    clip = door.adaptive_grad_clip(1.0, axis=1)
+    params = jnp.array([[3.0, 4.0], [0.0, 0.0], [3e30, 4e30], [3e-30, 4e-30], [3.0, 4.0], [1, 0]])
+    rows = [[3.0, 4.0], [3.0, 4.0], [6e30, 8e30], [3e-20, 4e-20], [math.inf, 1.0], [0.0, 0.0]]
+    updates = jnp.array(rows)
+    wanted = [[3.0, 4.0], [6e-4, 8e-4], [3e30, 4e30], [3e-20, 4e-20], [math.nan] * 2, [0.0, 0.0]]
+    for update in (clip.update, jax.jit(clip.update)):
+        found, _ = update(updates, optax.EmptyState(), params)
+        np.testing.assert_allclose(found, np.array(wanted, "float32"), rtol=1e-7)
+
+
+def test_units_have_a_derivative_and_a_batch() -> None:
+    clip = door.adaptive_grad_clip(0.5)
+
+    def first(x: Any, weights: Any) -> Any:
+        return clip.update({"w": x}, optax.EmptyState(), {"w": weights})[0]["w"][0, 0]
+
+    x, weights = jnp.array([[6.0, 0.1], [8.0, 0.1]]), jnp.array([[3.0, 1.0], [4.0, 1.0]])
+    d_x, d_weights = jax.grad(first, argnums=(0, 1))(x, weights)
+    # The limit L is 2.5, half of the norm 5 of (3, 4): L x / N = 1.5, and N is 10.
+    np.testing.assert_allclose(d_x, [[2.5 / 10 - 1.5 * 0.06, 0], [-1.5 * 0.08, 0]], rtol=1e-6)
+    np.testing.assert_allclose(d_weights, [[0.5 * 0.6 * 0.6, 0], [0.5 * 0.8 * 0.6, 0]], rtol=1e-6)
+    many = jax.vmap(lambda x: clip.update(x, optax.EmptyState(), weights)[0])(jnp.stack([x, 2 * x]))
+    assert_same(many[0], clip.update(x, optax.EmptyState(), weights)[0])
+
+
+def test_what_units_are_refused() -> None:
+    clip = door.adaptive_grad_clip(0.1)
+    for updates, params, text in (
+        ([jnp.ones(2)], None, "params is None; each update is clipped by the norm of its weights"),
+        (
+            {"a": jnp.ones(2)},
+            {"a": jnp.ones(3)},
+            "updates['a'] has the shape (2,), and params['a'] (3,); they must be the same",
+        ),
+        (
+            [jnp.ones((2,) * 6)],
+            [jnp.ones((2,) * 6)],
+            "updates[0] has the shape (2, 2, 2, 2, 2, 2); of over 5 axes, give axis",
+        ),
+    ):
+        with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
+            clip.update(updates, optax.EmptyState(), params)
+    for options in ({"clipping": 0.0}, {"clipping": math.nan}, {"clipping": 1.0, "eps": -1.0}):
+        with pytest.raises(ValueError, match=" is "):
+            door.adaptive_grad_clip(**options)
+    with pytest.raises(TypeError, match=r"^updates\[0\] is int32"):
+        clip.update([jnp.arange(3)], optax.EmptyState(), [jnp.ones(3)])

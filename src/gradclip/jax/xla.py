@@ -161,13 +161,13 @@ def _norm_by_operations(*xs: Any, wide: bool, batch: int | None, in_turn: bool) 
         return _packed(norms.norm_of(_OPS, parts, wide=wide))
 
     with jax.enable_x64(True):
-        if not in_turn:
-            return [_members(lambda *xs: one(_real(xs)), batch)(*xs)]
         # Taken apart here: of complex numbers in a loop XLA flushes subnormal parts.
         parts = _real(xs)
-        if len(xs) == 1 and parts:
-            rows = jnp.concatenate([x.reshape(len(x), -1) for x in parts], 1)
+        if batch is not None and len(xs) == 1 and parts:
+            rows = jnp.concatenate([x.reshape(batch, -1) for x in parts], 1)
             return [_packed(norms.norms_of_rows(_OPS, rows, wide=wide))]
+        if not in_turn:
+            return [_members(lambda *xs: one(_real(xs)), batch)(*xs)]
         return [lax.map(one, parts) if parts else jnp.zeros((batch, _NUMBER), "int64")]
 
 
@@ -205,7 +205,7 @@ def _rows_by_width(function: Callable[[list[Any], bool], Any], xs: Arrays) -> An
         for some, wide in zip(places, (False, True), strict=True)
         if some
     ]
-    return jnp.concatenate(rows)[np.argsort(sum(places, []))]
+    return jnp.concatenate(rows)[np.argsort([*places[0], *places[1]])]
 
 
 def _total_by_operations(*xs: Any, batch: int | None) -> list[Any]:

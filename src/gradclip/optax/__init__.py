@@ -21,7 +21,8 @@
   TypeError. None and ``optax.MaskedNode`` keep their places in both.
 - ``axis_name`` takes the norm over the shards of a gradient.
 
-`per_example_global_norm_clip` lists its own.
+`per_example_global_norm_clip` and `adaptive_grad_clip` list their own; `apply_clipped` has no model
+in optax.
 
 A state that ``optax.clip_by_global_norm`` has left, alone or in a chain, is taken over: where an
 update finds ``optax.EmptyState()`` or None it begins as `init` does, a schedule at 0 too. The state
@@ -38,6 +39,7 @@ Orbax and ``flax.serialization`` restore into a state of the structure that was 
 one of optax's own optimizer, and go on from there.
 """
 
+from gradclip.optax.adaptive import adaptive_grad_clip
 from gradclip.optax.clipping import (
     ClipByGlobalNormState,
     ClipByLimitState,
@@ -50,6 +52,7 @@ __all__ = [
     "ApplyClippedState",
     "ClipByGlobalNormState",
     "ClipByLimitState",
+    "adaptive_grad_clip",
     "apply_clipped",
     "clip_by_global_norm",
     "per_example_global_norm_clip",
