@@ -41,7 +41,7 @@ ARROWS = {
     "torch.compiled": {"_clip", "core.", "torch."},
     "torch.library": {"_clip", "core.", "torch."},
     "torch.norms": {"_clip", "core.", "kernels.cpu.arithmetic", "torch."},
-    "optax": {"_clip", "core.", "jax."},
+    "optax.": {"_clip", "core.", "jax.", "optax."},
     "keras.": {"_clip", "core.", "keras."},
     "cli.": {
         "gradclip",

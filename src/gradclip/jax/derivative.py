@@ -42,6 +42,36 @@ def pushed_forward(
     )
 
 
+def pushed_forward_each(
+    axes: Any, policy: str, held: Any, primals: Any, tangents: Any
+) -> tuple[Any, list[Any]]:
+    """The same where each leaf has a limit of its own, which is a constant.
+
+    ``held`` is the norm of all leaves, and of each what its limit is held against, the limit, and
+    if it is against a norm of its own.
+    """
+    whole, against, limits, own = held
+    _, _, values, rows = primals
+    _, _, d_values, _ = tangents
+    none = derivative.slope(_OPS, whole, math.inf, policy)
+    at = [
+        derivative.slope(_OPS, norm, limit, policy)
+        for norm, limit in zip(against, limits, strict=True)
+    ]
+    parts = zip(values, rows, at, d_values, strict=True)
+    changes = [_change_of_norm(values, rows, none, d_values)]
+    changes += [_change_of_norm([x], [places], slope, [dx]) for x, places, slope, dx in parts]
+    d_norms = jnp.stack(changes)
+    d_norms = d_norms if axes is None else lax.psum(d_norms, axes)
+    d_whole, d_held = d_norms[0], jnp.where(own, d_norms[1:], d_norms[0])
+    new = []
+    for x, slope, d_norm, dx in zip(values, at, d_held, d_values, strict=True):
+        new += derivative.pushed_forward(
+            _OPS, [x], slope, d_limit=0.0, d_norm=d_norm, d_values=[dx]
+        )
+    return d_whole, new
+
+
 def _change_of_norm(values: list[Any], rows: list[Any], at: Any, d_values: list[Any]) -> Any:
     leaves, changes = [], []
     for x, places, dx in zip(values, rows, d_values, strict=True):

@@ -5,20 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.core import Tracer
+from jax.custom_derivatives import zero_from_primal
 from jax.experimental.sparse import BCOO
 
 from gradclip.core.decide import check_clip_norm, check_use_norm
 from gradclip.core.held import Clip, Held
+from gradclip.core.limits import Ruling
+from gradclip.core.memory import Lesson
 from gradclip.core.sparse import IndexedSlices
-from gradclip.jax import xla
-from gradclip.jax.derivative import LOWER, pushed_forward, rows_of
+from gradclip.jax import judging, xla
+from gradclip.jax.arithmetic import Steps
+from gradclip.jax.derivative import LOWER, pushed_forward, pushed_forward_each, rows_of
 from gradclip.jax.leaf import SPARSE, checked, places_of, values_of, with_values
 from gradclip.jax.operations import Operations
 from gradclip.kernels.traced import norms, numbers
@@ -57,13 +61,23 @@ class Traced(Held):
 
     def _recorded(self, clip: Clip, policy: str, name: str) -> tuple[list[Any], Any]:
         with jax.enable_x64(True), jax.named_scope(name):
-            limit = limit_of("clip_norm", clip.clip_norm, check_clip_norm)
             given = clip.use_norm
             if given is not None:
                 given = limit_of("use_norm", given, check_use_norm)
             values = [checked(leaf, partial(clip.path, i)) for i, leaf in enumerate(clip.leaves)]
             rows = [_rows(leaf, partial(clip.path, i)) for i, leaf in enumerate(clip.leaves)]
-            norm, new = _recorded(self._axes, policy, limit, given, values, rows)
+            lesson, kind = clip.clip_norm, None
+            if isinstance(lesson, Lesson):
+                kind, limit = lesson.kind, _begun(lesson, [given, values, rows])
+            else:
+                limit = limit_of("clip_norm", lesson, check_clip_norm)
+            norm, ruling, against, new = _recorded(
+                self._axes, policy, kind, limit, given, values, rows
+            )
+            if kind is not None:
+                lesson.keep(ruling)
+                if lesson.passed:
+                    lesson.against = against
         return list(map(with_values, clip.leaves, new)), norm
 
 
@@ -108,6 +122,25 @@ def _on_host(array: jax.Array) -> bool:
 # ---- what it consists of ----
 
 
+def _begun(lesson: Lesson, args: Any) -> Any:
+    """The state of a limit that learns.
+
+    Raises:
+        TypeError: an object would keep what is traced, which means nothing after the trace.
+    """
+    arrays = jax.tree.leaves(args)
+    if lesson.passed:
+        return lesson.begin(None)
+    if any(isinstance(each, Tracer) for each in arrays):
+        raise TypeError(
+            f"{lesson.kind!r} keeps what it learns in itself, and what is traced cannot be kept: "
+            "under jit, grad or vmap use gradclip.optax.clip_by_global_norm, which has it in the "
+            "optimizer's state"
+        )
+    devices = [frozenset(x.sharding.device_set) for x in arrays if isinstance(x, jax.Array)]
+    return lesson.begin(Steps(None), ("jax", *devices[:1]))
+
+
 def limit_of(name: str, value: Any, check: Callable[[Any], Any]) -> Any:
     """A limit as an array; checked, where its value is known."""
     if not isinstance(value, Tracer):
@@ -137,30 +170,58 @@ def _rows(leaf: Any, path: Callable[[], str]) -> Any:
     return indices
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+class Found(NamedTuple):
+    """What comes of the norm of leaves."""
+
+    norm: Any  # in its dtype
+    wide: Any  # as float64
+    low: Any  # as float64, times `LOWER`
+    ruling: Ruling | None  # of a limit that learns
+    limit: Any  # that they are clipped by
+    against: Any  # the norm, as float64, that it is held against
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
 def _recorded(
-    axes: Any, policy: str, limit: Any, given: Any, values: list[Any], rows: list[Any]
-) -> tuple[Any, list[Any]]:
-    norm, _, _, new = clip_values(axes, policy, limit, given, values, rows)
-    return norm, new
+    axes: Any, policy: str, kind: Any, limit: Any, given: Any, values: list[Any], rows: list[Any]
+) -> tuple[Any, Ruling | None, Any, list[Any]]:
+    found, new = clip_values(axes, policy, kind, limit, given, values, rows)
+    return found.norm, found.ruling, found.against, new
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
 def clip_values(
-    axes: Any, policy: str, limit: Any, given: Any, values: list[Any], rows: list[Any]
-) -> tuple[Any, Any, Any, list[Any]]:
-    """The norm in its dtype, as float64, as float64 times `LOWER`, and new values."""
+    axes: Any, policy: str, kind: Any, limit: Any, given: Any, values: list[Any], rows: list[Any]
+) -> tuple[Found, list[Any]]:
+    """What is found, and new values; of a ``kind`` that learns, the limit is its state."""
     with jax.enable_x64(True):
-        wide = norms.is_wide(_OPS, [(x, None) for x in values])
-        if given is None:
+        wide, each = norms.is_wide(_OPS, [(x, None) for x in values]), None
+        if kind is not None and kind.per_tensor:
+            number, each = _norms(axes, values, rows, wide=wide)
+        elif given is None:
             number = _norm(axes, values, rows, wide=wide)
         else:
             number = numbers.number_of(_OPS, real(given))
-        new = xla.carry_out(values, *decided(number, numbers.number_of(_OPS, real(limit)), policy))
-        low = number._replace(exponent=number.exponent + int(math.log2(LOWER)))
-        pairs = ((number, wide), (number, True), (low, True))
-        rounded = [numbers.rounded(_OPS, each, wide=wide) for each, wide in pairs]
-        return (*rounded, new)
+        lower = number._replace(exponent=number.exponent + int(math.log2(LOWER)))
+        pairs = ((number, wide), (number, True), (lower, True))
+        norm, norm64, low = (numbers.rounded(_OPS, each, wide=wide) for each, wide in pairs)
+        ruling, held = None, number
+        if each is not None:
+            ruling = judging.judged(kind, limit, numbers.rounded(_OPS, each, wide=True), norm64)
+            limit, held = ruling.limit, _held_each(ruling.learnt, each, number)
+        elif kind is not None:
+            ruling = judging.judged(kind, limit, norm64)
+            limit = jnp.where(ruling.skip, 0.0, ruling.limit)
+        new = xla.carry_out(values, *decided(held, numbers.number_of(_OPS, real(limit)), policy))
+        against = norm64 if each is None else numbers.rounded(_OPS, held, wide=True)
+        return Found(norm, norm64, low, ruling, limit, against), new
+
+
+def _held_each(own: Any, each: numbers.Number, whole: numbers.Number) -> numbers.Number:
+    """What the limit of each leaf is held against: its norm or that of all, if that is finite."""
+    significand, exponent = (jnp.where(own, each[i], whole[i]) for i in range(2))
+    inf, nan = (jnp.broadcast_to(failed, own.shape) for failed in (whole.inf, whole.nan))
+    return numbers.Number(significand, exponent, inf, nan)
 
 
 def decided(norm: numbers.Number, limit: numbers.Number, policy: str) -> tuple[Any, numbers.Number]:
@@ -188,10 +249,42 @@ def _norm(axes: Any, values: list[Any], rows: list[Any], *, wide: bool) -> numbe
     return xla.root(lax.psum(xla.total(xs), axes), wide=wide)
 
 
+def _norms(
+    axes: Any, values: list[Any], rows: list[Any], *, wide: bool
+) -> tuple[numbers.Number, numbers.Number]:
+    """The norm of all leaves, and those of each."""
+    if axes is None and all(places is None for places in rows):
+        return xla.norms_of(values, wide=wide)
+    xs = []
+    for x, places in zip(values, rows, strict=True):
+        parts = [x] if places is None else norms.addends(_OPS, [rows_of(x, places)])
+        xs.append(parts[0] if len(parts) == 1 else jnp.concatenate([p.ravel() for p in parts]))
+    words = xla.totals(xs)
+    words = words if axes is None else lax.psum(words, axes)
+    own = jnp.array([norms.is_wide(_OPS, [(x, None)]) for x in values], bool)
+    pairs = zip(xla.root(words, wide=True), xla.root(words, wide=False), strict=True)
+    each = numbers.Number(*(jnp.where(own, *pair) for pair in pairs))
+    return xla.root(jnp.sum(words, 0), wide=wide), each
+
+
 @clip_values.defjvp
-def _clip_jvp(axes: Any, policy: str, primals: Any, tangents: Any) -> Any:
-    norm, wide, low, new = clip_values(axes, policy, *primals)
+def _clip_jvp(axes: Any, policy: str, kind: Any, primals: Any, tangents: Any) -> Any:
+    found, new = clip_values(axes, policy, kind, *primals)
     with jax.enable_x64(True):
-        d_wide, d_new = pushed_forward(axes, policy, wide, low, primals, tangents)
-        d_norm = d_wide.astype(norm.dtype)
-        return (norm, wide, low, new), (d_norm, d_wide, d_wide * LOWER, d_new)
+        still = jax.tree.map(zero_from_primal, found)
+        # A limit that learns is a constant here, as what it has learnt is.
+        d_limit = tangents[0] if kind is None else still.limit
+        primals, tangents = (found.limit, *primals[1:]), (d_limit, *tangents[1:])
+        if found.ruling is not None and kind.per_tensor:
+            own = found.ruling.learnt
+            held = found.wide, found.against, found.limit, own
+            d_wide, d_new = pushed_forward_each(axes, policy, held, primals, tangents)
+        else:
+            d_wide, d_new = pushed_forward(axes, policy, found.wide, found.low, primals, tangents)
+        changes = still._replace(
+            norm=d_wide.astype(found.norm.dtype),
+            wide=d_wide,
+            low=d_wide * LOWER,
+            limit=d_limit,
+        )
+        return (found, new), (changes, d_new)

@@ -1,4 +1,4 @@
-"""Primitives of JAX: the norm, an exact total, its root, scaling, sums of clipped examples.
+"""Primitives of JAX: norms, exact totals, their roots, scaling, sums of clipped examples.
 
 On the CPU XLA calls the C kernel for them: one operation for many leaves, since what XLA needs to
 compile grows with the number of operations. Where XLA itself divides arrays among devices, and on
@@ -27,7 +27,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from gradclip.jax.operations import Operations
 from gradclip.kernels import cpu
 from gradclip.kernels.traced import norms, scaling, squares, sums
-from gradclip.kernels.traced.numbers import Number
+from gradclip.kernels.traced.numbers import Number, is_inf, is_nan
 
 # As in xla.h.
 KEEP, SCALE, NAN, ZERO = range(4)
@@ -65,15 +65,34 @@ def total(xs: Arrays) -> Any:
     return words
 
 
+def norms_of(xs: Arrays, *, wide: bool) -> tuple[Number, Number]:
+    """The norm of arrays, as `norm` has it, and the norms of each, rounded as that alone."""
+    if not xs:
+        return norms.norm_of(_OPS, [], wide=wide), _number(jnp.zeros((0, _NUMBER), "int64"))
+    (numbers,) = _norms.bind(*varying_alike(xs), wide=wide, batch=None)
+    return _number(numbers[0]), _number(numbers[1:])
+
+
+def totals(xs: Arrays) -> Any:
+    """The exact sum of squares of each array, as `total` has one: a row for each."""
+    if not xs:
+        return jnp.zeros((0, _TOTAL), "int64")
+    (words,) = _totals.bind(*varying_alike(xs), batch=None)
+    return words
+
+
 def root(words: Any, *, wide: bool) -> Number:
-    """The norm of a sum of totals."""
+    """The norm of a sum of totals; of rows of them, of each."""
     (number,) = _root.bind(words, wide=wide)
     return _number(number)
 
 
 def carry_out(xs: Arrays, action: Any, factor: Number) -> list[Any]:
-    """New arrays: as the action says, the old ones, scaled, all NaN or all zero."""
-    decision = _decision(action, factor)
+    """New arrays: as the action says, the old ones, scaled, all NaN or all zero.
+
+    With a vector of actions, and one of factors, each is of its own.
+    """
+    decision, each = _decision(action, factor), jnp.ndim(action) == 1
     # Those that vary alike go together: what is the same on all devices is to stay so.
     alike: dict[Any, list[int]] = {}
     for place, x in enumerate(xs):
@@ -82,8 +101,10 @@ def carry_out(xs: Arrays, action: Any, factor: Number) -> list[Any]:
     for places in alike.values():
         for begin in range(0, len(places), _SCALED_AT_ONCE):
             chunk = places[begin : begin + _SCALED_AT_ONCE]
-            operands = varying_alike([decision, *(xs[place] for place in chunk)])
-            for place, x in zip(chunk, _carry_out.bind(*operands, batch=None), strict=True):
+            own = decision[np.array(chunk)] if each else decision
+            operands = varying_alike([own, *(xs[place] for place in chunk)])
+            found = _carry_out.bind(*operands, batch=None, each=each)
+            for place, x in zip(chunk, found, strict=True):
                 new[place] = x
     return new
 
@@ -126,7 +147,7 @@ def _real(xs: Arrays) -> list[Any]:
 
 
 def _packed(number: Number) -> Any:
-    return jnp.stack([jnp.asarray(part, "int64") for part in number])
+    return jnp.stack([jnp.asarray(part, "int64") for part in number], axis=-1)
 
 
 def _members(function: Callable[..., Any], batch: int | None) -> Callable[..., Any]:
@@ -140,11 +161,51 @@ def _norm_by_operations(*xs: Any, wide: bool, batch: int | None, in_turn: bool) 
         return _packed(norms.norm_of(_OPS, parts, wide=wide))
 
     with jax.enable_x64(True):
-        if not in_turn:
-            return [_members(lambda *xs: one(_real(xs)), batch)(*xs)]
         # Taken apart here: of complex numbers in a loop XLA flushes subnormal parts.
         parts = _real(xs)
+        if batch is not None and len(xs) == 1 and parts:
+            rows = jnp.concatenate([x.reshape(batch, -1) for x in parts], 1)
+            return [_packed(norms.norms_of_rows(_OPS, rows, wide=wide))]
+        if not in_turn:
+            return [_members(lambda *xs: one(_real(xs)), batch)(*xs)]
         return [lax.map(one, parts) if parts else jnp.zeros((batch, _NUMBER), "int64")]
+
+
+def _norms_by_operations(*xs: Any, wide: bool, batch: int | None) -> list[Any]:
+    def each(lists: list[Any], wide: bool) -> Any:
+        return _packed(norms.norms_of_lists(_OPS, lists, wide=wide))
+
+    def of_all(*xs: Any) -> Any:
+        whole = _packed(norms.norm_of(_OPS, _real(xs), wide=wide))
+        return jnp.concatenate([whole[None], _rows_by_width(each, xs)])
+
+    with jax.enable_x64(True):
+        return [_members(of_all, batch)(*xs)]
+
+
+def _totals_by_operations(*xs: Any, batch: int | None) -> list[Any]:
+    def each(lists: list[Any], wide: bool) -> Any:
+        del wide
+        words = squares.totals_of(_OPS, *norms.stretches(_OPS, lists))
+        counts = [
+            [norms.any_of(_OPS, [each(x) for x in xs]) for each in (is_inf, is_nan)] for xs in lists
+        ]
+        return jnp.concatenate([words, jnp.array(counts, "int64")], 1)
+
+    with jax.enable_x64(True):
+        return [_members(lambda *xs: _rows_by_width(each, xs), batch)(*xs)]
+
+
+def _rows_by_width(function: Callable[[list[Any], bool], Any], xs: Arrays) -> Any:
+    """A row for each array, those of float64 and the others taken apart."""
+    is_wide = np.array([norms.is_wide(_OPS, [(x, None)]) for x in xs])
+    places = [np.flatnonzero(is_wide == wide).tolist() for wide in (False, True)]
+    rows = [
+        function([_real([xs[place]]) for place in some], wide)
+        for some, wide in zip(places, (False, True), strict=True)
+        if some
+    ]
+    return jnp.concatenate(rows)[np.argsort([*places[0], *places[1]])]
 
 
 def _total_by_operations(*xs: Any, batch: int | None) -> list[Any]:
@@ -161,7 +222,9 @@ def _root_by_operations(words: Any, *, wide: bool) -> list[Any]:
         return [function(words)]
 
 
-def _carried_out(decision: Any, *xs: Any) -> list[Any]:
+def _carried_out(decision: Any, *xs: Any, each: bool = False) -> list[Any]:
+    if each:
+        return [_carried_out(own, x)[0] for own, x in zip(decision, xs, strict=True)]
     action, *factor = decision
     number = Number(factor[0], factor[1], False, False)
 
@@ -180,9 +243,9 @@ def _carried_out(decision: Any, *xs: Any) -> list[Any]:
     return [new(x) for x in xs]
 
 
-def _carried_out_by_operations(decision: Any, *xs: Any, batch: int | None) -> list[Any]:
+def _carried_out_by_operations(decision: Any, *xs: Any, batch: int | None, each: bool) -> list[Any]:
     with jax.enable_x64(True):
-        return _members(_carried_out, batch)(decision, *xs)
+        return _members(partial(_carried_out, each=each), batch)(decision, *xs)
 
 
 def _clipped_sum_by_operations(decisions: Any, *xs: Any, batch: int | None) -> list[Any]:
@@ -273,6 +336,16 @@ def _small_result(length: int) -> Callable[..., list[Any]]:
     return evaluate
 
 
+def _rows_of(length: int, *, more: int) -> Callable[..., list[Any]]:
+    """A row for each array, and so many more."""
+
+    def evaluate(*avals: Any, batch: int | None, **_: Any) -> list[Any]:
+        lead = () if batch is None else (batch,)
+        return [_like(avals[0], (*lead, len(avals) + more, length), "int64")]
+
+    return evaluate
+
+
 def _root_result(words: Any, **_: Any) -> list[Any]:
     return [_like(words, (*words.shape[:-1], _NUMBER), "int64")]
 
@@ -325,10 +398,12 @@ def _root_batched(xs: Arrays, dims: Sequence[Any], **params: Any) -> Any:
 
 
 _norm = _primitive("norm", _small_result(_NUMBER), _norm_by_operations)
+_norms = _primitive("norms", _rows_of(_NUMBER, more=1), _norms_by_operations)
+_totals = _primitive("totals", _rows_of(_TOTAL, more=0), _totals_by_operations)
 _total = _primitive("total", _small_result(_TOTAL), _total_by_operations)
 _root = _primitive("root", _root_result, _root_by_operations)
 _carry_out = _primitive("scale", _carried_out_results, _carried_out_by_operations, in_place=True)
 _clipped_sum = _primitive("clipped_sum", _clipped_sum_results, _clipped_sum_by_operations)
-for _each in (_norm, _total, _carry_out, _clipped_sum):
+for _each in (_norm, _norms, _total, _totals, _carry_out, _clipped_sum):
     batching.primitive_batchers[_each] = partial(_batched, _each)
 batching.primitive_batchers[_root] = _root_batched

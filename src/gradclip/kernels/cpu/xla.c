@@ -57,6 +57,54 @@ static int put_norm_of(const frame_t *frame, list_t *list, int threads, int64_t 
     return 0;
 }
 
+/* The exact norm of one leaf, whose words are added to `all`. Returns -1 if memory runs out. */
+static int put_exactly(const frame_t *frame, const leaf_t *leaf, int64_t *all, int64_t *number) {
+    leaf_t only = *leaf;
+    list_t list;
+    int64_t words[XLA_WORDS];
+    list_leaves(&list, &only, 1);
+    if (add_up(frame, &list, threads_worth(frame, bytes_of(&list)), words) < 0) return -1;
+    put_norm(words, leaf->kind == F64, number);
+    for (int i = 0; i < XLA_WORDS; i++) all[i] += words[i];
+    return 0;
+}
+
+/* 1 and the norm, if sums prove it or tell that it is none, else 0. */
+static int put_certified(const sum_t *sum, int64_t *number) {
+    if (!sum->has_inf && !sum->has_nan && !certified_root(sum, 1, number)) return 0;
+    number[2] = sum->has_inf && !sum->has_nan;
+    number[3] = sum->has_nan;
+    return 1;
+}
+
+/* The norm of each leaf, after that of all, from float64 sums where they prove it, in one pass.
+ * Returns -1 if memory runs out. */
+static int put_norms_of(const frame_t *frame, list_t *list, int64_t wide, int64_t *numbers) {
+    int threads = threads_worth(frame, bytes_of(list)), exact = 0;
+    int64_t all[XLA_WORDS] = {0};
+    sum_t *sums = calloc((size_t)(list->count * threads) + 1, sizeof *sums);
+    if (!sums) return -1;
+    job_t job = {.list = list, .sums = sums};
+    atomic_store(&list->cursor, 0);
+    int shares = walk_on_xla(frame, sum_each_share, &job, threads), failed = shares < 0;
+    for (int64_t i = 0; i < list->count && !failed; i++) {
+        const leaf_t *leaf = &list->leaves[i];
+        sum_t sum = sum_of_sums(&sums[i], shares, list->count);
+        int64_t *number = numbers + (i + 1) * XLA_NUMBER;
+        if (leaf->kind != F64 && put_certified(&sum, number)) continue;
+        failed = put_exactly(frame, leaf, all, number) < 0;
+        exact++;
+    }
+    sum_t sum = sum_of_sums(sums, failed ? 0 : shares * list->count, 1);
+    free(sums);
+    if (failed) return -1;
+    if (!wide && put_certified(&sum, numbers)) return 0;
+    /* Where sums did for some leaves, the exact sum takes another look at them. */
+    if (exact < list->count && add_up(frame, list, threads, all) < 0) return -1;
+    put_norm(all, wide, numbers);
+    return 0;
+}
+
 /* Members of a batch, to be measured. */
 typedef struct {
     const frame_t *frame;
@@ -130,6 +178,47 @@ static void *give_norm(const frame_t *frame) { return measure(frame, 1); }
 
 static void *give_total(const frame_t *frame) { return measure(frame, 0); }
 
+/* Put leaves on to the next member of a batch. */
+static void next_member(leaf_t *leaves, int64_t count) {
+    for (int64_t i = 0; i < count; i++)
+        leaves[i].data += leaves[i].size * item_size(leaves[i].kind);
+}
+
+static void *give_norms(const frame_t *frame) {
+    int64_t batch = attribute(frame, "batch"), wide = attribute(frame, "wide");
+    int64_t *numbers = frame->results.buffers[0]->data;
+    list_t list;
+    if (!batch) return NULL;
+    leaf_t *leaves = leaves_of(&frame->arguments, 0, batch, &list);
+    int failed = !leaves;
+    for (int64_t member = 0; member < batch && !failed; member++) {
+        failed = put_norms_of(frame, &list, wide, numbers) < 0;
+        numbers += (list.count + 1) * XLA_NUMBER;
+        next_member(leaves, list.count);
+    }
+    free(leaves);
+    return failed ? failure(frame, RESOURCE_EXHAUSTED, "gradclip: no memory or no such dtype") : NULL;
+}
+
+/* Of each leaf the words of the total. */
+static void *give_totals(const frame_t *frame) {
+    int64_t batch = attribute(frame, "batch"), *words = frame->results.buffers[0]->data;
+    list_t list;
+    if (!batch) return NULL;
+    leaf_t *leaves = leaves_of(&frame->arguments, 0, batch, &list);
+    int failed = !leaves;
+    for (int64_t member = 0; member < batch && !failed; member++) {
+        for (int64_t i = 0; i < list.count && !failed; i++, words += XLA_WORDS) {
+            int64_t number[XLA_NUMBER];
+            memset(words, 0, XLA_WORDS * sizeof *words);
+            failed = put_exactly(frame, &list.leaves[i], words, number) < 0;
+        }
+        next_member(leaves, list.count);
+    }
+    free(leaves);
+    return failed ? failure(frame, RESOURCE_EXHAUSTED, "gradclip: no memory or no such dtype") : NULL;
+}
+
 static void *give_root(const frame_t *frame) {
     int64_t wide = attribute(frame, "wide");
     const buffer_t *words = frame->arguments.buffers[0];
@@ -141,11 +230,6 @@ static void *give_root(const frame_t *frame) {
 }
 
 /* ---- scaling ---- */
-
-static void next_member(leaf_t *leaves, int64_t count) {
-    for (int64_t i = 0; i < count; i++)
-        leaves[i].data += leaves[i].size * item_size(leaves[i].kind);
-}
 
 /* Every element NaN. */
 static void fill_nan(const leaf_t *leaf) {
@@ -163,26 +247,37 @@ static void fill_nan(const leaf_t *leaf) {
     }
 }
 
-/* Do to leaves what an XLA_DECISION says. */
-static int carry_out(const frame_t *frame, const int64_t *decision, list_t *from, list_t *to) {
-    if (decision[0] == XLA_SCALE) {
-        factor_t factor = factor_in(decision);
-        job_t job = {.list = to, .source = from, .factors = &factor};
-        atomic_store(&to->cursor, 0);
-        int threads = threads_worth(frame, bytes_of(to));
-        return walk_on_xla(frame, scale_share, &job, threads) < 0 ? -1 : 0;
-    }
+/* Fill a leaf, or copy it, as an XLA_DECISION that does not scale says. */
+static void put_unscaled(int64_t action, const leaf_t *from, const leaf_t *to) {
+    size_t bytes = (size_t)(to->size * item_size(to->kind));
+    if (action == XLA_ZERO)
+        memset(to->data, 0, bytes);
+    else if (action == XLA_NAN)
+        fill_nan(to);
+    else if (to->data != from->data)
+        memcpy(to->data, from->data, bytes);
+}
+
+/* Do to leaf i what the i-th XLA_DECISION says, or with a step of 0 to all what the first says: those
+ * to be scaled in one walk. There is room for lists as long. Returns -1 if memory runs out. */
+static int carry_out(const frame_t *frame, const int64_t *decisions, int step, const list_t *from,
+                     const list_t *to, leaf_t *old, leaf_t *new, factor_t *factors) {
+    int64_t scaled = 0;
     for (int64_t i = 0; i < to->count; i++) {
-        const leaf_t *leaf = &to->leaves[i];
-        size_t bytes = (size_t)(leaf->size * item_size(leaf->kind));
-        if (decision[0] == XLA_ZERO)
-            memset(leaf->data, 0, bytes);
-        else if (decision[0] == XLA_NAN)
-            fill_nan(leaf);
-        else if (leaf->data != from->leaves[i].data)
-            memcpy(leaf->data, from->leaves[i].data, bytes);
+        const int64_t *decision = decisions + step * i * XLA_DECISION;
+        if (decision[0] == XLA_SCALE) {
+            old[scaled] = from->leaves[i];
+            new[scaled] = to->leaves[i];
+            factors[scaled++] = factor_in(decision);
+        } else {
+            put_unscaled(decision[0], &from->leaves[i], &to->leaves[i]);
+        }
     }
-    return 0;
+    list_t source, target;
+    list_leaves(&source, old, scaled);
+    list_leaves(&target, new, scaled);
+    job_t job = {.list = &target, .source = &source, .factors = factors, .step = 1};
+    return walk_on_xla(frame, scale_share, &job, threads_worth(frame, bytes_of(&target)));
 }
 
 static void *give_scaled(const frame_t *frame) {
@@ -192,14 +287,22 @@ static void *give_scaled(const frame_t *frame) {
     if (!batch) return NULL;
     leaf_t *from = leaves_of(&frame->arguments, 1, batch, &source);
     leaf_t *to = leaves_of(&frame->results, 0, batch, &target);
-    int failed = !from || !to;
+    int64_t count = frame->results.count, step = attribute(frame, "each");
+    leaf_t *old = malloc((size_t)(count + 1) * sizeof *old);
+    leaf_t *new = malloc((size_t)(count + 1) * sizeof *new);
+    factor_t *factors = malloc((size_t)(count + 1) * sizeof *factors);
+    int failed = !from || !to || !old || !new || !factors;
     for (int64_t member = 0; member < batch && !failed; member++) {
-        failed = carry_out(frame, decisions + member * XLA_DECISION, &source, &target);
+        failed = carry_out(frame, decisions, (int)step, &source, &target, old, new, factors) < 0;
+        decisions += (step ? count : 1) * XLA_DECISION;
         next_member(from, source.count);
         next_member(to, target.count);
     }
     free(from);
     free(to);
+    free(old);
+    free(new);
+    free(factors);
     return failed ? failure(frame, RESOURCE_EXHAUSTED, "gradclip: no memory or no such dtype") : NULL;
 }
 
@@ -229,6 +332,10 @@ static void *answer(void *data, void *(*give)(const frame_t *)) {
 
 static void *xla_norm(void *frame) { return answer(frame, give_norm); }
 
+static void *xla_norms(void *frame) { return answer(frame, give_norms); }
+
+static void *xla_totals(void *frame) { return answer(frame, give_totals); }
+
 static void *xla_total(void *frame) { return answer(frame, give_total); }
 
 static void *xla_root(void *frame) { return answer(frame, give_root); }
@@ -239,7 +346,9 @@ static void *xla_clipped_sum(void *frame) { return answer(frame, give_clipped_su
 
 const xla_handler_t XLA_HANDLERS[] = {
     {"gradclip_norm", xla_norm},
+    {"gradclip_norms", xla_norms},
     {"gradclip_total", xla_total},
+    {"gradclip_totals", xla_totals},
     {"gradclip_root", xla_root},
     {"gradclip_scale", xla_scale},
     {"gradclip_clipped_sum", xla_clipped_sum},

@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from gradclip.core.exact import FLOAT32
 from gradclip.kernels.traced.numbers import (
     Number,
@@ -18,7 +20,7 @@ from gradclip.kernels.traced.numbers import (
     to_places,
 )
 from gradclip.kernels.traced.operations import Operations, real_parts
-from gradclip.kernels.traced.squares import root_of_squares
+from gradclip.kernels.traced.squares import codes_in, root_of_squares, roots_of
 
 _WIDE = ("float64", "complex128")
 
@@ -55,10 +57,10 @@ def norm_of(ops: Operations, xs: Sequence[Any], *, wide: bool) -> Number:
         inf = ops.any(ops.stack([ops.any(is_inf(x)) for x in every])) & ~nan
         significand, exponent = root_of_squares(ops, xs, wide=True)
     else:
-        total, *certified = _certified(ops, every)
+        total, *certified = _certified(ops, *_sum_of(ops, every))
         # No sum of squares of float32 numbers overflows float64.
         nan, inf = is_nan(total), is_inf(total)
-        same = (certified[0] == certified[2]) & (certified[1] == certified[3])
+        same = _are_same(certified)
 
         def exactly() -> list[Any]:
             return root_of_squares(ops, xs, wide=False)
@@ -67,12 +69,79 @@ def norm_of(ops: Operations, xs: Sequence[Any], *, wide: bool) -> Number:
     return Number(*normal(ops, significand, exponent), inf, nan)
 
 
-def _certified(ops: Operations, numbers: Sequence[Any]) -> list[Any]:
-    """The sum of squares in float64, and the float32 norms at both ends of its error.
+def norms_of_lists(ops: Operations, lists: Sequence[Sequence[Any]], *, wide: bool) -> Number:
+    """The norm of each of several lists of real arrays, as `norm_of` has them; vectors.
+
+    All arrays, or none, are float64.
+    """
+    every = [[ops.cast(x, "float64") for x in xs] for xs in lists]
+    vector, begins, sizes = stretches(ops, lists)
+    if wide:
+        nan, inf = (
+            ops.stack([any_of(ops, [each(x) for x in xs]) for xs in every])
+            for each in (is_nan, is_inf)
+        )
+        return _exactly(ops, vector, begins, sizes, nan, inf & ~nan)
+    sums = zip(*(_sum_of(ops, xs) for xs in every), strict=True)
+    found = _certified(ops, *(ops.stack(list(each)) for each in sums))
+    return _narrow(ops, found, vector, begins, sizes)
+
+
+def norms_of_rows(ops: Operations, x: Any, *, wide: bool) -> Number:
+    """The same of the rows of a real matrix, whose shape is known."""
+    count, length = (int(size or 0) for size in ops.shape(x) or ())
+    each = ops.constant(np.arange(count), "int64")
+    begins, sizes = each * length, each * 0 + length
+    vector = codes_in(ops, [x])
+    if wide:
+        nan = ops.sum(ops.cast(is_nan(x), "int64"), 1) > 0
+        inf = ops.sum(ops.cast(is_inf(x), "int64"), 1) > 0
+        return _exactly(ops, vector, begins, sizes, nan, inf & ~nan)
+    numbers = ops.cast(x, "float64")
+    longest = ops.cast(sizes, "float64")
+    found = _certified(ops, ops.sum(numbers * numbers, 1), longest + 33, longest * _FLUSHED)
+    return _narrow(ops, found, vector, begins, sizes)
+
+
+def stretches(ops: Operations, lists: Sequence[Sequence[Any]]) -> tuple[Any, Any, Any]:
+    """Lists of real arrays as codes in one vector, where each begins, and its length."""
+    xs = [x for xs in lists for x in xs]
+    vector = codes_in(ops, xs) if xs else ops.zeros(0, "int32")
+    zero = ops.constant(0, "int64")
+    sizes = ops.stack([zero + sum(ops.cast(ops.size(x), "int64") for x in xs) for xs in lists])
+    return vector, ops.cumsum(sizes) - sizes, sizes
+
+
+def any_of(ops: Operations, found: Sequence[Any]) -> Any:
+    """If an element of any array is true."""
+    nothing = ops.constant(0, "int64") > 0
+    return ops.any(ops.stack([nothing, *(ops.any(each) for each in found)]))
+
+
+def _narrow(ops: Operations, found: Any, vector: Any, begins: Any, sizes: Any) -> Number:
+    """The norms that sums prove, and the others exactly."""
+    total, *certified = found
+    nan, inf = is_nan(total), is_inf(total)
+    sure = _are_same(certified) | nan | inf
+    exact = roots_of(ops, vector, begins, sizes, ~sure, wide=False)
+    pairs = zip(certified, exact, strict=False)
+    return Number(*normal(ops, *(ops.where(sure, *pair) for pair in pairs)), inf, nan)
+
+
+def _exactly(ops: Operations, vector: Any, begins: Any, sizes: Any, nan: Any, inf: Any) -> Number:
+    found = roots_of(ops, vector, begins, sizes, ~(nan | inf) & (sizes > 0), wide=True)
+    return Number(*normal(ops, *found), inf, nan)
+
+
+# Of a square that may have been flushed, its number being subnormal, at most.
+_FLUSHED = 2.0**-252
+
+
+def _sum_of(ops: Operations, numbers: Sequence[Any]) -> tuple[Any, Any, Any]:
+    """The sum of squares in float64, what its error is counted in, and what may be missing.
 
     A sum of n squares in any order, each rounded once, errs by less than n u, u = 2^-53 (Higham,
-    section 4.2): by rows, then across them, n is their lengths' sum. Subnormal numbers, each of a
-    square below 2^-252, may have been flushed.
+    section 4.2): by rows, then across them, n is their lengths' sum.
     """
     sums = []
     zero = longest = flushed = ops.constant(0.0, "float64")
@@ -83,14 +152,23 @@ def _certified(ops: Operations, numbers: Sequence[Any]) -> list[Any]:
         # It adds zero. Without it XLA makes one sum of the two, of any order.
         sums.append(ops.sum(columns + ops.where(columns == -1.0, columns, zero), None))
         longest = ops.maximum(longest, size / width + width)
-        flushed = flushed + size * 2.0**-252
-    total = ops.sum(ops.stack(sums), None)
-    bound = (longest + (len(sums) + 32)) * 2.0**-53
+        flushed = flushed + size * _FLUSHED
+    total = ops.sum(ops.stack(sums), None) if sums else zero
+    return total, longest + (len(sums) + 32), flushed
+
+
+def _certified(ops: Operations, total: Any, rounded: Any, flushed: Any) -> list[Any]:
+    """A sum of squares in float64, and the float32 norms at both ends of its error."""
+    bound = rounded * 2.0**-53
     ends = [total]
     for end in (total * (1 - bound), (total + flushed) * (1 + bound)):
         significand, exponent = split(ops, ops.bitcast(ops.sqrt(end), "int64"))
         ends += to_places(ops, Number(significand, exponent, False, False), *FLOAT32)
     return ends
+
+
+def _are_same(ends: Sequence[Any]) -> Any:
+    return (ends[0] == ends[2]) & (ends[1] == ends[3])
 
 
 def _width(shape: Sequence[int | None] | None) -> int:

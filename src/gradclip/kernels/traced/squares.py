@@ -44,56 +44,112 @@ def root_of_squares(ops: Operations, xs: Sequence[Any], *, wide: bool) -> list[A
     return _root(ops, _words(ops, _sums(ops, xs)), wide=wide)
 
 
+def roots_of(
+    ops: Operations, vector: Any, begins: Any, sizes: Any, some: Any, *, wide: bool
+) -> list[Any]:
+    """As `root_of_squares`, of ``some`` stretches of a vector, one after the other; 0 of others."""
+
+    def root(sums: Any) -> Any:
+        return ops.stack(_root(ops, _words(ops, sums), wide=wide))
+
+    rows = _rows_of(ops, vector, begins, sizes, some, root, 2)
+    return [rows[:, 0], rows[:, 1]]
+
+
+def totals_of(ops: Operations, vector: Any, begins: Any, sizes: Any) -> Any:
+    """As `total`, of each of several stretches of a vector, but for the counts: a row for each."""
+    return _rows_of(ops, vector, begins, sizes, sizes > 0, lambda sums: _words(ops, sums), _WORDS)
+
+
+def codes_in(ops: Operations, xs: Sequence[Any]) -> Any:
+    """Real arrays, all or none of float64, as one vector of bits."""
+    codes = [ops.bitcast(x, "int64") if _is_wide(ops, x) else codes_of(ops, x) for x in xs]
+    return ops.concat([ops.reshape(each, (-1,)) for each in codes])
+
+
+def _is_wide(ops: Operations, x: Any) -> bool:
+    return ops.dtype(x) == "float64"
+
+
+def _rows_of(
+    ops: Operations,
+    vector: Any,
+    begins: Any,
+    sizes: Any,
+    some: Any,
+    finish: Callable[[Any], Any],
+    width: int,
+) -> Any:
+    """A row for each stretch: of some what is made of its sums, of others zeros."""
+    places = ops.cumsum(ops.cast(sizes == sizes, "int64")) - 1  # noqa: PLR0124
+    inside = ops.constant(np.arange(_CHUNK), "int64")
+    to_bits = _bits_of(ops, vector)
+    order = ops.argsort(ops.cast(~some, "int64"))
+    vector = ops.concat([vector, ops.zeros(1, ops.dtype(vector))])
+
+    def row(number: Any, rows: Any) -> Any:
+        own = ops.take(order, number)
+        begin, size = ops.take(begins, own), ops.take(sizes, own)
+
+        def body(chunk: Any, sums: Any) -> Any:
+            at = ops.cast(chunk, "int64") * _CHUNK + inside
+            found = ops.take(vector, begin + ops.minimum(at, ops.maximum(size - 1, 0)))
+            return _with_squares(ops, sums, to_bits(ops.where(at < size, found, 0 * found)))
+
+        sums = ops.loop((size + _CHUNK - 1) // _CHUNK, body, _no_sums(ops))
+        return ops.where(ops.reshape(places == own, (-1, 1)), finish(sums), rows)
+
+    blank = ops.reshape(places * 0, (-1, 1)) + ops.zeros(width, "int64")
+    return ops.loop(ops.sum(ops.cast(some, "int64"), None), row, blank)
+
+
 def _sums(ops: Operations, xs: Sequence[Any]) -> Any:
     """Each square's limbs added up, as integers, with those of all numbers of its exponent."""
-    narrow = [x for x in xs if ops.dtype(x) != "float64"]
-    rows = [x for x in xs if ops.dtype(x) == "float64"]
-    sums = ops.reshape(ops.zeros(_CLASSES * _PLACES, "int64"), (_CLASSES, _PLACES))
-    if narrow:
-        sums = _added(
-            ops,
-            sums,
-            [codes_of(ops, x) for x in narrow],
-            "int32",
-            lambda codes: ops.bitcast(float64_of(ops, codes), "int64"),
-        )
-    if rows:
-        bits = [ops.bitcast(x, "int64") for x in rows]
-        sums = _added(ops, sums, bits, "int64", lambda x: x)
+    sums = _no_sums(ops)
+    for group in ([x for x in xs if not _is_wide(ops, x)], [x for x in xs if _is_wide(ops, x)]):
+        if group:
+            sums = _added(ops, sums, codes_in(ops, group))
     return sums
 
 
-def _added(
-    ops: Operations,
-    sums: Any,
-    xs: Sequence[Any],
-    dtype: str,
-    to_bits: Callable[[Any], Any],
-) -> Any:
-    vector = ops.concat([ops.reshape(x, (-1,)) for x in xs])
-    size = ops.size(vector)
-    padded = ops.concat([vector, ops.zeros((-size) % _CHUNK, dtype)])
+def _no_sums(ops: Operations) -> Any:
+    return ops.reshape(ops.zeros(_CLASSES * _PLACES, "int64"), (_CLASSES, _PLACES))
+
+
+def _bits_of(ops: Operations, codes: Any) -> Callable[[Any], Any]:
+    """What makes bits of float64 of these codes."""
+    if ops.dtype(codes) == "int64":
+        return lambda codes: codes
+    return lambda codes: ops.bitcast(float64_of(ops, codes), "int64")
+
+
+def _added(ops: Operations, sums: Any, vector: Any) -> Any:
+    size, to_bits = ops.size(vector), _bits_of(ops, vector)
+    padded = ops.concat([vector, ops.zeros((-size) % _CHUNK, ops.dtype(vector))])
     chunks = ops.reshape(padded, (-1, _CHUNK))
 
     def body(place: Any, sums: Any) -> Any:
-        significand, exponent = split(ops, to_bits(ops.take(chunks, place)))
-        a, b, c, d = (
-            ops.right(significand, _LIMB * place) & ((1 << _LIMB) - 1) for place in range(4)
-        )
-        products = [
-            a * a,
-            2 * a * b,
-            2 * a * c + b * b,
-            2 * (a * d + b * c),
-            2 * b * d + c * c,
-            2 * c * d,
-            d * d,
-        ]
-        return sums + ops.segment_sum(ops.stack(products), exponent + 1075, _CLASSES)
+        return _with_squares(ops, sums, to_bits(ops.take(chunks, place)))
 
     # Gradients that are all zero are met, and need no such work.
     some = ops.cast(ops.any(2 * vector != 0), "int64")
     return ops.loop((size + _CHUNK - 1) // _CHUNK * some, body, sums)
+
+
+def _with_squares(ops: Operations, sums: Any, bits: Any) -> Any:
+    """The sums, with the squares of float64 numbers."""
+    significand, exponent = split(ops, bits)
+    a, b, c, d = (ops.right(significand, _LIMB * place) & ((1 << _LIMB) - 1) for place in range(4))
+    products = [
+        a * a,
+        2 * a * b,
+        2 * a * c + b * b,
+        2 * (a * d + b * c),
+        2 * b * d + c * c,
+        2 * c * d,
+        d * d,
+    ]
+    return sums + ops.segment_sum(ops.stack(products), exponent + 1075, _CLASSES)
 
 
 def _words(ops: Operations, sums: Any) -> Any:
