@@ -23,7 +23,7 @@ from torch.nn import functional
 
 import gradclip.torch
 from gradclip.cli._console import print_table, progress
-from gradclip.cli.demo import documentation
+from gradclip.cli.demo.network import documentation
 
 WIDTH, HEADS, LAYERS = 128, 4, 2
 TIME, BATCH = 64, 16

@@ -50,6 +50,7 @@ ARROWS = {
         "kernels.cpu",
         "kernels.cpu.threads",
         "kernels.cpu._cpu",
+        "limits",
         "optax",
         "tensorflow",
         "torch",
