@@ -33,7 +33,7 @@ from gradclip.cli.demo.network import documentation
 from gradclip.cli.demo.spikes import spikes
 
 WIDTH, TIME, BATCH = 64, 32, 8
-LEARNING_RATE, MOMENTUM, WARM_UP_STEPS = 1.5, 0.9, 50
+LEARNING_RATE, MOMENTUM, WARM_UP_STEPS = 1.7, 0.9, 50
 SEEDS = (0, 1, 2)
 WINDOW, LAST_STEPS = 100, 50
 LOSSES_DRAWN = 2.0, 100.0
