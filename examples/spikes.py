@@ -2,10 +2,10 @@
 
 The model of torch_characters.py, smaller, is trained by SGD with momentum at a rate at which a
 fixed limit of 1 spikes: without a limit, with that one, and with each kind that sets itself, from
-the same three seeds. The table has the spike score of OLMo 2 (arXiv:2501.00656, section 3), by
-which AdaGC (arXiv:2502.11034) is judged too: the share of losses that are at least seven standard
-deviations away from the mean of those before; of 100 here, as the runs are short, where theirs is
-of 1,000. A run ends where its loss is not finite; steps that it did not take count as spikes.
+the same three seeds. The table has the spike score of OLMo 2 (arXiv:2501.00656, section 3): the
+share of losses that are at least seven standard deviations away from the mean of those before; of
+100 here, as the runs are short, where theirs is of 1,000. AdaGC (arXiv:2502.11034) reports spike
+scores, too. A run ends where its loss is not finite; steps that it did not take count as spikes.
 
 Run it: pip install 'gradclip[cli,torch]'; python examples/spikes.py
 """

@@ -18,7 +18,7 @@ def spikes(
         |loss - mean| >= deviations * std    of the last `window` losses before it, or it is NaN
 
     The share of these, in percent, is the spike score of OLMo 2 (arXiv:2501.00656, section 3),
-    with seven deviations and a window of 1,000, by which AdaGC (arXiv:2502.11034) is judged too.
+    with seven deviations and a window of 1,000; AdaGC (arXiv:2502.11034) reports spike scores, too.
     Short runs take a shorter window. The first ``window`` losses are none.
 
     >>> print(spikes([1.0, 1.2, 1.1, 3.0, 1.1], window=3))
