@@ -33,7 +33,7 @@ bench: .venv/test ## time gradclip against others; appends to bench/results.csv,
 	$(BIN)/python bench/draw.py
 
 clean: ## remove what make has made
-	rm -rf .venv build src/*.egg-info src/gradclip/kernels/cpu/*.so demo.png jax_digits.png torch_characters.png torch_sharded.png
+	rm -rf .venv build src/*.egg-info src/gradclip/kernels/cpu/*.so demo.png jax_digits.png spikes.png torch_characters.png torch_sharded.png
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

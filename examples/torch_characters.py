@@ -23,7 +23,7 @@ from torch.nn import functional
 
 import gradclip.torch
 from gradclip.cli._console import print_table, progress
-from gradclip.cli.demo import documentation
+from gradclip.cli.demo.network import documentation
 
 WIDTH, HEADS, LAYERS = 128, 4, 2
 TIME, BATCH = 64, 16
@@ -42,18 +42,18 @@ SKY_BLUE, ORANGE, BLUE, VERMILION = "#56B4E9", "#E69F00", "#0072B2", "#D55E00"
 class Transformer(nn.Module):
     """Characters to the logits of the next ones."""
 
-    def __init__(self, vocabulary: int) -> None:
+    def __init__(self, vocabulary: int, width: int = WIDTH, time: int = TIME) -> None:
         super().__init__()
-        self.characters = nn.Embedding(vocabulary, WIDTH)
+        self.characters = nn.Embedding(vocabulary, width)
         nn.init.normal_(self.characters.weight, std=0.02)
-        self.places = nn.Parameter(0.02 * torch.randn(TIME, WIDTH))
+        self.places = nn.Parameter(0.02 * torch.randn(time, width))
         # A bias of the keys changes nothing: its gradient is rounding alone, of which Adam would
         # make whole steps, different ones in each run.
         options = {"activation": "gelu", "batch_first": True, "norm_first": True, "bias": False}
-        layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 4 * WIDTH, dropout=0.0, **options)
+        layer = nn.TransformerEncoderLayer(width, HEADS, 4 * width, dropout=0.0, **options)
         self.layers = nn.TransformerEncoder(layer, LAYERS, enable_nested_tensor=False)
-        self.logits = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, vocabulary))
-        self.mask = nn.Transformer.generate_square_subsequent_mask(TIME)
+        self.logits = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, vocabulary))
+        self.mask = nn.Transformer.generate_square_subsequent_mask(time)
 
     def forward(self, codes: Tensor) -> Tensor:
         """Codes of shape (batch, time)."""
@@ -147,12 +147,14 @@ def train(steps: int) -> dict[str, Run]:
     return runs
 
 
-def batches(codes: Tensor, count: int) -> Iterator[Tensor]:
+def batches(
+    codes: Tensor, count: int, seed: int = 0, time: int = TIME, batch: int = BATCH
+) -> Iterator[Tensor]:
     """Characters from random places of the text, each of shape (batch, time + 1)."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     for _ in range(count):
-        starts = torch.randint(len(codes) - TIME, (BATCH, 1), generator=generator)
-        yield codes[starts + torch.arange(TIME + 1)]
+        starts = torch.randint(len(codes) - time, (batch, 1), generator=generator)
+        yield codes[starts + torch.arange(time + 1)]
 
 
 def report(runs: dict[str, Run], steps: int) -> None:

@@ -37,7 +37,7 @@ from torch_characters import (
 
 import gradclip.torch
 from gradclip.cli._console import print_table, progress
-from gradclip.cli.demo import documentation
+from gradclip.cli.demo.network import documentation
 
 CHECK_EVERY = 10
 SIZES = {"1 process": 1, "2 processes": 2}
