@@ -21,7 +21,7 @@ import pytest
 import gradclip
 import papers
 from gradclip import limits
-from gradclip.core.memory import HOST
+from gradclip.core.arithmetic import HOST
 
 RECORDED = [float(x) for x in np.loadtxt(Path(__file__).parent / "recorded_norms.txt")]
 

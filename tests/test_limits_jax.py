@@ -16,7 +16,7 @@ import pytest
 import gradclip
 from conftest import version
 from gradclip import limits
-from gradclip.core.memory import HOST
+from gradclip.core.arithmetic import HOST
 
 if version("jax") is None or version("optax") is None:
     pytest.skip("jax or optax is not installed", allow_module_level=True)

@@ -14,7 +14,7 @@ import pytest
 
 import papers
 from gradclip.core import limits as core
-from gradclip.core.memory import HOST
+from gradclip.core.arithmetic import HOST
 
 SOURCE = Path(core.__file__).read_text()
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
+from gradclip.core.arithmetic import HOST
 from gradclip.core.decide import (
     Action,
     Fill,
@@ -26,7 +27,7 @@ from gradclip.core.decide import (
     factors,
 )
 from gradclip.core.exact import Scaled, ScaledArray, Total
-from gradclip.core.memory import HOST, Lesson
+from gradclip.core.memory import Lesson
 from gradclip.core.workers import Joint
 
 

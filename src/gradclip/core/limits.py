@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import numpy as np
 
+from gradclip.core.arithmetic import Arithmetic
 from gradclip.core.decide import check_clip_norm, real_number
 from gradclip.core.memory import Memory, Remembers
 
@@ -24,42 +25,6 @@ LearnFrom = Literal["clipped", "raw"]
 
 # Moments are of norms within these: their squares, and those of their last places, fit float64.
 _LEAST, _MOST = 2.0**-400, 2.0**400
-
-
-class Arithmetic(Protocol):
-    """What a framework must offer for its norms to be judged; names and meanings are NumPy's."""
-
-    def where(self, condition: Any, x: Any, y: Any) -> Any: ...
-
-    def minimum(self, x: Any, y: Any) -> Any: ...
-
-    def maximum(self, x: Any, y: Any) -> Any: ...
-
-    def sqrt(self, x: Any) -> Any: ...
-
-    def log(self, x: Any) -> Any: ...
-
-    def exp(self, x: Any) -> Any: ...
-
-    def cast(self, x: Any, dtype: str) -> Any:
-        """Convert the values; to an integer towards 0."""
-
-    def full(self, shape: tuple[int, ...], value: float, dtype: str) -> Any: ...
-
-    def pick(self, x: Any, index: Any) -> Any:
-        """The element at an index of the last axis."""
-
-    def put(self, x: Any, index: Any, value: Any) -> Any:
-        """A copy in which the element at an index of the last axis is another."""
-
-    def earlier(self, x: Any, fill: float) -> Any:
-        """All elements of the last axis moved to the place before; ``fill`` comes last."""
-
-    def later(self, x: Any, fill: float) -> Any:
-        """All elements of the last axis moved to the place after; ``fill`` comes first."""
-
-    def column(self, x: Any) -> Any:
-        """With one more axis, the last, of length 1; a number of no axes may stay what it is."""
 
 
 class Ruling(NamedTuple):

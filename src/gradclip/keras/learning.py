@@ -18,8 +18,9 @@ from typing import Any
 import keras
 import numpy as np
 
+from gradclip.core.arithmetic import HOST
 from gradclip.core.limits import Average, Limit, Percentile, PerTensor, ZScore
-from gradclip.core.memory import HOST, Lesson
+from gradclip.core.memory import Lesson
 
 _KINDS = {kind.__name__: kind for kind in (Average, Percentile, PerTensor, ZScore)}
 

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from gradclip.core.memory import HOST, Lesson
+from gradclip.core.arithmetic import HOST
+from gradclip.core.memory import Lesson
 
 PLACE = "tensorflow"  # of a state of tensors
 

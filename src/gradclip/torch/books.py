@@ -154,7 +154,9 @@ def _in_force(limit: float | Lesson) -> Any:
 
 def _stands_out(limit: float | Lesson, is_finite: bool) -> bool:
     """If a limit has the step skipped; what is not finite goes by the policy."""
-    return is_finite and isinstance(limit, Lesson) and bool(limit.skip)
+    if not isinstance(limit, Lesson) or not limit.kind.skips:
+        return False
+    return is_finite and bool(limit.skip)
 
 
 def _is_clipped(norm: Scaled, limit: float | Lesson, action: Action) -> bool:
