@@ -28,8 +28,8 @@ def limits_of_units(maximum: Callable[[Any, Any], Any], norms: Any, clipping: An
     return clipping * maximum(norms, eps)
 
 
-def check_units(clipping: Any, eps: Any) -> tuple[float, float]:
-    """The two as floats.
+def check_units(clipping: Any, eps: Any, name: str = "clipping") -> tuple[float, float]:
+    """The two, the first by the name that its user gave it, as floats.
 
     Raises:
         TypeError, ValueError: one is out of range or no real scalar.
@@ -37,4 +37,4 @@ def check_units(clipping: Any, eps: Any) -> tuple[float, float]:
     least = real_number("eps", eps)
     if not least > 0:
         raise ValueError(f"eps is {eps!r}; it must be above 0, or a weight of 0 stays 0 for ever")
-    return check_clip_norm(clipping, "clipping"), least
+    return check_clip_norm(clipping, name), least

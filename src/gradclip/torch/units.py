@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradclip.core.decide import check_clip_norm, factors
+from gradclip.core.decide import factors
+from gradclip.core.units import check_units, limits_of_units
 from gradclip.kernels import cpu
 from gradclip.kernels.cpu.arithmetic import ieee_arithmetic
 from gradclip.kernels.cpu.leaves import norms_of
@@ -63,7 +64,7 @@ def adaptive_clip_grad_(
     tensor([[1.5000, 2.0000],
             [0.0000, 0.5000]])
     """
-    clip_factor, eps = check_clip_norm(clip_factor, "clip_factor"), check_clip_norm(eps, "eps")
+    clip_factor, eps = check_units(clip_factor, eps, "clip_factor")
     given = listed(parameters, "parameters", [])
     places = [i for i, weight in enumerate(given.tensors) if weight.grad is not None]
     weights = [given.tensors[i].detach() for i in places]
@@ -102,7 +103,7 @@ def _clip_here_(
     memory = _units_of([g for _, g in pairs])
     norms, *_ = norms_of(memory)
     sizes = norms_of(_units_of([w for w, _ in pairs]))[0].floats()
-    found = factors(norms, clip_factor * np.maximum(sizes, eps))
+    found = factors(norms, limits_of_units(np.maximum, sizes, clip_factor, eps))
     found.significand[~np.isfinite(norms.significand) | np.isnan(sizes)] = np.nan
     if not found.are_one():
         cpu.scale_each(memory, memory, found, None)
@@ -122,7 +123,7 @@ def _units_of(tensors: Sequence[Tensor]) -> cpu.Leaves:
 
 def _clip_there_(weight: Tensor, grad: Tensor, clip_factor: float, eps: float) -> None:
     """On another device, by PyTorch's operations."""
-    limit = clip_factor * _norms(weight).clamp(min=eps)
+    limit = limits_of_units(torch.clamp_min, _norms(weight), clip_factor, eps)
     norm = _norms(grad)
     factor = torch.where(norm <= limit, torch.ones_like(norm), limit / norm)
     factor = torch.where(norm.isinf(), torch.full_like(norm, torch.nan), factor)
