@@ -44,6 +44,7 @@ class Limit(Remembers):
     """
 
     _memory: Memory = field(default_factory=Memory, init=False, repr=False, compare=False)
+    State: ClassVar[Any]  # of its states, a NamedTuple
     skips: ClassVar[bool] = False  # if it may have a step skipped
     per_tensor: ClassVar[bool] = False  # if each tensor is judged by itself
 
@@ -126,6 +127,8 @@ class ZScore(Limit):
     >>> print(gradient.round(3))
     [4.174]
     """
+
+    State: ClassVar[Any] = ZScoreState
 
     z: float = 2.5
     decay: float = 0.97
@@ -226,6 +229,8 @@ class Percentile(Limit):
     [5.]
     """
 
+    State: ClassVar[Any] = PercentileState
+
     p: float = 10.0
     history: int = 10_000
     factor: float = 1.0
@@ -303,6 +308,8 @@ class Average(Limit):
     >>> print(gradient)
     [8.]
     """
+
+    State: ClassVar[Any] = AverageState
 
     factor: float
     decay: float = 0.98
@@ -385,6 +392,11 @@ class PerTensor(Limit):
                 f"kind is {self.kind!r}; one tensor that stands out cannot have a step of all "
                 'skipped: beyond is "shrink", "edge" or "mean"'
             )
+
+    @property
+    def State(self) -> Any:  # type: ignore[override]  # noqa: N802
+        """That of its kind."""
+        return self.kind.State
 
     def begin(self, ops: Arithmetic, shape: tuple[int, ...] = ()) -> Any:
         return self.kind.begin(ops, shape)

@@ -18,7 +18,7 @@ from gradclip.kernels.traced.clip import clip, clip_learning
 from gradclip.tensorflow import eager
 from gradclip.tensorflow.derivative import grouped, pulled_back
 from gradclip.tensorflow.leaf import checked, is_slices, tensor_of
-from gradclip.tensorflow.limits import PLACE
+from gradclip.tensorflow.limits import LIMIT, PLACE, SKIP, Packing
 from gradclip.tensorflow.operations import Operations
 
 
@@ -97,68 +97,63 @@ class Call:
 class Learning(Call):
     """A clip by a limit that learns.
 
-    In a graph its ``limits`` are the state, and behind the values come out the limit, if the step
-    is to be skipped, and the state after it. In eager mode there is none: the lesson knows.
+    In a graph its ``limits`` are what is packed of it, and so is what comes out behind the values.
+    In eager mode nothing goes in: the lesson knows.
     """
 
     lesson: Lesson
+    packing: Packing
 
     @property
     def outputs(self) -> list[tuple[Any, Any]]:
         """Dtype and shape of what comes out."""
-        keys = self.lesson.keys
-        shape = () if keys is None else (len(keys),)
-        found = [(tf.float64, shape), (tf.bool, shape)]
-        return [*super().outputs, *found, *((each.dtype, each.shape) for each in self.limits)]
+        return [*super().outputs, *((each.dtype, each.shape) for each in self.limits)]
 
     @property
     def label(self) -> str:
         """By which a graph finds the gradient of a callback."""
-        return f"GradclipLearning_{self.policy}_{len(self.limits)}"
+        return f"GradclipLearning_{self.policy}"
 
     def on_host(self, tensors: Sequence[Any], limits: Sequence[Any]) -> list[Any]:
         """What comes out, of eager tensors."""
-        arrays = [each.numpy() for each in limits]
-        lesson = self._lesson([each if each.shape else each.item() for each in arrays], None)
-        return [*self._by_host(tensors, Clip, lesson), *self._found(lesson)]
+        known = [self.packing.of_array(each.numpy()) for each in limits]
+        lesson = self._lesson(known, None)
+        new = self._by_host(tensors, Clip, lesson)
+        return [*new, tf.constant(self.packing.array(*_found(lesson)))]
 
     def by_operations(self, tensors: Sequence[Any], limits: Sequence[Any]) -> list[Any]:
         """The same by TensorFlow's own operations."""
-        lesson = self._lesson(limits, PLACE)
+        known = [self.packing.of_tensor(each).state for each in limits]
+        lesson = self._lesson(known, PLACE)
         new = clip_learning(Operations(), _pairs(tensors), lesson, self.policy, PLACE)
-        return [*new, *self._found(lesson)]
+        return [*new, self.packing.tensor(*_found(lesson))]
 
-    def _lesson(self, state: Sequence[Any], place: Any) -> Lesson:
+    def _lesson(self, known: Sequence[Any], place: Any) -> Lesson:
         """The lesson, or the same one from a state that was read before."""
-        if not state:
+        if not known:
             return self.lesson
         lesson, memory = self.lesson, Memory()
-        blank = lesson.kind.begin(Operations(), ())
-        memory.state, memory.keys, memory.place = type(blank)(*state), lesson.keys, place
+        memory.state, memory.keys, memory.place = known[0], lesson.keys, place
         return Lesson(lesson.kind, lesson.keys, memory)
-
-    def _found(self, lesson: Lesson) -> list[Any]:
-        found = [
-            tf.convert_to_tensor(lesson.in_force, tf.float64),
-            tf.convert_to_tensor(lesson.skip),
-        ]
-        return [*found, *(lesson.after if self.limits else ())]
 
     def pulled_back(
         self, inputs: Sequence[Any], results: Sequence[Any], wide: Any, changes: Sequence[Any]
     ) -> list[Any]:
         """The gradient with respect to the inputs, as if the limit were a number."""
         tensors, state = self.parted(inputs)
-        place = len(super().outputs)
-        if results[place].shape.rank:
+        packed = results[-1]
+        if packed.shape.rank > 1:
             raise NotImplementedError(
                 "a clip of each tensor by a limit of its own has no gradient: clip outside of the "
                 "tape, or by one limit for all tensors"
             )
-        limit, skip, *_ = results[place:]
-        limit = tf.where(skip, tf.zeros_like(limit), limit)
-        new = pulled_back(tensors, limit, [], self.policy, wide, changes[:place])
+        limit = tf.where(packed[SKIP] > 0, tf.zeros_like(packed[LIMIT]), packed[LIMIT])
+        new = pulled_back(tensors, limit, [], self.policy, wide, changes[: len(results) - 1])
         return [*new[:-1], *(None for _ in state)]
+
+
+def _found(lesson: Lesson) -> tuple[Any, Any, Any]:
+    return lesson.in_force, lesson.skip, lesson.after
 
 
 def call_of(clip: Clip) -> Call:
@@ -170,7 +165,8 @@ def call_of(clip: Clip) -> Call:
                 f"use_norm is given, and clip_norm is {clip.clip_norm!r}: in a graph or under a "
                 "tape it learns from the norm that it measures"
             )
-        return Learning(clip, clip.on_nonfinite, tensors, [], clip.clip_norm)
+        packing = Packing.of(clip.clip_norm)
+        return Learning(clip, clip.on_nonfinite, tensors, [], clip.clip_norm, packing)
     return Call(clip, clip.on_nonfinite, tensors, _limits_of(clip))
 
 

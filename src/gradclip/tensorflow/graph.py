@@ -115,18 +115,21 @@ def _clipped(call: Call) -> list[Any]:
         return _recorded(call)[: 2 + len(call.clip.leaves)]
     lesson = call.lesson
     home = None if lesson.passed else home_of(lesson)
-    state = lesson.begin(Operations(), PLACE) if home is None else home.here()
-    results = _recorded(replace(call, limits=list(state)))
-    count = 2 + len(call.clip.leaves)
-    limit, skip, *after = results[count:]
     if home is None:
-        lesson.keep(Ruling(limit, skip, None, type(state)(*after)))
+        state = lesson.begin(Operations(), PLACE)
+        nothing = tf.zeros_like(state.count, tf.float64)
+        known = call.packing.tensor(nothing, nothing, state)
     else:
-        home.put(after)
-        home.limit = limit
-        # Its variables live as long as what was traced.
+        known = home.packed.read_value()
+    *results, packed = _recorded(replace(call, limits=[known]))
+    if home is None:
+        limit, skip, after = call.packing.of_tensor(packed)
+        lesson.keep(Ruling(limit, skip, None, after))
+    else:
+        home.packed.assign(packed)
+        # Its variable lives as long as what was traced.
         tf.compat.v1.add_to_collection("gradclip limits", home)
-    return results[:count]
+    return results
 
 
 def _recorded(call: Call, *, elsewhere: bool = False) -> list[Any]:
@@ -241,5 +244,4 @@ def _register(kind: Any, policy: str, count: int, *more: Any) -> None:
 for _policy in ("nan", "zero", "keep"):
     for _count in (1, 2):
         _register(Call, _policy, _count)
-    for _count in (2, 3):  # what a limit has learnt
-        _register(Learning, _policy, _count, None)
+    _register(Learning, _policy, 1, None, None)

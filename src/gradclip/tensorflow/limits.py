@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -15,15 +15,87 @@ from gradclip.core.memory import Lesson
 PLACE = "tensorflow"  # of a state of tensors
 
 
+# The places of these in what is packed; behind them comes the state.
+LIMIT, SKIP = 0, 1
+
+
+class Packed(NamedTuple):
+    """What is known of a limit after a step."""
+
+    limit: Any  # that was in force
+    skip: Any
+    state: Any
+
+
+class Packing(NamedTuple):
+    """How the limit, if a step is to be skipped, and the state go into one array of float64.
+
+    It is one variable, and one thing that goes into a callback and comes out: each takes its time.
+    """
+
+    kind: Any  # of states
+    widths: tuple[int, ...]  # how many numbers each part of a state has, of each tensor
+    dtypes: tuple[str, ...]
+    are_vectors: tuple[bool, ...]
+
+    @classmethod
+    def of(cls, lesson: Lesson) -> Packing:
+        """That of a limit's state."""
+        blank = lesson.kind.State(*map(np.asarray, lesson.kind.begin(HOST)))
+        return cls(
+            type(blank),
+            tuple(each.size for each in blank),
+            tuple(each.dtype.name for each in blank),
+            tuple(each.ndim > 0 for each in blank),
+        )
+
+    def array(self, limit: Any, skip: Any, state: Any) -> Any:
+        """Packed, of the host."""
+        parts = [np.asarray(each)[..., None] for each in (limit, skip)]
+        for each, is_vector in zip(state, self.are_vectors, strict=True):
+            parts.append(np.asarray(each) if is_vector else np.asarray(each)[..., None])
+        return np.concatenate(parts, -1, dtype=np.float64)
+
+    def of_array(self, packed: Any) -> Any:
+        """The state, of the host."""
+        found, place = [], 2
+        for width, dtype, is_vector in zip(self.widths, self.dtypes, self.are_vectors, strict=True):
+            part = packed[..., place : place + width] if is_vector else packed[..., place]
+            array = part.astype(dtype)
+            found.append(array if array.ndim else array.item())
+            place += width
+        return self.kind(*found)
+
+    def tensor(self, limit: Any, skip: Any, state: Any) -> Any:
+        """Packed, by TensorFlow's operations."""
+        singles = (False, False, *self.are_vectors)
+        wide = [tf.cast(each, tf.float64) for each in (limit, skip, *state)]
+        pairs = zip(wide, singles, strict=True)
+        return tf.concat([x if is_vector else x[..., None] for x, is_vector in pairs], -1)
+
+    def of_tensor(self, packed: Any) -> Packed:
+        """Unpacked, by TensorFlow's operations."""
+        found, place = [], 2
+        for width, dtype, is_vector in zip(self.widths, self.dtypes, self.are_vectors, strict=True):
+            part = packed[..., place : place + width] if is_vector else packed[..., place]
+            found.append(tf.cast(part, dtype))
+            place += width
+        return Packed(packed[..., LIMIT], packed[..., SKIP] > 0, self.kind(*found))
+
+
 class Variables(tf.Module):  # type: ignore[misc]
     """The state of a limit as `core.memory.Home` has it, which tf.train.Checkpoint saves too."""
 
-    def __init__(self, state: Any, shape: tuple[int, ...], begin: Callable[[], Any]) -> None:
+    def __init__(self, packing: Packing, state: Any, begin: Callable[[], Any]) -> None:
         super().__init__(name="limit")
-        self._kind, self._blank = type(state), begin
-        names = state._fields
-        self.state = [_variable(value, name) for value, name in zip(state, names, strict=True)]
-        self.in_force = _variable(np.full(shape, np.nan), "limit")
+        self.packing, self._blank = packing, begin
+        with tf.name_scope(""):  # not that of the call which happens to be the first
+            first = self._begun(begin() if state is None else state)
+            self.packed = tf.Variable(first, trainable=False, name="learnt")
+
+    def _begun(self, state: Any) -> Any:
+        limit = np.full(np.shape(state.count), np.nan)
+        return self.packing.array(limit, np.zeros_like(limit), state)
 
     def is_at(self, place: Any) -> bool:
         """If it is with tensors."""
@@ -31,37 +103,31 @@ class Variables(tf.Module):  # type: ignore[misc]
 
     def here(self) -> Any:
         """The state as tensors."""
-        return self._kind(*(variable.read_value() for variable in self.state))
+        return self.packing.of_tensor(self.packed.read_value()).state
 
     def put(self, state: Any) -> None:
-        """Assign another."""
-        for variable, value in zip(self.state, state, strict=True):
-            variable.assign(value)
+        """Assign another, of the same limit."""
+        known = self.packing.of_tensor(self.packed.read_value())
+        self.packed.assign(self.packing.tensor(known.limit, known.skip, state))
 
     def read(self) -> Any:
         """The state of the host."""
         with tf.init_scope():
-            arrays = [variable.numpy() for variable in self.state]
-        return self._kind(*(each if each.shape else each.item() for each in arrays))
+            return self.packing.of_array(self.packed.numpy())
 
     def write(self, state: Any) -> None:
         """Assign one of the host."""
         with tf.init_scope():
-            self.put(self._blank() if state is None else state)
+            self.packed.assign(self._begun(self._blank() if state is None else state))
 
     @property
     def limit(self) -> Any:
         """A tensor, of what is in force now."""
-        return self.in_force.read_value()
+        return self.packed.read_value()[..., LIMIT]
 
     @limit.setter
     def limit(self, limit: Any) -> None:
-        self.in_force.assign(limit)
-
-
-def _variable(value: Any, name: str) -> Any:
-    with tf.name_scope(""):  # not that of the call which happens to be the first
-        return tf.Variable(np.asarray(value), trainable=False, name=name)
+        self.packed[..., LIMIT].assign(limit)
 
 
 def home_of(lesson: Lesson) -> Variables:
@@ -86,8 +152,7 @@ def home_of(lesson: Lesson) -> Variables:
             )
         if not isinstance(memory.home, Variables):
             begin = partial(lesson.kind.begin, HOST, shape)
-            state = memory.on_host()
-            memory.home = Variables(begin() if state is None else state, shape, begin)
+            memory.home = Variables(Packing.of(lesson), memory.on_host(), begin)
             memory.state, memory.keys = None, lesson.keys
     return memory.home
 
