@@ -645,7 +645,7 @@ def numbers_in(rows: Any) -> Any:
     return rows
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_norms_and_factors_of_each_by_operations_of_xla_have_the_same_bits() -> None:
     from gradclip.jax import xla
 
@@ -747,7 +747,13 @@ UNITS = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64", "complex64"])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        "float32",
+        *(pytest.param(x, marks=pytest.mark.long) for x in ("bfloat16", "float64", "complex64")),
+    ],
+)
 def test_units_are_clipped_one_by_one(dtype: str) -> None:
     rng = np.random.default_rng(0)
 

@@ -23,7 +23,7 @@ import gradclip
 import gradclip.tensorflow as gtf
 from gradclip import limits
 
-XLA = pytest.param("xla", marks=pytest.mark.slow)  # compiling takes seconds
+XLA = pytest.param("xla", marks=pytest.mark.long)  # compiling takes seconds
 GRAPHS = ["graph", XLA]
 
 
@@ -213,7 +213,7 @@ def test_traces_and_eager_calls_share_one_state() -> None:
     assert state["average"] == pytest.approx(expected["average"], rel=1e-12)
 
 
-@pytest.mark.parametrize("mode", GRAPHS)
+@pytest.mark.parametrize("mode", ["graph", pytest.param("xla", marks=pytest.mark.slow)])
 def test_each_executed_step_teaches_once(mode: str) -> None:
     kind = limits.Percentile(50)
     weights = tf.Variable([1.0, 2.0])
@@ -281,7 +281,7 @@ checkpoint.write(path)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["ZScore(warmup=3)", "PerTensor(limits.Percentile(40))"])
 def test_a_checkpoint_goes_on_to_the_bit_in_a_new_process(kind: str, tmp_path: Any) -> None:
     code = RESUMED.replace("{kind}", kind)

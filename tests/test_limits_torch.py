@@ -293,6 +293,7 @@ def test_copies_and_what_is_saved_go_on_to_the_bit(name: str) -> None:
             assert other.state_dict() == clipper.state_dict()
 
 
+@pytest.mark.long
 def test_a_new_process_goes_on_to_the_bit(tmp_path: Path) -> None:
     code = """
 import sys, torch, gradclip.torch

@@ -394,7 +394,7 @@ class PerTensor(Limit):
             )
 
     @property
-    def State(self) -> Any:  # type: ignore[override]  # noqa: N802
+    def State(self) -> Any:  # noqa: N802
         """That of its kind."""
         return self.kind.State
 
