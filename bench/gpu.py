@@ -316,8 +316,8 @@ def binaries(target: Any) -> Iterator[tuple[str, dict[str, Any], Any]]:
     small = {"SMALL": cuda.SMALL}
     tiles = small | {"TILE": cuda.TILE}
     for kernel, constants in (
-        (cuda.measure, tiles | {"PROGRAMS": cuda.MOST_PROGRAMS, "WIDE": False}),
-        (cuda.measure, tiles | {"PROGRAMS": cuda.MOST_PROGRAMS, "WIDE": True}),
+        (cuda.measure, tiles | {"PROGRAMS": cuda.MOST_PROGRAMS, "WIDE": False, "KIND": 0}),
+        (cuda.measure, tiles | {"PROGRAMS": cuda.MOST_PROGRAMS, "WIDE": True, "KIND": 0}),
         (cuda.share, small),
         (cuda.rewrite, tiles),
     ):

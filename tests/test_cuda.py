@@ -8,7 +8,6 @@ import json
 import math
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,7 @@ from gradclip.kernels.gpu import triton as cuda
 from gradclip.numpy import backend as numpy_backend
 from gradclip.torch import backend, devices, gpu, pointers
 from gradclip.torch.books import There
-from host_torch import HostMemory, Moving, torch_there
+from host_torch import Counted, HostMemory, Moving, mutated, refuse_to_wait, torch_there
 
 NAMES = ["float16", "bfloat16", "float32", "complex64", "float64", "complex128"]
 NARROW = [DTYPES[name] for name in NAMES[:4]]
@@ -251,21 +250,6 @@ def test_a_nan_of_any_bits_is_counted(bits: int) -> None:
 # ---- what a call costs ----
 
 
-class Counted(HostMemory):
-    """Memory that writes down what is asked of it."""
-
-    launched: list[str] = []  # noqa: RUF012
-    sent_rows: list[int] = []  # noqa: RUF012
-
-    def launch(self, kernel: Any, programs: int, args: Any, **constants: int) -> None:
-        self.launched.append(kernel.fn.__name__)
-        super().launch(kernel, programs, args, **constants)
-
-    def sent(self, words: Any, *, again: bool) -> Any:
-        self.sent_rows.append(len(words) // 3)
-        return super().sent(words, again=again)
-
-
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> type[Counted]:
     monkeypatch.setattr(gpu, "Memory", Counted)
@@ -290,15 +274,9 @@ def test_two_launches_and_one_table_for_as_long_as_the_pointers_stay(
     assert counted.launched[8:] == ["measure"]
 
 
-def refuse_to_wait(*_: Any) -> None:
-    raise AssertionError("the host waits for the device")
-
-
 @pytest.fixture
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("__float__", "__bool__", "__int__", "item", "tolist", "cpu", "numpy"):
-        monkeypatch.setattr(torch.Tensor, name, refuse_to_wait)
-    monkeypatch.setattr(HostMemory, "received", refuse_to_wait)
+    refuse_to_wait(monkeypatch)
 
 
 @pytest.mark.usefixtures("_no_waiting")
@@ -724,21 +702,6 @@ def test_the_checks_that_a_device_is_to_pass_before_it_is_timed(
 
 
 # ---- mutations ----
-
-
-def mutated(folder: Path, old: str, new: str, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The kernels, of another source: a copy of the folder that they and their parts are in."""
-    name = f"mutated_{folder.name}"
-    package = shutil.copytree(Path(cuda.__file__).parent, folder / name)
-    found = 0
-    for file in package.rglob("*.py"):
-        source = file.read_text()
-        found += source.count(old)
-        source = source.replace("from gradclip.kernels.gpu.", f"from {name}.")
-        file.write_text(source.replace(old, new))
-    assert found == 1
-    monkeypatch.syspath_prepend(folder)
-    return importlib.import_module(f"{name}.triton")
 
 
 def check_midpoints() -> None:

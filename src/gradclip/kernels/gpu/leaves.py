@@ -20,10 +20,12 @@ import numpy.typing as npt
 
 from gradclip.core.exact import FLOAT32, FLOAT64, Scaled, Total, norm, total_of
 from gradclip.core.held import Clip, Held
+from gradclip.core.memory import Lesson
 from gradclip.core.workers import Joint
 from gradclip.kernels.gpu import triton as cuda
 from gradclip.kernels.gpu.device.decision import POLICIES, SCALE
 from gradclip.kernels.gpu.device.numbers import AT_F32, AT_F64, BITS, NONE
+from gradclip.kernels.gpu.learning import Judge, judging
 
 Words = npt.NDArray[np.int64]
 
@@ -48,8 +50,21 @@ class Memory(Protocol):
     def is_capturing(self) -> bool:
         """If what is launched is only recorded, to be run again and again."""
 
+    @property
+    def place(self) -> Any:
+        """What tells the device from all others, of all frameworks."""
+
     def zeros(self, words: int) -> Any:
         """Memory of so many words of 8 bytes, all 0."""
+
+    def empty(self, words: int) -> Any:
+        """Memory of so many words of 8 bytes."""
+
+    def part(self, buffer: Any, start: int, shape: tuple[int, ...], *, real: bool) -> Any:
+        """A view of some of the words: as float64 if they are ``real``, else as int64."""
+
+    def assign(self, target: Any, source: Any) -> None:
+        """Write the bits of one array to another of the same shape and dtype."""
 
     def sent(self, words: Words, *, again: bool) -> Any:
         """A copy on the device, made without waiting for it; ``again`` whenever it is replayed."""
@@ -82,6 +97,7 @@ class Ledger(NamedTuple):
 
 
 _NO_LEDGER = Ledger()
+_BY_NUMBER = Judge()
 
 
 class _Table(NamedTuple):
@@ -169,7 +185,9 @@ class Leaves(Held):
 
     def _clip(self, runs: Runs, clip: Clip) -> Any:
         """Clip what lies in runs, the leaves or new ones of the same elements."""
-        limit, given = clip.limits(self)
+        limit, given = clip.clip_norm, clip.given(self)
+        if not isinstance(limit, Lesson):
+            limit, _ = clip.limits(self)
         check = partial(clip.check, self) if clip.may_refuse else None
         return runs.clip_(limit, clip.policy, given=given, check=check, **clip.into)
 
@@ -216,15 +234,17 @@ class Runs(NamedTuple):
     ) -> Any:
         """Clip where the leaves lie; the norm, as a new scalar on the device or in ``norm``.
 
-        ``limit``, and the norm if it is ``given``, are floats or what `Memory.locate` finds.
+        ``limit``, and the norm if it is ``given``, are floats or what `Memory.locate` finds; or it
+        is a lesson.
         ``check`` is shown the norm before anything is written, and may raise.
         """
         memory = self.memory
         norm = memory.scalar(wide=self.wide) if norm is None else norm
-        limits = (*self._scalar(limit), *self._scalar(given))
-        with _prepared(self) as (table, scratch):
+        number = None if isinstance(limit, Lesson) else limit
+        limits = (*self._scalar(number), *self._scalar(given))
+        with _prepared(self) as (table, scratch), judging(memory, limit) as judge:
             args = (memory.address(norm), *limits, POLICIES[policy], *ledger)
-            self._measure(table, scratch, args, nothing=given is not None)
+            self._measure(table, scratch, args, judge, nothing=given is not None)
             if check is not None:
                 check(norm)
             self._rewrite(table, scratch, (-1, 0, 0))
@@ -274,14 +294,22 @@ class Runs(NamedTuple):
         return AT_F64 if wide else AT_F32, address
 
     def _measure(
-        self, table: _Table, scratch: int, args: tuple[int, ...], *, nothing: bool = False
+        self,
+        table: _Table,
+        scratch: int,
+        args: tuple[int, ...],
+        judge: Judge = _BY_NUMBER,
+        *,
+        nothing: bool = False,
     ) -> None:
+        kind, *addresses = judge
         chunks = 0 if nothing else table.chunks
         self.memory.launch(
             cuda.measure,
             _programs(self.memory, chunks, cuda.MEASURES),
-            (self.memory.address(table.buffer), chunks, table.depth, scratch, *args),
+            (self.memory.address(table.buffer), chunks, table.depth, scratch, *args, *addresses),
             WIDE=self.wide,
+            KIND=kind,
             TILE=cuda.TILE,
             SMALL=cuda.SMALL,
             PROGRAMS=cuda.MOST_PROGRAMS,
