@@ -365,7 +365,7 @@ def test_chunks_cover_every_element_once_and_long_ones_are_aligned(programs: int
         at += -at % 16 + int(rng.integers(9)) * int(item[kind])
         spans.append((at, length, kind))
         at += length * 8 + 64
-    rows, size = gpu_leaves.chunked(np.array(spans, np.int64), programs)
+    rows, leaf, size = gpu_leaves.chunked(np.array(spans, np.int64), programs)
     assert size % cuda.TILE == 0
     assert rows[:, 1].max() <= size
     assert (rows[:, 1] > 0).all()

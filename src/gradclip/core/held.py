@@ -155,9 +155,17 @@ class Clip:
         else:
             norm, each = held.measure_each()
             found = Measured(norm)
-        if len(each.exponent) < len(self.leaves):
-            raise ValueError("a leaf is listed twice, and limits.PerTensor would clip it twice")
+        self.check_once(len(each.exponent))
         return found, each
+
+    def check_once(self, count: int) -> None:
+        """Refuse leaves that are not as many as those that are held.
+
+        Raises:
+            ValueError: one is listed twice.
+        """
+        if count < len(self.leaves):
+            raise ValueError("a leaf is listed twice, and limits.PerTensor would clip it twice")
 
     def judged(self, norm: Scaled, each: ScaledArray | None, limit: float | Lesson) -> Action:
         """What is to be done to leaves of this norm, and each of one of its own, by a limit."""

@@ -257,6 +257,8 @@ class There(_Counts):
         # A fused optimizer that divides by the scale divides by the factor at no cost. Without a
         # scale it would write each gradient back for it, clipped or not.
         folds = step.is_of_one_list and step.grad_scale is not None and can_be_told(step.optimizer)
+        folds = folds and not any(lesson.per_tensor for lesson in step.lessons)
+        _check_once(step)
         self._is_open = True
         for number, limit in enumerate(limits):
             self._clip(step, number, limit, folds=folds)
@@ -313,6 +315,19 @@ class _Noted(Clip):
     ) -> None:
         super().__init__(gradients.tensors, gradients.path, limit, None, on_nonfinite)
         self.into = into
+
+
+def _check_once(step: Step) -> None:
+    """Refuse gradients that are listed twice to be clipped each by itself, before one is written.
+
+    Raises:
+        ValueError: one is.
+    """
+    for gradients, limit in zip(step.lists, step.limits(), strict=True):
+        if isinstance(limit, Lesson) and limit.per_tensor:
+            held: Any = gradients.held()
+            with held.runs() as runs:
+                Clip(gradients.tensors, gradients.path).check_once(runs.number)
 
 
 def _address(amp: Tensor | None) -> int:

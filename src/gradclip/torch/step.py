@@ -100,8 +100,6 @@ class Step:
     def _may_be_left_to_a_device(self) -> bool:
         if self.part is not None or self.device is None or not devices.has_triton(self.device):
             return False
-        if any(limit.per_tensor for limit in self.max_norm.learning):
-            return False
         # The host waits in any case to raise: for all lists, before one is written. So it does
         # where it, or the norm of another list, decides about a step.
         waits = self.on_nonfinite == "raise"

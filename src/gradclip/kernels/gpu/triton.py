@@ -32,10 +32,10 @@ from gradclip.kernels.gpu.device.memory import (
     int64_at,
     pointer,
 )
-from gradclip.kernels.gpu.device.numbers import float64_of, joined, scalar, split, to_24_bits
+from gradclip.kernels.gpu.device.numbers import float64_of, joined, scalar, split
 from gradclip.kernels.gpu.device.root import carry, clear, root_of_total
 from gradclip.kernels.gpu.device.scaling import rewrite_chunks
-from gradclip.kernels.gpu.device.squares import sum_squares
+from gradclip.kernels.gpu.device.squares import ends, sum_squares
 
 # Elements that one program takes at a time; fewer at a chunk's end, and for exact sums, which need
 # many registers.
@@ -112,12 +112,8 @@ def _certified(
         other=0.0,
         volatile=True,
     )
-    # An addition errs by 2^-53 of the sum at the most (Higham, section 4.2), whatever the
-    # order: in a lane, of the lanes, of the programs; the rest is for what follows here.
-    sum_of_squares = tl.sum(shares, 0)
-    bound = (depth + TILE + SMALL + PROGRAMS + 32).to(tl.float64) * 1.1102230246251565e-16
-    low = to_24_bits(tl.sqrt(sum_of_squares * (1 - bound)))
-    high = to_24_bits(tl.sqrt(sum_of_squares * (1 + bound)))
+    # Additions in a lane, of the lanes, of the programs.
+    low, high = ends(tl.sum(shares, 0), depth + TILE + SMALL + PROGRAMS)
     significand, exponent = split(high)
     if low < high:
         add_exactly(table, scratch + 8 * TOTAL, 0, 1, chunks, SMALL)
