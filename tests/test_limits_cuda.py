@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import importlib
 import math
 import os
 import pickle
 import re
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -18,8 +21,11 @@ import pytest
 
 import gradclip
 import papers
-from conftest import _torch_read, version
+from cases import DTYPES, near_midpoints
+from compare import assert_same_bits
+from conftest import _torch_read, _torch_tensor, version
 from gradclip import limits
+from gradclip.core import exact
 from gradclip.core.memory import HOST
 
 if version("torch") is None or version("triton") is None:
@@ -32,11 +38,12 @@ import triton.language as tl
 
 import gradclip.torch as gtorch
 from gradclip.kernels.gpu import learning
+from gradclip.kernels.gpu import each as each_leaf
 from gradclip.kernels.gpu import leaves as gpu_leaves
 from gradclip.kernels.gpu.device.limits import copy_rule, judge
-from gradclip.torch import devices, gpu, pointers
+from gradclip.torch import backend, devices, gpu, pointers
 from gradclip.torch.books import There
-from host_torch import Counted, HostMemory, refuse_to_wait, torch_there
+from host_torch import Counted, HostMemory, mutated, refuse_to_wait, torch_there
 
 taken = pointers.taken  # before a fixture has replaced it
 
@@ -129,6 +136,7 @@ def columns(lanes: int, steps: int) -> list[list[float]]:
         [10.0**k for k in range(max(steps, 300))],
         [1.0, math.nan, 0.0, math.inf, 2.0] * steps,
         [math.inf, math.nan, 0.0, *[3.0, 4.0] * steps],
+        [*(1e-9 * (1 + k % 3 / 10) for k in range(19)), 1e-7, *[1e-9] * steps],
     ]
     drawn = [papers.norms_of(seed, steps) for seed in range(lanes)]
     return [norms[:steps] for norms in [*hostile, *drawn][:lanes]]
@@ -241,7 +249,7 @@ DOORS = {"new": gradclip.clip_by_global_norm, "in place": in_place, "PyTorch's":
 
 def same(ones: Any, others: Any) -> None:
     for one, other in zip(ones, others, strict=True):
-        np.testing.assert_array_equal(_torch_read(one), _torch_read(other))
+        assert_same_bits(_torch_read(one), _torch_read(other), nan_payload=False)
 
 
 @pytest.mark.usefixtures("there")
@@ -531,3 +539,369 @@ def test_the_limit_of_a_number_is_told_too() -> None:
     parameter.grad = torch.tensor([3.0, 4.0])
     optimizer.step()
     assert clipper.limit == 3
+
+
+# ---- each tensor by itself ----
+
+TENSORS = [limits.PerTensor(kind) for kind in (SOME[0], SOME[2], limits.Average(1.05, 0.9, 3))]
+
+
+def several(seed: int, names: str = "float32") -> list[Any]:
+    """Gradients of several sizes and kinds, one of them empty and one of zeros."""
+    rng = np.random.default_rng(seed)
+    sizes = [7, 0, 5000, 3, 2, 1]
+    kinds = [torch.float32, torch.float32, torch.float32, torch.bfloat16, torch.float32]
+    kinds.append(torch.float16 if names == "float32" else torch.float64)
+    found = []
+    for size, kind in zip(sizes, kinds, strict=True):
+        values = rng.standard_normal(size) * rng.lognormal(0, 1.5)
+        found.append(torch.tensor(values).to(kind))
+    found[4].zero_()
+    return found
+
+
+@pytest.mark.usefixtures("there")
+@pytest.mark.parametrize("names", ["float32", pytest.param("float64", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", TENSORS, ids=repr)
+def test_tensors_are_clipped_as_by_the_host(kind: Any, names: str) -> None:
+    one, other = fresh(kind), fresh(kind)
+    for step in range(8):
+        ones = several(step, names)
+        if step == 5:
+            ones[0][0] = math.nan
+        if step == 6:
+            ones[2] *= 1e-30
+        others = [each.clone() for each in ones]
+        if step % 2:
+            norm = gradclip.clip_by_global_norm_(ones, one)
+        else:
+            ones, norm = gradclip.clip_by_global_norm(ones, one)
+        with here():
+            wanted = gradclip.clip_by_global_norm_(others, other)
+        same([*ones, norm], [*others, wanted])
+        assert isinstance(one.last_limit, torch.Tensor)
+        assert one.last_limit.tolist() == other.last_limit.tolist()
+    assert one.state_dict() == other.state_dict()
+    assert max(each["count"] for _, each in one.state_dict()["tensors"]) == 7
+
+
+@pytest.mark.usefixtures("there")
+def test_tensors_of_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(each_leaf, "BLOCK", 4)
+    for kind in TENSORS:
+        one, other = fresh(kind), fresh(kind)
+        for step in range(5):
+            ones, others = several(step), several(step)
+            gradclip.clip_by_global_norm_(ones, one)
+            with here():
+                gradclip.clip_by_global_norm_(others, other)
+            same(ones, others)
+        assert one.state_dict() == other.state_dict()
+
+
+@pytest.mark.usefixtures("there")
+@pytest.mark.parametrize("policy", ["nan", "zero", "keep", None])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_where_one_tensor_is_not_finite_all_go_its_way(value: float, policy: Any) -> None:
+    limit = limits.PerTensor(limits.Average(1.05, warmup=1))
+    for step in range(2):
+        gradclip.clip_by_global_norm_(several(step), limit)
+    known = limit.state_dict()
+    found = []
+    for place in (contextlib.nullcontext, here):
+        parameters = [torch.nn.Parameter(torch.zeros_like(each)) for each in several(2)]
+        for parameter, each in zip(parameters, several(2), strict=True):
+            parameter.grad = each
+        parameters[3].grad[1] = value
+        other = fresh(limit)
+        other.load_state_dict(known)
+        with place():
+            gtorch.clip_grad_norm_(parameters, other, on_nonfinite=policy)
+        assert other.state_dict() == known
+        found.append([parameter.grad for parameter in parameters])
+    same(*found)
+
+
+def test_three_launches_and_no_wait(
+    counted: type[Counted], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit, leaves = fresh(TENSORS[2]), several(0)
+    parameters = [torch.nn.Parameter(torch.zeros_like(leaf)) for leaf in leaves]
+    for parameter, leaf in zip(parameters, leaves, strict=True):
+        parameter.grad = leaf
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    clipper = gtorch.attach(optimizer, fresh(limit))
+    with monkeypatch.context() as patched:
+        refuse_to_wait(patched)
+        for _ in range(3):
+            counted.launched.clear()
+            gradclip.clip_by_global_norm(leaves, limit)
+            gradclip.clip_by_global_norm_(leaves, limit)
+            optimizer.step()
+            assert counted.launched == ["measure_each", "decide_each", "rewrite_each"] * 3
+            _ = limit.last_limit, clipper.limit, clipper.norm, clipper.factor
+    assert dict(limit.state_dict()["tensors"])[0]["count"] == 6
+
+
+@pytest.mark.usefixtures("there")
+def test_norms_of_tensors_between_two_numbers_are_added_exactly() -> None:
+    """The certificate fails: of one leaf, or of all together."""
+    rng = np.random.default_rng(3)
+    for leaves in near_midpoints(rng, DTYPES["float32"], 4):
+        ones = [_torch_tensor(each) for each in leaves]
+        for tensors in (ones, [torch.cat([x.ravel() for x in ones])]):
+            whole, each = backend.hold(tensors, str, writable=False).measure_each()
+            with here():
+                wanted = backend.hold(tensors, str, writable=False).measure_each()
+            assert whole == wanted[0]
+            for found, right in zip(each, wanted[1], strict=True):
+                np.testing.assert_array_equal(found, right)
+
+
+@pytest.mark.usefixtures("there")
+@pytest.mark.parametrize("scaler", [False, True])
+@pytest.mark.parametrize(
+    "kind", [TENSORS[0], TENSORS[2], [TENSORS[1], limits.ZScore(warmup=2)]], ids=repr
+)
+def test_attach_clips_tensors_as_on_the_host(kind: Any, scaler: bool) -> None:
+    clipper, found, weights = trained(kind, fused=scaler, scaler=scaler, policy="zero")
+    assert isinstance(clipper._books, There)
+    with here():
+        _, wanted, others = trained(kind, fused=scaler, scaler=scaler, policy="zero")
+    rtol = 1e-5 if scaler else 0  # a global factor is folded into the step by the host
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(one[0], other[0], rtol=rtol)
+        for ours, theirs in zip(flat(one[1]), flat(other[1]), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=rtol)
+        np.testing.assert_allclose(one[2], other[2], rtol=rtol)
+        assert one[3] == other[3]
+        assert rtol or str(one[4]) == str(other[4])
+    for one, other in zip(weights, others, strict=True):
+        np.testing.assert_allclose(one, other, rtol=rtol, atol=rtol)
+    assert clipper.clipped_steps > 0
+
+
+def flat(told: Any) -> list[Any]:
+    """Limits of each list, or of the one that there is."""
+    return list(told) if isinstance(told, tuple) else [told]
+
+
+@pytest.mark.usefixtures("there")
+def test_a_fused_step_with_a_nan_is_skipped_and_no_tensor_learns() -> None:
+    clipper, found, _ = trained(TENSORS[2], fused=True, scaler=False, policy="skip")
+    assert isinstance(clipper._books, There)
+    with here():
+        _, wanted, _ = trained(TENSORS[2], fused=True, scaler=False, policy="skip")
+    for one, other in zip(found, wanted, strict=True):
+        assert one[3] == other[3]
+    assert clipper.skipped_steps == 2
+
+
+@pytest.mark.usefixtures("there")
+def test_tensors_that_come_and_go_keep_what_they_have_learnt() -> None:
+    def run(place: Any) -> Any:
+        limit = limits.PerTensor(limits.Average(1.05, warmup=1))
+        for step in range(6):
+            leaves: list[Any] = several(step)
+            if step % 3 == 1:
+                leaves[2] = None
+            with place():
+                gradclip.clip_by_global_norm_(leaves, limit)
+        return limit.state_dict()
+
+    assert run(contextlib.nullcontext) == run(here)
+
+
+@pytest.mark.usefixtures("there")
+def test_a_gradient_listed_twice_is_refused_before_one_is_written() -> None:
+    text = "a leaf is listed twice, and limits.PerTensor would clip it twice"
+    leaf = torch.tensor([3.0, 4.0])
+    with pytest.raises(ValueError, match=f"^{text}$"):
+        gradclip.clip_by_global_norm_([leaf, leaf], limits.PerTensor(SOME[3]))
+    assert leaf.tolist() == [3.0, 4.0]
+    parameters = [torch.nn.Parameter(torch.zeros(2)) for _ in range(3)]
+    groups = [{"params": parameters[:1]}, {"params": parameters[1:]}]
+    gtorch.attach(
+        optimizer := torch.optim.SGD(groups, lr=1.0), [1.0, limits.PerTensor(limits.Percentile())]
+    )
+    parameters[0].grad = torch.tensor([3.0, 4.0])
+    parameters[1].grad = parameters[2].grad = leaf
+    with pytest.raises(ValueError, match=f"^{text}$"):
+        optimizer.step()
+    assert parameters[0].grad.tolist() == [3.0, 4.0]
+
+
+@pytest.mark.usefixtures("there")
+def test_tensors_where_the_host_decides() -> None:
+    """To raise it has to see the norms; and factors come from it."""
+    parameters = [torch.nn.Parameter(torch.zeros_like(each)) for each in several(0)]
+    optimizer = torch.optim.SGD(parameters, lr=1.0)
+    clipper = gtorch.attach(
+        optimizer, limits.PerTensor(limits.Average(1.05, warmup=1)), on_nonfinite="raise"
+    )
+    other = limits.PerTensor(limits.Average(1.05, warmup=1))
+    for step in range(3):
+        for parameter, each in zip(parameters, several(step), strict=True):
+            parameter.grad = each
+        wanted = several(step)
+        optimizer.step()
+        with here():
+            gradclip.clip_by_global_norm_(wanted, other)
+        same([parameter.grad for parameter in parameters], wanted)
+        assert clipper.limit.tolist() == other.last_limit.tolist()
+    held = backend.hold(several(1), str, writable=False)
+    factors = exact.ScaledArray.of(map(exact.Scaled.of, (0.5, 1.0, 0.25, 1.0, 1.0, 2.0)))
+    wanted = [each * factor for each, factor in zip(several(1), factors.floats(), strict=True)]
+    same(held.scaled_each(factors), wanted)
+
+
+def test_an_error_between_two_launches_leaves_no_sums(
+    counted: type[Counted], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit, leaves = (
+        limits.PerTensor(limits.Percentile()),
+        [torch.tensor([3.0]), torch.tensor([4.0])],
+    )
+
+    def fail(self: Any, kernel: Any, *args: Any, **constants: int) -> None:
+        if kernel.fn.__name__ == "decide_each":
+            raise KeyboardInterrupt
+        HostMemory.launch(self, kernel, *args, **constants)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(counted, "launch", fail)
+        with pytest.raises(KeyboardInterrupt):
+            gradclip.clip_by_global_norm_(leaves, limit)
+    assert gradclip.clip_by_global_norm_(leaves, limit) == 5
+    assert limit.last_limit.tolist() == [3.0, 4.0]
+
+
+# ---- mutations ----
+
+Z, Z_MEAN, Z_SKIP, Z_RAW, Z_LOG = (KINDS[place] for place in (0, 2, 3, 4, 5))
+LATEST, MEAN, ADAGC = KINDS[7], KINDS[10], EACH[-1]
+
+RULES: dict[str, tuple[str, str, Any]] = {
+    "not shrunk": ("(z / tl.where(outlier, score, z))", "1.0", Z),
+    "never the mean": ("tl.where(beyond == _MEAN, mean, ", "tl.where(beyond == 9, mean, ", Z_MEAN),
+    "small norms do not stand out": ("tl.minimum(size / 1000, micro)", "micro", Z),
+    "a step that is skipped teaches": ("teaches & (skip == 0)", "teaches", Z_SKIP),
+    "no step is skipped": (
+        "tl.where(beyond == _SKIP, z, float",
+        "tl.where(beyond == 9, z, float",
+        Z_SKIP,
+    ),
+    "another variance": ("later_var = decay * var +", "later_var = var +", Z),
+    "another variance in the warm-up": ("* (x - early_mean) - var", "* (x - mean) - var", Z),
+    "the constant is passed over": ("tl.minimum(allowed, constant)", "allowed", Z_RAW),
+    "raw norms are not learnt": ("tl.where(raw == 0, bound, x)", "bound", Z_RAW),
+    "a limit of logarithms": ("allowed = tl.exp(bound)", "allowed = bound", Z_LOG),
+    "an average of what is not clipped": ("tl.minimum(x, allowed), x)", "x, x)", MEAN),
+    "another average in the warm-up": (
+        "average + (x - average) / (count + 1)",
+        "x / (count + 1)",
+        MEAN,
+    ),
+    "the latest of the warm-up": (
+        "tl.minimum(average, clipped), clipped",
+        "clipped, clipped",
+        ADAGC,
+    ),
+    "another leaves": ("tl.where(here < oldest, here", "tl.where(here <= oldest, here", LATEST),
+    "no interpolation": ("tl.minimum(below + 1, last)", "below", LATEST),
+    "what teaches nothing is put down": ("tl.where(teaches, x, ring)", "x", LATEST),
+    "inf teaches": ("(norm > 0) & (norm < below)", "norm > 0", MEAN),
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(x, marks=[pytest.mark.slow] * takes_one(kind))
+        for x, (*_, kind) in RULES.items()
+    ],
+)
+def test_a_mutation_of_a_rule_is_seen(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new, kind = RULES[name]
+    mutated(tmp_path, old, new, monkeypatch)
+    rules = importlib.import_module(f"mutated_{tmp_path.name}.device.limits")
+    with (
+        mock.patch.object(sys.modules[__name__], "judge", rules.judge),
+        pytest.raises(AssertionError),
+    ):
+        check_rule(kind, each=kind is ADAGC)
+
+
+def check_tensors() -> None:
+    limit, other = fresh(TENSORS[2]), fresh(TENSORS[2])
+    for step in range(6):
+        ones, others = several(step), several(step)
+        if step == 4:
+            ones[0][0] = others[0][0] = math.inf
+        found = gradclip.clip_by_global_norm_(ones, limit)
+        with here():
+            wanted = gradclip.clip_by_global_norm_(others, other)
+        same([*ones, found], [*others, wanted])
+    assert limit.state_dict() == other.state_dict()
+
+
+def check_twice() -> None:
+    """The second call finds what the first has left."""
+    leaves, limit = (
+        [torch.tensor([3.0]), torch.tensor([4.0])],
+        limits.PerTensor(limits.Percentile(100)),
+    )
+    for _ in range(2):
+        assert gradclip.clip_by_global_norm_(leaves, limit) == 5
+
+
+OF_EACH: dict[str, tuple[str, str, Callable[[], None]]] = {
+    "no certificate": (
+        "(low < high).to(tl.int64)",
+        "(low > high).to(tl.int64)",
+        test_norms_of_tensors_between_two_numbers_are_added_exactly,
+    ),
+    "no certificate of all": (
+        "    if high > low:",
+        "    if high < low:",
+        test_norms_of_tensors_between_two_numbers_are_added_exactly,
+    ),
+    "no bound": (
+        "ends(sums, depth + end - first)",
+        "ends(sums, (end - first) * 0 - 32)",
+        test_norms_of_tensors_between_two_numbers_are_added_exactly,
+    ),
+    "the sums not cleared": (
+        "        tl.store(float64_at(sums_at, leaf), tl.zeros([BLOCK], tl.float64), mask=inside)\n",
+        "",
+        check_twice,
+    ),
+    "each by its own norm in the warm-up": (
+        "            own = tl.where(learnt, own, significand)\n",
+        "",
+        check_tensors,
+    ),
+    "inf in one leaf is of that leaf": ("tl.where(finite, todo, action)", "todo", check_tensors),
+    "every leaf by the factor of the first": (
+        "by = tl.load(float64_at(room, leaf))",
+        "by = tl.load(float64_at(room, 0))",
+        check_tensors,
+    ),
+}
+
+
+@pytest.mark.usefixtures("there")
+@pytest.mark.parametrize("name", OF_EACH)
+def test_a_mutation_of_what_is_done_to_each_is_seen(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new, noticing = OF_EACH[name]
+    noticing()
+    mutated(tmp_path, old, new, monkeypatch)
+    kernels = importlib.import_module(f"mutated_{tmp_path.name}.each")
+    with mock.patch.object(gpu_leaves, "each", kernels), pytest.raises(AssertionError):
+        noticing()
+    gpu_leaves._tables.clear()
+    gpu_leaves._scratch.clear()

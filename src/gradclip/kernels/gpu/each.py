@@ -32,7 +32,7 @@ from gradclip.kernels.gpu.device.root import root_of_total
 from gradclip.kernels.gpu.device.scaling import rewrite_chunk
 from gradclip.kernels.gpu.device.squares import ends, sum_chunk
 
-BLOCK = 1024  # leaves that are judged at a time
+BLOCK = 256  # leaves that are judged at a time
 
 # Words of a room, of each leaf and then of all.
 OF_LEAF, OF_ALL, TOTAL_WORDS = 3, 2, WORDS.value + 2
@@ -130,7 +130,7 @@ def _certified_each(
                     _put(room, leaves, each, significand_of, exponent_of)
     low, high = ends(whole, depth + chunks + leaves)
     significand, exponent = split(high)
-    if low < high:
+    if high > low:
         significand, exponent = _exactly(table, scratch, 0, chunks, SMALL)
     return significand, exponent
 
