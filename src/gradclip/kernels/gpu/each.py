@@ -230,7 +230,7 @@ def _judge_all(
     )
 
 
-@triton.jit(do_not_specialize=list(range(14)))
+@triton.jit(do_not_specialize=list(range(15)))
 def decide_each(
     table: tl.int64, chunks: tl.int64, leaves: tl.int64, depth: tl.int64, scratch: tl.int64,
     room: tl.int64, norm_at: tl.int64, policy: tl.int64,
