@@ -371,8 +371,10 @@ def test_chunks_cover_every_element_once_and_long_ones_are_aligned(programs: int
     assert (rows[:, 1] > 0).all()
     long = rows[rows[:, 1] >= cuda.TILE]
     assert not (long[:, 0] % 16).any()
-    for at, length, kind in spans:
-        mine = rows[(rows[:, 0] >= at) & (rows[:, 0] < at + max(length, 1) * item[kind])]
+    for number, (at, length, kind) in enumerate(spans):
+        within = (rows[:, 0] >= at) & (rows[:, 0] < at + max(length, 1) * item[kind])
+        assert (leaf[within] == number).all()
+        mine = rows[within]
         assert mine[:, 1].sum() == length
         mine = mine[mine[:, 0].argsort()]
         ends = mine[:, 0] + mine[:, 1] * item[kind]

@@ -162,7 +162,7 @@ def _rooted_each(table, chunks, leaves, scratch, room):
     wide = _first_chunks(table, chunks) + 8 * (leaves + 1)
     totals = _sums(room, leaves)
     whole = tl.zeros([256], tl.int64)
-    for each in range(0, leaves):
+    for each in range(leaves):
         values = _taken(totals + 8 * _TOTAL_WORDS * each)
         whole += values
         if tl.load(int64_at(wide, each)) > 0:
@@ -194,7 +194,7 @@ def _judge_all(
     finite = significand < 1
     copy_rule(before, after)
     if KIND == PERCENTILE:
-        for each in range(0, leaves):
+        for each in range(leaves):
             place = tl.full([], 0, tl.int64) + each
             one, its = _norm_of(room, leaves, place, True, scale, WIDE)
             judge(before, after, leaves, place, True, joined(one, its), whole, steps, KIND, True)

@@ -305,7 +305,8 @@ class Runs(NamedTuple):
         memory, norm = self.memory, self.memory.scalar(wide=self.wide)
         with _prepared(self, _table_of_each) as (table, scratch):
             self._measure_each(table, scratch, norm, "keep", _NO_LEDGER, _BY_NUMBER)
-            words = memory.part(table.room, 0, (each.OF_LEAF * self.number + each.OF_ALL,), real=False)
+            count = each.OF_LEAF * self.number + each.OF_ALL
+            words = memory.part(table.room, 0, (count,), real=False)
             found = memory.received(words)
         significands, exponents, _ = found[: -each.OF_ALL].reshape(each.OF_LEAF, -1)
         significand, exponent = found[-each.OF_ALL :]
@@ -410,13 +411,13 @@ class Runs(NamedTuple):
             TILE=cuda.TILE,
             SMALL=cuda.SMALL,
         )
-        words, factor, begins, _, *amp = ledger
-        books = words, factor, begins, *amp
+        books = ledger._asdict()
+        del books["folds"]  # into one division only one factor goes
+        args = (*own, table.depth, scratch, room, memory.address(norm), POLICIES[policy])
         memory.launch(
             each.decide_each,
             1,
-            (*own, table.depth, scratch, room, memory.address(norm), POLICIES[policy])
-            + (*books, *addresses),
+            (*args, *books.values(), *addresses),
             WIDE=self.wide,
             KIND=kind,
             SMALL=cuda.SMALL,

@@ -71,6 +71,7 @@ def _finish(
         copy_rule(before, after)
         first = tl.full([], 0, tl.int64)
         limit, _, skip = judge(before, after, 1, first, True, norm, norm, steps, KIND, False)
+        skip = skip & (significand < 1)  # what is not finite goes by the policy
     action, factor, shift = decide(significand, exponent, tl.where(skip, 0.0, limit), policy)
     if steps:
         if WIDE:

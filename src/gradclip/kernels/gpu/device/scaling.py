@@ -67,18 +67,12 @@ def rewrite_chunk(
     # Tiles of as many bytes whatever the kind: each thread writes 16.
     address, length, kind = chunk_of(table, chunk)
     if kind == F16:
-        _rewrite_chunk(
-            address, length, action, significand, exponent, F16, USUAL, TILE // 2, SMALL
-        )
+        _rewrite_chunk(address, length, action, significand, exponent, F16, USUAL, TILE // 2, SMALL)
     elif kind == BF16:
         _rewrite_chunk(
             address, length, action, significand, exponent, BF16, USUAL, TILE // 2, SMALL
         )
     elif kind == F32:
-        _rewrite_chunk(
-            address, length, action, significand, exponent, F32, USUAL, TILE // 4, SMALL
-        )
+        _rewrite_chunk(address, length, action, significand, exponent, F32, USUAL, TILE // 4, SMALL)
     else:
-        _rewrite_chunk(
-            address, length, action, significand, exponent, F64, USUAL, TILE // 8, SMALL
-        )
+        _rewrite_chunk(address, length, action, significand, exponent, F64, USUAL, TILE // 8, SMALL)
