@@ -325,11 +325,10 @@ def binaries(target: Any) -> Iterator[tuple[str, dict[str, Any], Any]]:
         (cuda.measure, tiles | of_all | {"WIDE": True, "KIND": 0}),
         (cuda.share, small),
         (cuda.rewrite, tiles),
-        *((cuda.measure, tiles | of_all | {"KIND": kind}) for kind in (1, 2, 3, 4)),
+        (cuda.measure, tiles | of_all | {"KIND": 2}),
         (each.measure_each, tiles | {"WIDE": False}),
-        (each.measure_each, tiles | {"WIDE": True}),
-        *((each.decide_each, small | of_each | {"KIND": kind}) for kind in (1, 4)),
-        (each.decide_each, small | of_each | {"WIDE": True, "KIND": 3}),
+        (each.decide_each, small | of_each | {"KIND": 3}),
+        (each.decide_each, small | of_each | {"WIDE": True, "KIND": 4}),
         (each.rewrite_each, tiles),
     ):
         names = kernel.arg_names

@@ -681,7 +681,7 @@ print(json.dumps([amd, gpu.compiled()]))
     assert done.returncode == 0, done.stderr
     amd, loops = json.loads(done.stdout.splitlines()[-1])
     assert amd[:4] == ["measure", "measure", "share", "rewrite"]
-    assert len(amd) == 14
+    assert amd[4:] == ["measure", "measure_each", "decide_each", "decide_each", "rewrite_each"]
     for sm in (80, 90):
         mine = [loop for loop in loops if loop["sm"] == sm]
         read = {loop["elements"] for loop in mine if loop["kernel"] == "measure"}
