@@ -57,10 +57,13 @@ def lay_out(values: Any, layout: str) -> Any:
 
 
 class Array(cupy.ndarray):
-    """A scalar that is read without a driver."""
+    """An array that is read without a driver."""
 
     def __float__(self) -> float:
         return float(view(self))
+
+    def tolist(self) -> Any:
+        return view(self).tolist()
 
 
 class Stream:
@@ -109,9 +112,12 @@ class Memory(words.Memory):
     def zeros(self, words: int) -> Any:
         return self.kept(array(np.zeros(words, np.int64)))
 
+    def empty(self, words: int) -> Any:
+        return self.kept(array(np.empty(words, np.int64), kind=Array))
+
     def sent(self, words: Any, *, again: bool) -> Any:
         assert again == self.is_capturing
-        return self.kept(array(words.copy()))
+        return self.kept(array(words.copy(), kind=Array))
 
     def received(self, buffer: Any) -> Any:
         return view(buffer).copy()

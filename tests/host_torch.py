@@ -1,18 +1,23 @@
 """Tensors of the CPU taken for those of a device, where the kernels run in Triton's interpreter.
 
-And a limit whose reading gives a tensor other memory.
+With what counts launches, refuses to wait, and changes a line of the kernels; and a limit whose
+reading gives a tensor other memory.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from gradclip.kernels.gpu import triton as cuda
 from gradclip.torch.gpu import Memory
 
 
@@ -50,6 +55,47 @@ def torch_there() -> Iterator[None]:
         patched.setattr("gradclip.torch.pointers.taken", lambda *_, **__: None)
         with np.errstate(all="ignore"):  # the interpreter calculates by NumPy
             yield
+
+
+class Counted(HostMemory):
+    """Memory that writes down what is asked of it."""
+
+    launched: list[str] = []  # noqa: RUF012
+    sent_rows: list[int] = []  # noqa: RUF012
+
+    def launch(self, kernel: Any, programs: int, args: Any, **constants: int) -> None:
+        self.launched.append(kernel.fn.__name__)
+        super().launch(kernel, programs, args, **constants)
+
+    def sent(self, words: Any, *, again: bool) -> Any:
+        self.sent_rows.append(len(words) // 3)
+        return super().sent(words, again=again)
+
+
+def refuse_to_wait(patched: pytest.MonkeyPatch) -> None:
+    """From here on it is an error if the host waits for a tensor."""
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("the host waits for the device")
+
+    for name in ("__float__", "__bool__", "__int__", "item", "tolist", "cpu", "numpy"):
+        patched.setattr(torch.Tensor, name, refuse)
+    patched.setattr(HostMemory, "received", refuse)
+
+
+def mutated(folder: Path, old: str, new: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The kernels, of another source: a copy of the folder that they and their parts are in."""
+    name = f"mutated_{folder.name}"
+    package = shutil.copytree(Path(cuda.__file__).parent, folder / name)
+    found = 0
+    for file in package.rglob("*.py"):
+        source = file.read_text()
+        found += source.count(old)
+        source = source.replace("from gradclip.kernels.gpu.", f"from {name}.")
+        file.write_text(source.replace(old, new))
+    assert found == 1
+    monkeypatch.syspath_prepend(folder)
+    return importlib.import_module(f"{name}.triton")
 
 
 class Moving(float):

@@ -8,7 +8,6 @@ import json
 import math
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,7 @@ from gradclip.kernels.gpu import triton as cuda
 from gradclip.numpy import backend as numpy_backend
 from gradclip.torch import backend, devices, gpu, pointers
 from gradclip.torch.books import There
-from host_torch import HostMemory, Moving, torch_there
+from host_torch import Counted, HostMemory, Moving, mutated, refuse_to_wait, torch_there
 
 NAMES = ["float16", "bfloat16", "float32", "complex64", "float64", "complex128"]
 NARROW = [DTYPES[name] for name in NAMES[:4]]
@@ -251,21 +250,6 @@ def test_a_nan_of_any_bits_is_counted(bits: int) -> None:
 # ---- what a call costs ----
 
 
-class Counted(HostMemory):
-    """Memory that writes down what is asked of it."""
-
-    launched: list[str] = []  # noqa: RUF012
-    sent_rows: list[int] = []  # noqa: RUF012
-
-    def launch(self, kernel: Any, programs: int, args: Any, **constants: int) -> None:
-        self.launched.append(kernel.fn.__name__)
-        super().launch(kernel, programs, args, **constants)
-
-    def sent(self, words: Any, *, again: bool) -> Any:
-        self.sent_rows.append(len(words) // 3)
-        return super().sent(words, again=again)
-
-
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> type[Counted]:
     monkeypatch.setattr(gpu, "Memory", Counted)
@@ -290,15 +274,9 @@ def test_two_launches_and_one_table_for_as_long_as_the_pointers_stay(
     assert counted.launched[8:] == ["measure"]
 
 
-def refuse_to_wait(*_: Any) -> None:
-    raise AssertionError("the host waits for the device")
-
-
 @pytest.fixture
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("__float__", "__bool__", "__int__", "item", "tolist", "cpu", "numpy"):
-        monkeypatch.setattr(torch.Tensor, name, refuse_to_wait)
-    monkeypatch.setattr(HostMemory, "received", refuse_to_wait)
+    refuse_to_wait(monkeypatch)
 
 
 @pytest.mark.usefixtures("_no_waiting")
@@ -387,14 +365,16 @@ def test_chunks_cover_every_element_once_and_long_ones_are_aligned(programs: int
         at += -at % 16 + int(rng.integers(9)) * int(item[kind])
         spans.append((at, length, kind))
         at += length * 8 + 64
-    rows, size = gpu_leaves.chunked(np.array(spans, np.int64), programs)
+    rows, leaf, size = gpu_leaves.chunked(np.array(spans, np.int64), programs)
     assert size % cuda.TILE == 0
     assert rows[:, 1].max() <= size
     assert (rows[:, 1] > 0).all()
     long = rows[rows[:, 1] >= cuda.TILE]
     assert not (long[:, 0] % 16).any()
-    for at, length, kind in spans:
-        mine = rows[(rows[:, 0] >= at) & (rows[:, 0] < at + max(length, 1) * item[kind])]
+    for number, (at, length, kind) in enumerate(spans):
+        within = (rows[:, 0] >= at) & (rows[:, 0] < at + max(length, 1) * item[kind])
+        assert (leaf[within] == number).all()
+        mine = rows[within]
         assert mine[:, 1].sum() == length
         mine = mine[mine[:, 0].argsort()]
         ends = mine[:, 0] + mine[:, 1] * item[kind]
@@ -688,8 +668,10 @@ os.environ["TRITON_INTERPRET"] = "0"
 sys.path.insert(0, sys.argv[1])
 import gpu
 from triton.backends.compiler import GPUTarget
+from gradclip.kernels.gpu import each
 from gradclip.kernels.gpu import triton as cuda
-for kernel in (cuda.measure, cuda.share, cuda.rewrite):  # else some calls would compile anew
+of_each = (each.measure_each, each.decide_each, each.rewrite_each)
+for kernel in (cuda.measure, cuda.share, cuda.rewrite, *of_each):  # else some compile anew
     passed = [each for each in kernel.params if not each.is_constexpr]
     assert all(each.annotation_type == "i64" and each.do_not_specialize for each in passed)
 amd = [name for name, *_ in gpu.binaries(GPUTarget("hip", "gfx942", 64))]
@@ -698,7 +680,8 @@ print(json.dumps([amd, gpu.compiled()]))
     done = run_python(program, str(BENCH))
     assert done.returncode == 0, done.stderr
     amd, loops = json.loads(done.stdout.splitlines()[-1])
-    assert amd == ["measure", "measure", "share", "rewrite"]
+    assert amd[:4] == ["measure", "measure", "share", "rewrite"]
+    assert amd[4:] == ["measure", "measure_each", "decide_each", "decide_each", "rewrite_each"]
     for sm in (80, 90):
         mine = [loop for loop in loops if loop["sm"] == sm]
         read = {loop["elements"] for loop in mine if loop["kernel"] == "measure"}
@@ -724,21 +707,6 @@ def test_the_checks_that_a_device_is_to_pass_before_it_is_timed(
 
 
 # ---- mutations ----
-
-
-def mutated(folder: Path, old: str, new: str, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The kernels, of another source: a copy of the folder that they and their parts are in."""
-    name = f"mutated_{folder.name}"
-    package = shutil.copytree(Path(cuda.__file__).parent, folder / name)
-    found = 0
-    for file in package.rglob("*.py"):
-        source = file.read_text()
-        found += source.count(old)
-        source = source.replace("from gradclip.kernels.gpu.", f"from {name}.")
-        file.write_text(source.replace(old, new))
-    assert found == 1
-    monkeypatch.syspath_prepend(folder)
-    return importlib.import_module(f"{name}.triton")
 
 
 def check_midpoints() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import os
+import pickle
 import re
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +21,13 @@ import oracle
 from cases import DTYPES, Case
 from compare import assert_leaves, assert_norm, assert_same_bits, expected_of
 from conftest import some_quick, version
-from gradclip import IndexedSlices, clip_by_global_norm, clip_by_global_norm_, global_norm
+from gradclip import (
+    IndexedSlices,
+    clip_by_global_norm,
+    clip_by_global_norm_,
+    global_norm,
+    limits,
+)
 from gradclip._clip import act_, survey
 from gradclip.core.decide import Fill, Scale
 from gradclip.core.exact import Scaled
@@ -38,6 +46,13 @@ from gradclip.kernels.gpu.launch import Reserve
 from host_cupy import lay_out, make, read
 
 NAMES = ["float16", "bfloat16", "float32", "float64", "complex64", "complex128"]
+
+LEARNING: list[Any] = [
+    limits.ZScore(2.0, 0.9, 3, beyond="skip"),
+    limits.Percentile(60, 3),
+    limits.Average(1.1, 0.9, 2),
+    limits.PerTensor(limits.Average(1.1, 0.9, 2)),
+]
 
 pytestmark = pytest.mark.usefixtures("on_cupy")
 
@@ -178,6 +193,47 @@ def test_a_limit_is_checked_where_it_is_read() -> None:
     with raises(ValueError, "use_norm is -1; a norm is never negative"):
         clip_by_global_norm_([leaf], 1, -1)
     assert read(leaf).tolist() == [3, 4]
+
+
+@pytest.mark.parametrize("kind", LEARNING, ids=repr)
+def test_a_limit_that_learns_goes_on_where_the_arrays_are(kind: Any) -> None:
+    one, other = copy.deepcopy(kind), copy.deepcopy(kind)
+    for number, norm in enumerate((3.0, 4.0, 3.5, 50.0, math.nan, 0.0, 2.0, 60.0)):
+        values = [np.float32([0.6 * norm, 0]), np.float32([[0.8 * norm]])]
+        leaves = list(map(make, values))
+        if number % 2:
+            found = clip_by_global_norm_(leaves, one)
+        else:
+            leaves, found = clip_by_global_norm(leaves, one)
+        assert_norm(read(found)[()], clip_by_global_norm_(values, other))
+        for leaf, value in zip(leaves, values, strict=True):
+            assert_same_bits(read(leaf), value, nan_payload=False)
+        assert isinstance(one.last_limit, cupy.ndarray)
+        assert read(one.last_limit).tolist() == np.asarray(other.last_limit).tolist()
+    assert one.state_dict() == other.state_dict()
+    assert pickle.loads(pickle.dumps(one)).state_dict() == other.state_dict()
+
+
+@pytest.mark.slow
+def test_each_array_is_clipped_by_itself_wherever_it_is() -> None:
+    """With gaps, as rows that are added by the host, of float64; and where the host decides."""
+    one, other = (limits.PerTensor(limits.Average(1.1, 0.9, 1)) for _ in range(2))
+    rng = np.random.default_rng(0)
+    for step in range(6):
+        rows = np.array([0, 2, 2 if step % 2 else 1])
+        values = [rng.standard_normal((4, 3)).astype(np.float32) * 10.0**step for _ in range(2)]
+        slices = rng.standard_normal((3, 2)).astype(np.float32)
+        wide = rng.standard_normal(5).astype(np.float64 if step == 3 else np.float32)
+        leaves = [lay_out(values[0], "strided"), make(values[1]), make(wide)]
+        leaves.append(IndexedSlices(make(slices), make(rows), (4, 2)))
+        wanted = [*values, wide, IndexedSlices(slices, rows, (4, 2))]
+        policy: Any = "raise" if step > 3 else "nan"
+        found = clip_by_global_norm_(leaves, one, on_nonfinite=policy)
+        assert_norm(read(found)[()], clip_by_global_norm_(wanted, other))
+        for leaf, value in zip(leaves, wanted, strict=True):
+            ours, theirs = (getattr(each, "values", each) for each in (leaf, value))
+            assert_same_bits(read(ours), theirs, nan_payload=False)
+    assert one.state_dict() == other.state_dict()
 
 
 # ---- NaN and inf ----
@@ -596,6 +652,7 @@ LAUNCHED = """
     from types import SimpleNamespace
     import cupy
     from gradclip.cupy import gpu as kernels
+    from gradclip.kernels.gpu import each
     from gradclip.kernels.gpu import triton as cuda
 
     calls = []
@@ -613,11 +670,15 @@ LAUNCHED = """
     cupy.cuda.Device, cupy.cuda.Module = Device, Module
     stream = SimpleNamespace(ptr=0)
     memory = kernels.Memory(0, stream)
-    sizes = {"TILE": cuda.TILE, "SMALL": cuda.SMALL}
+    tiles = {"TILE": cuda.TILE, "SMALL": cuda.SMALL}
+    sizes = {"PROGRAMS": cuda.MOST_PROGRAMS, **tiles}
     launches = [
-        (cuda.measure, 13, {"WIDE": False, "PROGRAMS": cuda.MOST_PROGRAMS, **sizes}),
-        (cuda.measure, 13, {"WIDE": True, "PROGRAMS": cuda.MOST_PROGRAMS, **sizes}),
-        (cuda.rewrite, 6, sizes),
+        (cuda.measure, 18, {"WIDE": False, "KIND": 0, **sizes}),
+        (cuda.measure, 18, {"WIDE": True, "KIND": 3, **sizes}),
+        (cuda.rewrite, 6, tiles),
+        (each.measure_each, 4, {"WIDE": False, **tiles}),
+        (each.decide_each, 15, {"WIDE": False, "KIND": 3, "SMALL": 512, "BLOCK": each.BLOCK}),
+        (each.rewrite_each, 6, tiles),
         (cuda.share, 4, {cuda.share.arg_names[-1]: cuda.SMALL}),
     ]
     for kernel, count, constants in launches:

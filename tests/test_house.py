@@ -30,6 +30,8 @@ ARROWS = {
     "limits": {"core.limits"},
     "core.": {"core."},
     "kernels.": {"kernels.", "core.exact", "core.held", "core.workers"},
+    "kernels.gpu.leaves": {"kernels.", "core.exact", "core.held", "core.memory", "core.workers"},
+    "kernels.gpu.learning": {"kernels.", "core.limits", "core.memory"},
     "numpy.": {"core.", "kernels.", "numpy."},
     "cupy.": {"core.", "kernels.", "cupy."},
     "jax.": {"core.", "kernels.", "jax."},

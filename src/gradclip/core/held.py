@@ -155,9 +155,17 @@ class Clip:
         else:
             norm, each = held.measure_each()
             found = Measured(norm)
-        if len(each.exponent) < len(self.leaves):
-            raise ValueError("a leaf is listed twice, and limits.PerTensor would clip it twice")
+        self.check_once(len(each.exponent))
         return found, each
+
+    def check_once(self, count: int) -> None:
+        """Refuse leaves that are not as many as those that are held.
+
+        Raises:
+            ValueError: one is listed twice.
+        """
+        if count < len(self.leaves):
+            raise ValueError("a leaf is listed twice, and limits.PerTensor would clip it twice")
 
     def judged(self, norm: Scaled, each: ScaledArray | None, limit: float | Lesson) -> Action:
         """What is to be done to leaves of this norm, and each of one of its own, by a limit."""
@@ -200,12 +208,17 @@ class Clip:
 
     def limits(self, held: Held) -> tuple[Any, Any]:
         """The limit, and the norm if it is given: floats, or what is in memory and not read."""
-        limit, given = self.clip_norm, self.use_norm
+        limit = self.clip_norm
         if not held.knows(limit):
             limit = check_clip_norm(limit, self.limit_name)
+        return limit, self.given(held)
+
+    def given(self, held: Held) -> Any:
+        """The norm if it is given: a float, or what is in memory and not read."""
+        given = self.use_norm
         if given is not None and not held.knows(given):
             given = float(check_use_norm(given, self.norm_name))
-        return limit, given
+        return given
 
     def check(self, held: Held, norm: Any) -> None:
         """Look at a norm that may have to be refused; the host waits for it.

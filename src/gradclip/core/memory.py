@@ -8,7 +8,7 @@ import sys
 import warnings
 import weakref
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
@@ -91,6 +91,10 @@ class Memory:
         if state is None or place is None:
             return state
         return type(state)(*(ops.constant(each, _dtype(each)) for each in state))
+
+    def is_at(self, place: Any) -> bool:
+        """If there is a state, and it lies there."""
+        return self.home is None and self.state is not None and self.place == place
 
     def keep(self, state: Any, place: Any) -> None:
         """Keep the state after a step."""
@@ -201,14 +205,32 @@ class Lesson:
 
     def begin(self, ops: Any, place: Any = None) -> Any:
         """The state to judge by, where the norms are."""
-        memory = self.memory
-        if self.keys is not None:
-            memory = _of_tensors(self.kind, memory, self.keys)
         self.place = place
-        state = memory.on(ops, place)
-        shape = () if self.keys is None else (len(self.keys),)
-        self.before = self.kind.begin(ops, shape) if state is None else state
+        state = self._memory().on(ops, place)
+        self.before = self.kind.begin(ops, self._shape) if state is None else state
         return self.before
+
+    def on_device(self, place: Any, send: Callable[[Any], Any]) -> Any:
+        """The state where a device judges by itself; sent there if it is not there yet.
+
+        Whoever has it judge sets `in_force` and `after`, and the device writes them.
+        """
+        self.place = place
+        memory = self._memory()
+        if memory.is_at(place):
+            self.before = memory.state
+        else:
+            state = memory.on_host()
+            self.before = send(self.kind.begin(HOST, self._shape) if state is None else state)
+        return self.before
+
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        return () if self.keys is None else (len(self.keys),)
+
+    def _memory(self) -> Memory:
+        """That of these tensors, if they are judged by themselves."""
+        return self.memory if self.keys is None else _of_tensors(self.kind, self.memory, self.keys)
 
     def keep(self, ruling: Any) -> None:
         """Take what has come of the norm."""

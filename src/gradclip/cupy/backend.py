@@ -14,7 +14,7 @@ from typing import Any
 import cupy
 import numpy as np
 
-from gradclip.core.exact import Scaled, Total, counts
+from gradclip.core.exact import Scaled, ScaledArray, Total, counts
 from gradclip.core.held import Clip
 from gradclip.core.sparse import IndexedSlices, check_rows, merged_rows
 from gradclip.core.workers import Workers, nobody, workers_of
@@ -132,6 +132,9 @@ class Leaves(gpu.Leaves):
     def sum_of_squares(self) -> Total:
         """The exact total, once the device has come so far."""
         return self.total()[0] if self.repeats else super().sum_of_squares()
+
+    def measure_each(self) -> tuple[Scaled, ScaledArray]:
+        return self._on_the_host().measure_each() if self.repeats else super().measure_each()
 
     def count_nonfinite(self, leaf: Any) -> tuple[int, int]:
         held = hold([leaf], str, writable=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
 import threading
 from collections import deque
@@ -45,6 +46,10 @@ class Memory(NamedTuple):
         return "cupy", self.device, self.stream.ptr, its
 
     @property
+    def place(self) -> Any:
+        return "cupy", self.device
+
+    @property
     def processors(self) -> int:
         return _processors(self.device)
 
@@ -57,6 +62,14 @@ class Memory(NamedTuple):
             _reserve.take()
         with on(self.device):
             return self.kept(cupy.zeros(words, np.int64))
+
+    def empty(self, words: int) -> Any:
+        with on(self.device):
+            return self.kept(cupy.empty(words, np.int64))
+
+    def part(self, buffer: Any, start: int, shape: tuple[int, ...], *, real: bool) -> Any:
+        words = buffer[start : start + math.prod(shape)]
+        return (words.view(np.float64) if real else words).reshape(shape)
 
     def sent(self, words: Any, *, again: bool) -> Any:
         pinned = _reserve.keep(words) if again else _of_pinned(len(words), words)

@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -200,14 +201,17 @@ _WORD = {"steps": _STEPS, "clipped_steps": _CLIPPED, "skipped_steps": _SKIPPED}
 class There(_Counts):
     """Books that a device keeps: it counts a step when it clips."""
 
-    __slots__ = ("_factors", "_is_open", "_memory", "_norms", "_words")
+    __slots__ = ("_factors", "_is_open", "_limits", "_memory", "_norms", "_numbers", "_words")
 
     def __init__(self, memory: Any, known: Known) -> None:
         super().__init__(known)
         lists = len(known.norms)
         self._memory = memory
         self._words: Tensor = memory.zeros(_WORDS)
-        self._factors: list[Tensor] = list(memory.zeros(lists).view(torch.float64).fill_(1.0))
+        pairs = memory.zeros(2 * lists).view(torch.float64).view(lists, 2)
+        self._factors: list[Tensor] = list(pairs[:, 0].fill_(1.0))
+        self._numbers: list[Tensor] = list(pairs[:, 1].fill_(math.nan))
+        self._limits: list[Tensor] = list(self._numbers)
         self._norms: list[Tensor] = [memory.scalar(wide=False).zero_() for _ in range(lists)]
         self._is_open = False  # if the latest step has been counted, and may not have been taken
 
@@ -224,6 +228,10 @@ class There(_Counts):
         """What gradients were multiplied by in it."""
         return _told(self._factors, per_group=per_group)
 
+    def limit(self, *, per_group: bool) -> Any:
+        """What was in force in it."""
+        return _limits_told([each.clone() for each in self._limits], per_group=per_group)
+
     def count(self, name: str) -> Tensor:
         """One of the counts, int64."""
         return self._words[_WORD[name]] + self.counts[name]
@@ -236,7 +244,11 @@ class There(_Counts):
         """All of it, read."""
         wide = any(norm.dtype is torch.float64 for norm in self._norms)
         return Known(
-            list(map(float, self._norms)), list(map(float, self._factors)), wide, self.state()
+            list(map(float, self._norms)),
+            list(map(float, self._factors)),
+            [np.array(each.tolist()) if each.dim() else float(each) for each in self._limits],
+            wide,
+            self.state(),
         )
 
     def clip(self, step: Step) -> Outcome:
@@ -245,6 +257,8 @@ class There(_Counts):
         # A fused optimizer that divides by the scale divides by the factor at no cost. Without a
         # scale it would write each gradient back for it, clipped or not.
         folds = step.is_of_one_list and step.grad_scale is not None and can_be_told(step.optimizer)
+        folds = folds and not any(lesson.per_tensor for lesson in step.lessons)
+        _check_once(step)
         self._is_open = True
         for number, limit in enumerate(limits):
             self._clip(step, number, limit, folds=folds)
@@ -252,9 +266,10 @@ class There(_Counts):
         words = self._words.view(torch.float32)
         if folds:
             told["grad_scale"] = words[2 * _DIVISOR]
-        if step.on_nonfinite == "skip":
+        if step.may_skip:
             told["found_inf"] = words[2 * _SKIPS]
-        return Outcome(stand_in=StandIn.of(step.optimizer, told) if told else None)
+        stand_in = StandIn.of(step.optimizer, told) if told else None
+        return Outcome(stand_in=stand_in, lessons=step.lessons)
 
     def _clip(self, step: Step, number: int, limit: Any, *, folds: bool) -> None:
         """Clip one list, and tell the device where its norm, and all that comes with it, go."""
@@ -274,6 +289,8 @@ class There(_Counts):
         )
         into = {"norm": self._norms[number], "ledger": ledger}
         held.clip_(_Noted(gradients, limit, step.on_nonfinite, into))
+        learns = isinstance(limit, Lesson)
+        self._limits[number] = limit.in_force if learns else self._numbers[number]
 
     def note(self, outcome: Outcome) -> None:
         """A step has been taken."""
@@ -298,6 +315,19 @@ class _Noted(Clip):
     ) -> None:
         super().__init__(gradients.tensors, gradients.path, limit, None, on_nonfinite)
         self.into = into
+
+
+def _check_once(step: Step) -> None:
+    """Refuse gradients that are listed twice to be clipped each by itself, before one is written.
+
+    Raises:
+        ValueError: one is.
+    """
+    for gradients, limit in zip(step.lists, step.limits(), strict=True):
+        if isinstance(limit, Lesson) and limit.per_tensor:
+            held: Any = gradients.held()
+            with held.runs() as runs:
+                Clip(gradients.tensors, gradients.path).check_once(runs.number)
 
 
 def _address(amp: Tensor | None) -> int:

@@ -78,8 +78,9 @@ class Clipper(hooks.Hooked):
             alike.
 
     On a GPU gradients are clipped before the step, by two launches for which the host does not
-    wait; a fused optimizer divides by the factor only where it divides by GradScaler's scale. It
-    also skips by itself, if it has one limit; for others that are to skip, the host waits.
+    wait, or three with `gradclip.limits.PerTensor`; a fused optimizer divides by the factor only
+    where it divides by GradScaler's scale. It also skips by itself, if it has one limit; for others
+    that are to skip, the host waits.
 
     ``norm``, ``limit``, ``factor``, ``steps``, ``clipped_steps`` and ``skipped_steps`` tell of it,
     in tensors; the first three of one element for each group if ``max_norm`` has. A step is counted

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -151,6 +152,10 @@ class Memory(NamedTuple):
         return self
 
     @property
+    def place(self) -> torch.device:
+        return self.device
+
+    @property
     def processors(self) -> int:
         return int(torch.cuda.get_device_properties(self.device).multi_processor_count)
 
@@ -163,6 +168,16 @@ class Memory(NamedTuple):
         if not self.is_capturing:
             _reserve.take()
         return torch.zeros(words, dtype=torch.int64, device=self.device)
+
+    def empty(self, words: int) -> Tensor:
+        return torch.empty(words, dtype=torch.int64, device=self.device)
+
+    def part(self, buffer: Tensor, start: int, shape: tuple[int, ...], *, real: bool) -> Tensor:
+        words = buffer[start : start + math.prod(shape)]
+        return (words.view(torch.float64) if real else words).view(shape)
+
+    def assign(self, target: Tensor, source: Tensor) -> None:
+        target.copy_(source)
 
     def sent(self, words: Any, *, again: bool) -> Tensor:
         words = torch.from_numpy(words)

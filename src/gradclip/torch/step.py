@@ -100,15 +100,17 @@ class Step:
     def _may_be_left_to_a_device(self) -> bool:
         if self.part is not None or self.device is None or not devices.has_triton(self.device):
             return False
-        if self.max_norm.learning:
-            return False
         # The host waits in any case to raise: for all lists, before one is written. So it does
         # where it, or the norm of another list, decides about a step.
         waits = self.on_nonfinite == "raise"
-        skips = self.on_nonfinite == "skip"
         return not waits and not (
-            skips and (self.max_norm.per_group or not can_be_told(self.optimizer))
+            self.may_skip and (self.max_norm.per_group or not can_be_told(self.optimizer))
         )
+
+    @property
+    def may_skip(self) -> bool:
+        """If it may turn out that the step is not to be taken."""
+        return self.on_nonfinite == "skip" or self.max_norm.may_skip
 
     def limits(self) -> list[Any]:
         """The limit of each list, all checked before one list is written; asked for once.

@@ -18,12 +18,15 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from gradclip.core.exact import FLOAT32, FLOAT64, Scaled, Total, norm, total_of
+from gradclip.core.exact import FLOAT32, FLOAT64, Scaled, ScaledArray, Total, norm, total_of
 from gradclip.core.held import Clip, Held
+from gradclip.core.memory import Lesson
 from gradclip.core.workers import Joint
+from gradclip.kernels.gpu import each
 from gradclip.kernels.gpu import triton as cuda
-from gradclip.kernels.gpu.device.decision import POLICIES, SCALE
+from gradclip.kernels.gpu.device.decision import KEEP, POLICIES, SCALE
 from gradclip.kernels.gpu.device.numbers import AT_F32, AT_F64, BITS, NONE
+from gradclip.kernels.gpu.learning import Judge, judging
 
 Words = npt.NDArray[np.int64]
 
@@ -31,6 +34,7 @@ Words = npt.NDArray[np.int64]
 _MOST, _CHUNKS_PER_PROGRAM = 1 << 16, 64
 _ITEM = np.array([4, 8, 2, 2])  # bytes of an element, by its kind
 _ALIGNED = 16
+_SPAN, _WIDE = 3, 1  # words of a span, and the kind of float64
 
 
 class Memory(Protocol):
@@ -48,8 +52,21 @@ class Memory(Protocol):
     def is_capturing(self) -> bool:
         """If what is launched is only recorded, to be run again and again."""
 
+    @property
+    def place(self) -> Any:
+        """What tells the device from all others, of all frameworks."""
+
     def zeros(self, words: int) -> Any:
         """Memory of so many words of 8 bytes, all 0."""
+
+    def empty(self, words: int) -> Any:
+        """Memory of so many words of 8 bytes."""
+
+    def part(self, buffer: Any, start: int, shape: tuple[int, ...], *, real: bool) -> Any:
+        """A view of some of the words: as float64 if they are ``real``, else as int64."""
+
+    def assign(self, target: Any, source: Any) -> None:
+        """Write the bits of one array to another of the same shape and dtype."""
 
     def sent(self, words: Words, *, again: bool) -> Any:
         """A copy on the device, made without waiting for it; ``again`` whenever it is replayed."""
@@ -82,12 +99,20 @@ class Ledger(NamedTuple):
 
 
 _NO_LEDGER = Ledger()
+_BY_NUMBER = Judge()
 
 
 class _Table(NamedTuple):
     buffer: Any
     chunks: int
     depth: int  # tiles that a program of `measure` reads at the most
+
+
+class _TableOfEach(NamedTuple):
+    buffer: Any
+    chunks: int
+    depth: int  # additions that make the sum of a chunk
+    room: Any
 
 
 class Leaves(Held):
@@ -130,6 +155,10 @@ class Leaves(Held):
     def measure(self) -> Scaled:
         return norm(self.sum_of_squares(), FLOAT64 if self.wide else FLOAT32)
 
+    def measure_each(self) -> tuple[Scaled, ScaledArray]:
+        with self.runs() as runs:
+            return runs.norms()
+
     def share(self, joint: Joint) -> tuple[Any, bool]:
         """What this worker adds to the sum of squares of all, and if a leaf is float64."""
         del joint  # all of it, whoever they are
@@ -169,8 +198,13 @@ class Leaves(Held):
 
     def _clip(self, runs: Runs, clip: Clip) -> Any:
         """Clip what lies in runs, the leaves or new ones of the same elements."""
-        limit, given = clip.limits(self)
+        limit, given = clip.clip_norm, clip.given(self)
+        if not isinstance(limit, Lesson):
+            limit, _ = clip.limits(self)
         check = partial(clip.check, self) if clip.may_refuse else None
+        if isinstance(limit, Lesson) and limit.per_tensor:
+            clip.check_once(runs.number)
+            return runs.clip_each_(limit, clip.policy, check=check, **clip.into)
         return runs.clip_(limit, clip.policy, given=given, check=check, **clip.into)
 
     def copied(self) -> list[Any]:
@@ -185,6 +219,16 @@ class Leaves(Held):
         new = self.duplicated()
         self.new_runs(new).scale_(factor)
         return self.rewrapped(new)
+
+    def scaled_each(self, factors: ScaledArray) -> list[Any]:
+        new = self.duplicated()
+        self.new_runs(new).scale_each_(factors)
+        return self.rewrapped(new)
+
+    def scale_each_(self, factors: ScaledArray) -> None:
+        with self.runs() as runs:
+            runs.scale_each_(factors)
+        self.written()
 
     def fill_(self, value: float) -> None:
         with self.runs() as runs:
@@ -216,24 +260,75 @@ class Runs(NamedTuple):
     ) -> Any:
         """Clip where the leaves lie; the norm, as a new scalar on the device or in ``norm``.
 
-        ``limit``, and the norm if it is ``given``, are floats or what `Memory.locate` finds.
+        ``limit``, and the norm if it is ``given``, are floats or what `Memory.locate` finds; or it
+        is a lesson.
         ``check`` is shown the norm before anything is written, and may raise.
         """
         memory = self.memory
         norm = memory.scalar(wide=self.wide) if norm is None else norm
-        limits = (*self._scalar(limit), *self._scalar(given))
-        with _prepared(self) as (table, scratch):
+        number = None if isinstance(limit, Lesson) else limit
+        limits = (*self._scalar(number), *self._scalar(given))
+        with _prepared(self, _table) as (table, scratch), judging(memory, limit) as judge:
             args = (memory.address(norm), *limits, POLICIES[policy], *ledger)
-            self._measure(table, scratch, args, nothing=given is not None)
+            self._measure(table, scratch, args, judge, nothing=given is not None)
             if check is not None:
                 check(norm)
             self._rewrite(table, scratch, (-1, 0, 0))
         return norm
 
+    @property
+    def number(self) -> int:
+        """How many there are."""
+        return len(self.spans) // (8 * _SPAN)
+
+    def clip_each_(
+        self,
+        limit: Lesson,
+        policy: str,
+        *,
+        ledger: Ledger = _NO_LEDGER,
+        norm: Any = None,
+        check: Callable[[Any], None] | None = None,
+    ) -> Any:
+        """Clip each by itself where it lies; else as `clip_`."""
+        memory = self.memory
+        norm = memory.scalar(wide=self.wide) if norm is None else norm
+        with _prepared(self, _table_of_each) as (table, scratch), judging(memory, limit) as judge:
+            its = self._measure_each(table, scratch, norm, policy, ledger, judge)
+            if check is not None:
+                check(norm)
+            self._rewrite_each(table, its, scratch, -1)
+        return norm
+
+    def norms(self) -> tuple[Scaled, ScaledArray]:
+        """The global norm and that of each, once the device has come so far."""
+        memory, norm = self.memory, self.memory.scalar(wide=self.wide)
+        with _prepared(self, _table_of_each) as (table, scratch):
+            self._measure_each(table, scratch, norm, "keep", _NO_LEDGER, _BY_NUMBER)
+            count = each.OF_LEAF * self.number + each.OF_ALL
+            words = memory.part(table.room, 0, (count,), real=False)
+            found = memory.received(words)
+        significands, exponents, _ = found[: -each.OF_ALL].reshape(each.OF_LEAF, -1)
+        significand, exponent = found[-each.OF_ALL :]
+        return Scaled(float(significand.view(np.float64)), int(exponent)), ScaledArray(
+            significands.view(np.float64), exponents
+        )
+
+    def scale_each_(self, factors: ScaledArray) -> None:
+        """Multiply the elements of each by a factor of its own."""
+        memory = self.memory
+        one = Scaled.of(1.0)
+        same = (factors.significand == one.significand) & (factors.exponent == one.exponent)
+        actions = np.where(same, KEEP.value, SCALE.value)
+        words = [factors.significand.view(np.int64), factors.exponent, actions]
+        with _prepared(self, _table_of_each) as (table, scratch):
+            sent = memory.sent(np.concatenate(words), again=memory.is_capturing)
+            self._rewrite_each(table, memory.address(sent), scratch, SCALE.value)
+
     def norm(self) -> Any:
         """The global norm, as a new scalar on the device."""
         norm = self.memory.scalar(wide=self.wide)
-        with _prepared(self) as (table, scratch):
+        with _prepared(self, _table) as (table, scratch):
             only = (*self._scalar(np.inf), *self._scalar(None), POLICIES["keep"], *_NO_LEDGER)
             self._measure(table, scratch, (self.memory.address(norm), *only))
         return norm
@@ -245,14 +340,14 @@ class Runs(NamedTuple):
     def scale_(self, factor: Scaled) -> None:
         """Multiply every element where it lies."""
         _, significand = self._scalar(factor.significand)
-        with _prepared(self) as (table, scratch):
+        with _prepared(self, _table) as (table, scratch):
             self._rewrite(table, scratch, (SCALE.value, significand, factor.exponent))
 
     def share(self) -> Any:
         """The exact total, as 136 words on the device, carried: to be added up by integers."""
         memory = self.memory
         vector = memory.zeros(len(total_of()))
-        with _prepared(self) as (table, scratch):
+        with _prepared(self, _table) as (table, scratch):
             args = (memory.address(table.buffer), table.chunks, scratch, memory.address(vector))
             memory.launch(
                 cuda.share, _programs(memory, table.chunks, cuda.MEASURES), args, SMALL=cuda.SMALL
@@ -274,17 +369,70 @@ class Runs(NamedTuple):
         return AT_F64 if wide else AT_F32, address
 
     def _measure(
-        self, table: _Table, scratch: int, args: tuple[int, ...], *, nothing: bool = False
+        self,
+        table: _Table,
+        scratch: int,
+        args: tuple[int, ...],
+        judge: Judge = _BY_NUMBER,
+        *,
+        nothing: bool = False,
     ) -> None:
+        kind, *addresses = judge
         chunks = 0 if nothing else table.chunks
         self.memory.launch(
             cuda.measure,
             _programs(self.memory, chunks, cuda.MEASURES),
-            (self.memory.address(table.buffer), chunks, table.depth, scratch, *args),
+            (self.memory.address(table.buffer), chunks, table.depth, scratch, *args, *addresses),
             WIDE=self.wide,
+            KIND=kind,
             TILE=cuda.TILE,
             SMALL=cuda.SMALL,
             PROGRAMS=cuda.MOST_PROGRAMS,
+        )
+
+    def _measure_each(
+        self,
+        table: _TableOfEach,
+        scratch: int,
+        norm: Any,
+        policy: str,
+        ledger: Ledger,
+        judge: Judge,
+    ) -> int:
+        """Measure and judge each; the address of what is to be done."""
+        memory, (kind, *addresses) = self.memory, judge
+        room = memory.address(table.room)
+        own = memory.address(table.buffer), table.chunks, self.number
+        memory.launch(
+            each.measure_each,
+            _programs(memory, table.chunks, cuda.MEASURES),
+            (*own, room),
+            WIDE=self.wide,
+            TILE=cuda.TILE,
+            SMALL=cuda.SMALL,
+        )
+        books = ledger._asdict()
+        del books["folds"]  # into one division only one factor goes
+        args = (*own, table.depth, scratch, room, memory.address(norm), POLICIES[policy])
+        memory.launch(
+            each.decide_each,
+            1,
+            (*args, *books.values(), *addresses),
+            WIDE=self.wide,
+            KIND=kind,
+            SMALL=cuda.SMALL,
+            BLOCK=each.BLOCK,
+        )
+        return room
+
+    def _rewrite_each(self, table: _TableOfEach, its: int, scratch: int, action: int) -> None:
+        memory = self.memory
+        memory.launch(
+            each.rewrite_each,
+            _programs(memory, table.chunks, cuda.REWRITES),
+            (memory.address(table.buffer), table.chunks, self.number, scratch, its, action),
+            TILE=cuda.TILE,
+            SMALL=cuda.SMALL,
         )
 
     def _rewrite(self, table: _Table, scratch: int, args: tuple[int, ...]) -> None:
@@ -307,7 +455,7 @@ _MOST_TABLES = 8
 
 
 @contextmanager
-def _prepared(leaves: Runs) -> Iterator[tuple[_Table, int]]:
+def _prepared(leaves: Runs, make: Callable[..., Any]) -> Iterator[tuple[Any, int]]:
     """The table of the leaves' chunks, and scratch: sent only where they are not there already.
 
     What is being captured runs whenever it is replayed, perhaps on another stream, and has both to
@@ -317,27 +465,48 @@ def _prepared(leaves: Runs) -> Iterator[tuple[_Table, int]]:
     with _lock:
         if memory.is_capturing:
             scratch = memory.zeros(cuda.SCRATCH)
-            yield _table(leaves, again=True), memory.address(scratch)
+            yield make(leaves, again=True), memory.address(scratch)
             return
         place = memory.key
         if place not in _scratch:
             _scratch[place] = memory.zeros(cuda.SCRATCH)
-        key = place, leaves.spans
+        key = place, leaves.spans, make
         if key not in _tables:
-            _tables[key] = _table(leaves, again=False)
+            _tables[key] = make(leaves, again=False)
             if len(_tables) > _MOST_TABLES:
                 _tables.popitem(last=False)
         _tables.move_to_end(key)
-        yield _tables[key], memory.address(_scratch[place])
+        try:
+            yield _tables[key], memory.address(_scratch[place])
+        except BaseException:
+            del _tables[key]  # one launch of several may have left sums in its room
+            raise
 
 
 def _table(leaves: Runs, *, again: bool) -> _Table:
-    spans = np.frombuffer(leaves.spans, np.int64).reshape(-1, 3)
+    spans = np.frombuffer(leaves.spans, np.int64).reshape(-1, _SPAN)
     most = _programs(leaves.memory, cuda.MOST_PROGRAMS, cuda.MEASURES)
-    rows, size = chunked(spans, most)
+    rows, _, size = chunked(spans, most)
     programs = _programs(leaves.memory, len(rows), cuda.MEASURES)
     depth = -(-len(rows) // programs) * (size // cuda.TILE + cuda.TILE // cuda.SMALL)
     return _Table(leaves.memory.sent(rows.ravel(), again=again), len(rows), depth)
+
+
+def _table_of_each(leaves: Runs, *, again: bool) -> _TableOfEach:
+    memory = leaves.memory
+    spans = np.frombuffer(leaves.spans, np.int64).reshape(-1, _SPAN)
+    rows, leaf, size = chunked(spans, _programs(memory, cuda.MOST_PROGRAMS, cuda.MEASURES))
+    order = np.argsort(leaf, kind="stable")
+    firsts = np.searchsorted(leaf[order], np.arange(len(spans) + 1))
+    wide = spans[:, 2] == _WIDE
+    words = np.concatenate([rows[order].ravel(), leaf[order], firsts, wide]).astype(np.int64)
+    sums = each.TOTAL_WORDS if leaves.wide else 1
+    return _TableOfEach(
+        memory.sent(words, again=again),
+        len(rows),
+        size // cuda.TILE + cuda.TILE // cuda.SMALL + cuda.TILE + cuda.SMALL,
+        memory.zeros((each.OF_LEAF + sums) * len(spans) + each.OF_ALL),
+    )
 
 
 def _programs(memory: Memory, chunks: int, per_processor: int) -> int:
@@ -345,13 +514,14 @@ def _programs(memory: Memory, chunks: int, per_processor: int) -> int:
     return max(min(per_processor * memory.processors, cuda.MOST_PROGRAMS, chunks), 1)
 
 
-def chunked(spans: Words, programs: int) -> tuple[Words, int]:
-    """Cut spans of memory into chunks, and how many elements the longest may have.
+def chunked(spans: Words, programs: int) -> tuple[Words, Words, int]:
+    """Cut spans of memory into chunks: these, the span of each, how many elements one may have.
 
     Where a chunk has a whole tile of some kernel it begins at a multiple of 16 bytes: a span that
     does not is cut where the first one is.
     """
-    address, length, kind = spans[spans[:, 1] > 0].T
+    (some,) = np.nonzero(spans[:, 1])
+    address, length, kind = spans[some].T
     item = _ITEM[kind]
     head = np.minimum(-address % _ALIGNED // item, length)
     cut = (head > 0) & (length >= cuda.SMALL)
@@ -369,4 +539,5 @@ def chunked(spans: Words, programs: int) -> tuple[Words, int]:
         np.minimum(length[leaf] - place * size, size),
         kind[leaf],
     ]
-    return np.concatenate([heads, np.stack(rows, 1)]).astype(np.int64), size
+    every = np.concatenate([heads, np.stack(rows, 1)]).astype(np.int64)
+    return every, some[np.concatenate([np.flatnonzero(cut), leaf])], size

@@ -18,6 +18,7 @@ import triton.language as tl
 from gradclip.kernels.gpu.device.decision import KEEP, decide, unscaled
 from gradclip.kernels.gpu.device.exact import add_exactly
 from gradclip.kernels.gpu.device.ledger import begin, keep_books, stay
+from gradclip.kernels.gpu.device.limits import copy_rule, judge
 from gradclip.kernels.gpu.device.memory import (
     ACTION,
     DIGITS,
@@ -31,10 +32,10 @@ from gradclip.kernels.gpu.device.memory import (
     int64_at,
     pointer,
 )
-from gradclip.kernels.gpu.device.numbers import float64_of, joined, scalar, split, to_24_bits
+from gradclip.kernels.gpu.device.numbers import float64_of, joined, scalar, split
 from gradclip.kernels.gpu.device.root import carry, clear, root_of_total
 from gradclip.kernels.gpu.device.scaling import rewrite_chunks
-from gradclip.kernels.gpu.device.squares import sum_squares
+from gradclip.kernels.gpu.device.squares import ends, sum_squares
 
 # Elements that one program takes at a time; fewer at a chunk's end, and for exact sums, which need
 # many registers.
@@ -50,28 +51,36 @@ SCRATCH = PARTIALS.value + MOST_PROGRAMS
 @triton.jit
 def _finish(
     significand, exponent, scratch, norm_at, limit, policy,
-    ledger, factor_at, begins, folds, scale_at, found_inf_at, WIDE: tl.constexpr,
+    ledger, factor_at, begins, folds, scale_at, found_inf_at, before, after,
+    WIDE: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     """Write the norm and the decision, and keep an optimizer's books, if there is one."""
     scale = tl.full([], 1.0, tl.float64)
     if scale_at != 0:
         scale = tl.load(pointer(scale_at, tl.float32)).to(tl.float64)
     significand, exponent = unscaled(significand, exponent, scale, WIDE)
-    action, factor, shift = decide(significand, exponent, limit, policy)
+    norm = joined(significand, exponent)
     if (ledger != 0) & (begins > 0):
         begin(ledger)
-    steps = True  # unless an inf was found in scaled gradients: then the optimizer does nothing
+    # Unless an inf was found in scaled gradients: then the optimizer does nothing.
+    steps = tl.full([], True, tl.int1)
     if found_inf_at != 0:
         steps = tl.load(pointer(found_inf_at, tl.float32)) == 0
+    skip = tl.full([], False, tl.int1)
+    if KIND > 0:
+        copy_rule(before, after)
+        first = tl.full([], 0, tl.int64)
+        limit, _, skip = judge(before, after, 1, first, True, norm, norm, steps, KIND, False)
+        skip = skip & (significand < 1)  # what is not finite goes by the policy
+    action, factor, shift = decide(significand, exponent, tl.where(skip, 0.0, limit), policy)
     if steps:
-        norm = joined(significand, exponent)
         if WIDE:
             tl.store(pointer(norm_at, tl.float64), norm)
         else:
             tl.store(pointer(norm_at, tl.float32), norm.to(tl.float32))
         if ledger != 0:
             action = keep_books(
-                ledger, factor_at, significand, limit, policy,
+                ledger, factor_at, significand, limit, skip, policy,
                 action, joined(factor, shift), begins, folds, scale,
             )  # fmt: skip
     else:
@@ -104,12 +113,8 @@ def _certified(
         other=0.0,
         volatile=True,
     )
-    # An addition errs by 2^-53 of the sum at the most (Higham, section 4.2), whatever the
-    # order: in a lane, of the lanes, of the programs; the rest is for what follows here.
-    sum_of_squares = tl.sum(shares, 0)
-    bound = (depth + TILE + SMALL + PROGRAMS + 32).to(tl.float64) * 1.1102230246251565e-16
-    low = to_24_bits(tl.sqrt(sum_of_squares * (1 - bound)))
-    high = to_24_bits(tl.sqrt(sum_of_squares * (1 + bound)))
+    # Additions in a lane, of the lanes, of the programs.
+    low, high = ends(tl.sum(shares, 0), depth + TILE + SMALL + PROGRAMS)
     significand, exponent = split(high)
     if low < high:
         add_exactly(table, scratch + 8 * TOTAL, 0, 1, chunks, SMALL)
@@ -118,13 +123,14 @@ def _certified(
     return significand, exponent
 
 
-@triton.jit(do_not_specialize=list(range(16)))
+@triton.jit(do_not_specialize=list(range(18)))
 def measure(
     table: tl.int64, chunks: tl.int64, depth: tl.int64, scratch: tl.int64, norm_at: tl.int64,
     limit_at: tl.int64, limit: tl.int64, given_at: tl.int64, given: tl.int64, policy: tl.int64,
     ledger: tl.int64, factor_at: tl.int64, begins: tl.int64, folds: tl.int64,
-    scale_at: tl.int64, found_inf_at: tl.int64,
-    WIDE: tl.constexpr, TILE: tl.constexpr, SMALL: tl.constexpr, PROGRAMS: tl.constexpr,
+    scale_at: tl.int64, found_inf_at: tl.int64, before: tl.int64, after: tl.int64,
+    WIDE: tl.constexpr, KIND: tl.constexpr,
+    TILE: tl.constexpr, SMALL: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
     """Measure the leaves of a table and decide about them; `rewrite` carries it out.
 
@@ -140,12 +146,14 @@ def measure(
             most its limit; 2 the latest of these; 3 the float32 that a fused optimizer divides by;
             4 steps that were skipped; 5 a float32 that is 1 where this one is, else 0; 6 to 9 what
             words 0, 1, 2 and 4 were before it.
-        factor_at: where the factor goes, float64, if there is a ledger.
+        factor_at: where the factor goes, and then the limit, float64, if there is a ledger.
         begins: 1 if a step begins, 0 if it goes on with more leaves.
         folds: 1 if the optimizer is to divide by scale / factor, and elements are not scaled.
         scale_at, found_inf_at: addresses, or 0: of what gradients have been multiplied by, and if
             that made an inf, both in float32.
+        before, after: addresses of what a limit that learns goes by; see `device.limits`.
         WIDE: if a leaf is of float64.
+        KIND: of a limit that learns; else 0.
         TILE, SMALL: elements that a program takes at a time, and at a chunk's end.
         PROGRAMS: a power of two, not below the number of programs.
     """
@@ -166,7 +174,7 @@ def measure(
             significand, exponent = _certified(table, chunks, depth, scratch, TILE, SMALL, PROGRAMS)
         _finish(
             significand, exponent, scratch, norm_at, scalar(limit_at, limit), policy,
-            ledger, factor_at, begins, folds, scale_at, found_inf_at, WIDE,
+            ledger, factor_at, begins, folds, scale_at, found_inf_at, before, after, WIDE, KIND,
         )  # fmt: skip
 
 

@@ -54,7 +54,7 @@ def unscaled(significand, exponent, scale, WIDE: tl.constexpr):
     if not WIDE:
         quotient = quotient.to(tl.float32).to(tl.float64)
     quotient, shift = split(quotient)
-    scales = (significand > 0) & (significand < 1) & (scale != 1.0)
+    scales = (significand > 0) & (significand < tl.where(scale != 1.0, 1.0, 0.0))
     return (
         tl.where(scales, quotient, significand),
         tl.where(scales, exponent + shift - by_exponent, exponent),

@@ -191,19 +191,25 @@ def _chunk_exactly(total, guess, address, length, KIND: tl.constexpr, TILE: tl.c
 
 
 @triton.jit
+def add_chunk_exactly(table, total, chunk, guess, last, TILE: tl.constexpr):
+    """Add the squares of a chunk; for the next one, this one's largest magnitude and its kind."""
+    address, length, kind = chunk_of(table, chunk)
+    guess = tl.where(kind == last, guess, 0)
+    if kind == F16:
+        guess = _chunk_exactly(total, guess, address, length, F16, TILE)
+    elif kind == BF16:
+        guess = _chunk_exactly(total, guess, address, length, BF16, TILE)
+    elif kind == F32:
+        guess = _chunk_exactly(total, guess, address, length, F32, TILE)
+    else:
+        guess = _chunk_exactly(total, guess, address, length, F64, TILE)
+    return guess, kind
+
+
+@triton.jit
 def add_exactly(table, total, first, step, chunks, TILE: tl.constexpr):
     """Add the squares of every so many chunks to the total."""
     guess = tl.full([], 0, tl.int64)
     last = tl.full([], -1, tl.int64)
     for chunk in range(first, chunks, step):
-        address, length, kind = chunk_of(table, chunk)
-        guess = tl.where(kind == last, guess, 0)
-        if kind == F16:
-            guess = _chunk_exactly(total, guess, address, length, F16, TILE)
-        elif kind == BF16:
-            guess = _chunk_exactly(total, guess, address, length, BF16, TILE)
-        elif kind == F32:
-            guess = _chunk_exactly(total, guess, address, length, F32, TILE)
-        else:
-            guess = _chunk_exactly(total, guess, address, length, F64, TILE)
-        last = kind
+        guess, last = add_chunk_exactly(table, total, chunk, guess, last, TILE)

@@ -57,13 +57,16 @@ def stay(ledger, scale):
 
 @triton.jit
 def keep_books(
-    ledger, factor_at, norm, limit, policy, action, factor, begins, folds, scale
+    ledger, factor_at, norm, limit, skip, policy, action, factor, begins, folds, scale
 ):  # fmt: skip
     """Enter what is decided; what is left to be done to the elements."""
-    tl.store(float64_at(factor_at, 0), tl.where(action == KEEP, 1.0, factor))
     infinite = norm == float("inf")
     is_nan = norm != norm
-    if (policy == SKIP) & (infinite | is_nan):
+    skips = skip | ((policy == SKIP) & (infinite | is_nan))
+    action = tl.where(skips, KEEP, action)
+    tl.store(float64_at(factor_at, 0), tl.where(action == KEEP, 1.0, factor))
+    tl.store(float64_at(factor_at, 1), limit)
+    if skips:
         _skip(ledger)
     elif tl.load(pointer(ledger + 40, tl.float32)) == 0:
         unordered = is_nan | (limit != limit)

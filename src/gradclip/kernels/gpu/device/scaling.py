@@ -54,22 +54,25 @@ def rewrite_chunks(
     USUAL: tl.constexpr, TILE: tl.constexpr, SMALL: tl.constexpr,
 ):  # fmt: skip
     """Scale or fill this program's chunks."""
-    # Tiles of as many bytes whatever the kind: each thread writes 16.
     for chunk in range(tl.program_id(0), chunks, tl.num_programs(0)):
-        address, length, kind = chunk_of(table, chunk)
-        if kind == F16:
-            _rewrite_chunk(
-                address, length, action, significand, exponent, F16, USUAL, TILE // 2, SMALL
-            )
-        elif kind == BF16:
-            _rewrite_chunk(
-                address, length, action, significand, exponent, BF16, USUAL, TILE // 2, SMALL
-            )
-        elif kind == F32:
-            _rewrite_chunk(
-                address, length, action, significand, exponent, F32, USUAL, TILE // 4, SMALL
-            )
-        else:
-            _rewrite_chunk(
-                address, length, action, significand, exponent, F64, USUAL, TILE // 8, SMALL
-            )
+        rewrite_chunk(table, chunk, action, significand, exponent, USUAL, TILE, SMALL)
+
+
+@triton.jit
+def rewrite_chunk(
+    table, chunk, action, significand, exponent,
+    USUAL: tl.constexpr, TILE: tl.constexpr, SMALL: tl.constexpr,
+):  # fmt: skip
+    """Scale or fill a chunk."""
+    # Tiles of as many bytes whatever the kind: each thread writes 16.
+    address, length, kind = chunk_of(table, chunk)
+    if kind == F16:
+        _rewrite_chunk(address, length, action, significand, exponent, F16, USUAL, TILE // 2, SMALL)
+    elif kind == BF16:
+        _rewrite_chunk(
+            address, length, action, significand, exponent, BF16, USUAL, TILE // 2, SMALL
+        )
+    elif kind == F32:
+        _rewrite_chunk(address, length, action, significand, exponent, F32, USUAL, TILE // 4, SMALL)
+    else:
+        _rewrite_chunk(address, length, action, significand, exponent, F64, USUAL, TILE // 8, SMALL)
