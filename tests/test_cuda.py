@@ -31,7 +31,7 @@ import torch
 
 import gradclip.torch as gtorch
 from gradclip.core import exact
-from gradclip.kernels.gpu import leaves as gpu_leaves
+from gradclip.kernels.gpu import runs as gpu_runs
 from gradclip.kernels.gpu import triton as cuda
 from gradclip.numpy import backend as numpy_backend
 from gradclip.torch import backend, devices, gpu, pointers
@@ -45,10 +45,10 @@ ALL = [DTYPES[name] for name in NAMES]
 
 @pytest.fixture(autouse=True)
 def _there() -> Iterator[None]:
-    gpu_leaves._scratch.clear()  # what tests of CuPy have left on the same host
+    gpu_runs._scratch.clear()  # what tests of CuPy have left on the same host
     with torch_there():
         yield
-    for scratch in gpu_leaves._scratch.values():
+    for scratch in gpu_runs._scratch.values():
         assert not scratch[:1].any(), "the ticket of the next call"
         assert not scratch[8:160].any(), "the total of the next call"
 
@@ -255,7 +255,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> type[Counted]:
     monkeypatch.setattr(gpu, "Memory", Counted)
     Counted.launched.clear()
     Counted.sent_rows.clear()
-    gpu_leaves._tables.clear()
+    gpu_runs._tables.clear()
     return Counted
 
 
@@ -365,7 +365,7 @@ def test_chunks_cover_every_element_once_and_long_ones_are_aligned(programs: int
         at += -at % 16 + int(rng.integers(9)) * int(item[kind])
         spans.append((at, length, kind))
         at += length * 8 + 64
-    rows, leaf, size = gpu_leaves.chunked(np.array(spans, np.int64), programs)
+    rows, leaf, size = gpu_runs.chunked(np.array(spans, np.int64), programs)
     assert size % cuda.TILE == 0
     assert rows[:, 1].max() <= size
     assert (rows[:, 1] > 0).all()
@@ -796,9 +796,9 @@ def test_a_mutation_of_the_kernels_is_seen(
     old, new, noticing = MUTATIONS[name]
     noticing()
     kernels = mutated(tmp_path, old, new, monkeypatch)
-    with mock.patch.object(gpu_leaves, "cuda", kernels), pytest.raises(AssertionError):
+    with mock.patch.object(gpu_runs, "cuda", kernels), pytest.raises(AssertionError):
         twice(noticing)
-    gpu_leaves._scratch.clear()
+    gpu_runs._scratch.clear()
 
 
 def twice(noticing: Callable[[], None]) -> None:

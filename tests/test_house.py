@@ -31,6 +31,7 @@ ARROWS = {
     "core.": {"core."},
     "kernels.": {"kernels.", "core.exact", "core.held", "core.workers"},
     "kernels.gpu.leaves": {"kernels.", "core.exact", "core.held", "core.memory", "core.workers"},
+    "kernels.gpu.runs": {"kernels.", "core.exact", "core.memory"},
     "kernels.gpu.learning": {"kernels.", "core.limits", "core.memory"},
     "numpy.": {"core.", "kernels.", "numpy."},
     "cupy.": {"core.", "kernels.", "cupy."},

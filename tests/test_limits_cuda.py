@@ -40,7 +40,7 @@ import triton.language as tl
 import gradclip.torch as gtorch
 from gradclip.kernels.gpu import each as each_leaf
 from gradclip.kernels.gpu import learning
-from gradclip.kernels.gpu import leaves as gpu_leaves
+from gradclip.kernels.gpu import runs as gpu_runs
 from gradclip.kernels.gpu.device.limits import copy_rule, judge
 from gradclip.torch import backend, devices, gpu, pointers
 from gradclip.torch.books import There
@@ -51,7 +51,7 @@ taken = pointers.taken  # before a fixture has replaced it
 
 @pytest.fixture
 def there() -> Iterator[None]:
-    gpu_leaves._scratch.clear()
+    gpu_runs._scratch.clear()
     with torch_there():
         yield
 
@@ -275,7 +275,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, there: None) -> type[Counted]:  # n
     monkeypatch.setattr(gpu, "Memory", Counted)
     Counted.launched.clear()
     Counted.sent_rows.clear()
-    gpu_leaves._tables.clear()
+    gpu_runs._tables.clear()
     return Counted
 
 
@@ -972,9 +972,9 @@ def test_a_mutation_of_what_is_done_to_each_is_seen(
     kernels = importlib.import_module(f"mutated_{tmp_path.name}.triton")
     of_each = importlib.import_module(f"mutated_{tmp_path.name}.each")
     with (
-        mock.patch.multiple(gpu_leaves, cuda=kernels, each=of_each),
+        mock.patch.multiple(gpu_runs, cuda=kernels, each=of_each),
         pytest.raises(AssertionError),
     ):
         noticing()
-    gpu_leaves._tables.clear()
-    gpu_leaves._scratch.clear()
+    gpu_runs._tables.clear()
+    gpu_runs._scratch.clear()

@@ -66,7 +66,7 @@ class Clip:
 
     # What errors call the limits.
     limit_name, norm_name = "clip_norm", "use_norm"
-    # Where else a memory that decides is to write what it finds, as arguments of `gpu.Runs.clip_`.
+    # Where else a memory that decides is to write what it finds: arguments of `kernels.gpu.runs`.
     into: Mapping[str, Any] = {}
 
     def __init__(

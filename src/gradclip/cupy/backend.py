@@ -26,6 +26,7 @@ from gradclip.kernels.layout import Layout
 try:
     from gradclip.cupy.gpu import Memory, is_run, may_overlap
     from gradclip.kernels.gpu import leaves as gpu
+    from gradclip.kernels.gpu.runs import Runs
 except ModuleNotFoundError as error:
     if error.name != "triton":
         raise
@@ -154,7 +155,7 @@ class Leaves(gpu.Leaves):
         return self.memory.sent(word, again=self.memory.is_capturing).view(dtype)[0]
 
     @contextmanager
-    def runs(self) -> Iterator[gpu.Runs]:
+    def runs(self) -> Iterator[Runs]:
         """The leaves in one run of memory each: where one is not, a copy, which is written back."""
         if self.there is not None:
             yield self.there
@@ -170,11 +171,11 @@ class Leaves(gpu.Leaves):
                 if run is not values:
                     memory.assign(values, run)
 
-    def new_runs(self, arrays: Sequence[Any]) -> gpu.Runs:
+    def new_runs(self, arrays: Sequence[Any]) -> Runs:
         """Where the elements of arrays, each in one run of memory, lie."""
         spans = list(map(_span, arrays))
         wide = any(kind == _WIDE for _, _, kind in spans)
-        return gpu.Runs(self.memory, np.array(spans, np.int64).tobytes(), wide)
+        return Runs(self.memory, np.array(spans, np.int64).tobytes(), wide)
 
     def duplicated(self) -> list[Any]:
         """New arrays of the same bits, each in one run of memory."""

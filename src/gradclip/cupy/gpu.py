@@ -1,4 +1,4 @@
-"""CuPy's own words for what `kernels.gpu.leaves` asks of a device, and how it launches kernels."""
+"""CuPy's own words for what `kernels.gpu.runs` asks of a device, and how it launches kernels."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from gradclip.kernels.gpu.launch import OPTIONS, Reserve
 
 
 class Memory(NamedTuple):
-    """CuPy's names for what `kernels.gpu.leaves` asks of a device; see there."""
+    """CuPy's names for what `kernels.gpu.runs` asks of a device; see there."""
 
     device: int
     stream: Any

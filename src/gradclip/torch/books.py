@@ -273,7 +273,7 @@ class There(_Counts):
 
     def _clip(self, step: Step, number: int, limit: Any, *, folds: bool) -> None:
         """Clip one list, and tell the device where its norm, and all that comes with it, go."""
-        from gradclip.kernels.gpu.leaves import Ledger  # of which nobody has need without a device
+        from gradclip.kernels.gpu.runs import Ledger  # of which nobody has need without a device
 
         gradients = step.lists[number]
         held = gradients.held()

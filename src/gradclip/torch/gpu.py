@@ -16,6 +16,7 @@ from gradclip.core.workers import Joint
 from gradclip.kernels.cpu.leaves import check_apart
 from gradclip.kernels.gpu import leaves as gpu
 from gradclip.kernels.gpu.launch import OPTIONS, Reserve, is_run
+from gradclip.kernels.gpu.runs import Runs
 from gradclip.torch import host, mesh, pointers
 from gradclip.torch.elements import copy, scalar
 from gradclip.torch.overlap import check_pairs, distinct
@@ -38,7 +39,7 @@ class Leaves(gpu.Leaves, Tensors):
 
     __slots__ = ("_runs", "writable")
 
-    def __init__(self, leaves: Sequence[Tensor], runs: gpu.Runs, *, writable: bool) -> None:
+    def __init__(self, leaves: Sequence[Tensor], runs: Runs, *, writable: bool) -> None:
         super().__init__(leaves, leaves, runs.memory)
         self._runs = runs
         self.writable = writable
@@ -47,10 +48,10 @@ class Leaves(gpu.Leaves, Tensors):
     def wide(self) -> bool:
         return self._runs.wide
 
-    def runs(self) -> contextlib.AbstractContextManager[gpu.Runs]:
+    def runs(self) -> contextlib.AbstractContextManager[Runs]:
         return contextlib.nullcontext(self._runs)
 
-    def new_runs(self, arrays: Sequence[Any]) -> gpu.Runs:
+    def new_runs(self, arrays: Sequence[Any]) -> Runs:
         found = _runs(arrays, str, writable=False)
         assert found is not None, "laid out as those that are there"
         return found
@@ -83,12 +84,12 @@ class Leaves(gpu.Leaves, Tensors):
         torch.autograd.graph.increment_version(self.leaves)
 
 
-def _runs(tensors: Sequence[Any], path: Callable[[int], str], *, writable: bool) -> gpu.Runs | None:
+def _runs(tensors: Sequence[Any], path: Callable[[int], str], *, writable: bool) -> Runs | None:
     device = tensors[0].device
     found = (_spans_by_pointers if pointers.are_there() else _spans)(
         tensors, device, path, writable=writable
     )
-    return None if found is None else gpu.Runs(Memory.now(device), *found)
+    return None if found is None else Runs(Memory.now(device), *found)
 
 
 def _spans_by_pointers(
@@ -137,7 +138,7 @@ _KINDS = {
 
 
 class Memory(NamedTuple):
-    """PyTorch's names for what `kernels.gpu.leaves` asks of a device; see there."""
+    """PyTorch's names for what `kernels.gpu.runs` asks of a device; see there."""
 
     device: torch.device
     stream: int

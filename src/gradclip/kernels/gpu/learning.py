@@ -19,7 +19,7 @@ RULE = int(rules.RULE.value)
 
 
 class Memory(Protocol):
-    """What of `leaves.Memory` it takes."""
+    """What is asked of a framework for what stays from step to step; `runs.Memory` has more."""
 
     @property
     def place(self) -> Any:
@@ -33,7 +33,7 @@ class Memory(Protocol):
         """Memory of so many words of 8 bytes."""
 
     def sent(self, words: Words, *, again: bool) -> Any:
-        """A copy on the device."""
+        """A copy on the device, made without waiting for it; ``again`` whenever it is replayed."""
 
     def part(self, buffer: Any, start: int, shape: tuple[int, ...], *, real: bool) -> Any:
         """A view of some of the words: as float64 if they are ``real``, else as int64."""

@@ -4,7 +4,7 @@
 both to the device. `rewrite` reads the decision there, and returns at once where there is nothing
 to do.
 
-Leaves come as a table of chunks, (address, elements, kind) in int64 each; see `leaves`. Addresses
+Leaves come as a table of chunks, (address, elements, kind) in int64 each; see `runs`. Addresses
 are integers, so the kernels know no framework, and one launch takes any number of tensors of any
 kinds. Nothing here is NVIDIA's alone.
 
