@@ -7,6 +7,7 @@ python bench/gpu.py --compiled       without one: what the compiled kernels take
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import json
 import math
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +27,7 @@ from torch import Tensor
 
 import gradclip
 import gradclip.torch as gtorch
+from gradclip import limits
 from gradclip.cli._console import print_table
 from gradclip.kernels.gpu.launch import OPTIONS
 
@@ -34,7 +37,7 @@ TURNS = 15
 # ---- bits ----
 
 
-Clip = Callable[[list[Tensor], float], Tensor]
+Clip = Callable[[list[Tensor], Any], Tensor]
 
 
 def check_bits(
@@ -81,6 +84,26 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
     same = a.contiguous().view(integers) == b.contiguous().view(integers)
     return a.dtype == b.dtype and bool((same | (a.isnan() & b.isnan())).all())
+
+
+def check_limits(
+    device: torch.device, steps: int = 60, here: Clip = gradclip.clip_by_global_norm_
+) -> None:
+    """Limits that learn on the device learn what they do on the CPU."""
+    average = limits.Average(1.1, warmup=3)
+    kinds = [limits.ZScore(warmup=3), limits.ZScore(warmup=3, log=True), average]
+    for kind in (*kinds, limits.Percentile(60, 20), limits.PerTensor(average)):
+        generator = torch.Generator().manual_seed(0)
+        one, other = copy.deepcopy(kind), copy.deepcopy(kind)
+        for step in range(steps):
+            sizes = torch.randn(3, generator=generator).exp().tolist()
+            leaves = [torch.randn(70_001, generator=generator) * size for size in sizes]
+            gradclip.clip_by_global_norm_([leaf.to(device, copy=True) for leaf in leaves], one)
+            here(leaves, other)
+            ours, theirs = (torch.as_tensor(each.last_limit).cpu() for each in (one, other))
+            torch.testing.assert_close(
+                ours.double(), theirs.double(), rtol=1e-12, atol=0, msg=f"{kind!r}, step {step}"
+            )
 
 
 def check_graph(device: torch.device) -> None:
@@ -209,6 +232,14 @@ def rows_of(name: str, grads: list[Tensor], speed: float) -> Iterator[dict[str, 
             "torch": lambda clips=clips: torch.nn.utils.clip_grad_norm_(parameters, limit(clips)),
             "gradclip": lambda clips=clips: gtorch.clip_grad_norm_(parameters, limit(clips)),
         }
+        if not clips:  # which learn that there is nothing to clip
+            learning = limits.ZScore(), limits.PerTensor(limits.Average(1.05, limit=1e30))
+            calls |= {
+                f"gradclip, {type(each).__name__}": partial(
+                    gtorch.clip_grad_norm_, parameters, each
+                )
+                for each in learning
+            }
         times = timed(calls)
         for system, call in calls.items():
             launched, waited = launches(call)
@@ -255,6 +286,7 @@ def measured() -> dict[str, Any]:
     """Everything, in the order of the table."""
     device = torch.device("cuda", torch.cuda.current_device())
     checked = check_bits(device)
+    check_limits(device)
     check_graph(device)
     speed = bandwidth()
     rows = []

@@ -696,7 +696,7 @@ def test_the_checks_that_a_device_is_to_pass_before_it_is_timed(
     monkeypatch.syspath_prepend(BENCH)
     gpu = importlib.import_module("gpu")
 
-    def on_the_host(leaves: Any, limit: float) -> Any:
+    def on_the_host(leaves: Any, limit: Any) -> Any:
         with (
             mock.patch.object(devices, "has_triton", return_value=False),
             mock.patch.object(pointers, "taken", pointers_taken),
@@ -704,6 +704,7 @@ def test_the_checks_that_a_device_is_to_pass_before_it_is_timed(
             return gradclip.clip_by_global_norm_(leaves, limit)
 
     assert gpu.check_bits(torch.device("cpu"), lists=8, here=on_the_host) == 8
+    gpu.check_limits(torch.device("cpu"), steps=6, here=on_the_host)
 
 
 # ---- mutations ----
@@ -758,7 +759,7 @@ MUTATIONS = {
         "",
         check_two_calls,
     ),
-    "no mask at the end": ("mask=inside, other=0)", "other=None)", check_a_tail),
+    "no mask at the end": ("(pointers, mask=inside, other=0)", "(pointers)", check_a_tail),
     "no mask at the end, writing": (
         "tl.store(pointers, x, mask=inside)",
         "tl.store(pointers, x)",

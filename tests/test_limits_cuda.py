@@ -718,6 +718,28 @@ def test_attach_clips_tensors_as_on_the_host(kind: Any, scaler: bool) -> None:
     assert clipper.clipped_steps > 0
 
 
+@pytest.mark.usefixtures("there")
+@pytest.mark.parametrize("kind", TENSORS, ids=repr)
+def test_a_scale_that_is_no_power_of_two_is_taken_out_of_each_norm(kind: Any) -> None:
+    found = []
+    for place in (contextlib.nullcontext, here):
+        parameters = [torch.nn.Parameter(torch.zeros_like(each)) for each in several(0)]
+        optimizer = torch.optim.SGD(parameters, lr=1.0, fused=True)
+        limit = fresh(kind)
+        clipper = gtorch.attach(optimizer, limit)
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor(3.7), torch.tensor(0.0)
+        told = []
+        for step in range(5):
+            for parameter, each in zip(parameters, several(step), strict=True):
+                parameter.grad = each
+            with place():
+                optimizer.step()
+            told += [*(parameter.grad for parameter in parameters), clipper.norm, clipper.limit]
+        found.append((told, limit.state_dict()))
+    same(found[0][0], found[1][0])
+    assert found[0][1] == found[1][1]
+
+
 def flat(told: Any) -> list[Any]:
     """Limits of each list, or of the one that there is."""
     return list(told) if isinstance(told, tuple) else [told]

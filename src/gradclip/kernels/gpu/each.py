@@ -109,6 +109,7 @@ def _certified_each(
         leaf = start + tl.arange(0, BLOCK)
         inside = leaf < leaves
         sums = tl.load(float64_at(sums_at, leaf), mask=inside, other=0.0)
+        tl.debug_barrier()  # several threads may have read the same
         tl.store(float64_at(sums_at, leaf), tl.zeros([BLOCK], tl.float64), mask=inside)
         first = tl.load(int64_at(firsts, leaf), mask=inside, other=0)
         end = tl.load(int64_at(firsts, leaf + 1), mask=inside, other=0)
@@ -141,6 +142,7 @@ def _taken(total):
     words = tl.arange(0, 256)
     used = words < _TOTAL_WORDS
     values = tl.load(int64_at(total, words), mask=used, other=0)
+    tl.debug_barrier()  # several threads may have read the same
     tl.store(int64_at(total, words), tl.zeros([256], tl.int64), mask=used)
     return values
 
@@ -220,6 +222,7 @@ def _judge_all(
         todo = tl.where(finite, todo, action)
         by = tl.where(finite, by, factor)
         places = tl.where(finite, places, shift)
+        tl.debug_barrier()  # several threads may have read the norm
         tl.store(float64_at(room, leaf), by, mask=inside)
         tl.store(int64_at(room, leaves + leaf), places.to(tl.int64), mask=inside)
         tl.store(int64_at(room, 2 * leaves + leaf), todo.to(tl.int64), mask=inside)
