@@ -305,6 +305,7 @@ def test_the_host_never_waits(
     assert len(counted.sent_rows) == 1 + 2, "one table, and two states to begin with"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("there")
 @pytest.mark.parametrize("way", ["dict", "pickle", "deepcopy", "here", "there"])
 @pytest.mark.parametrize("kind", SOME, ids=repr)
@@ -475,6 +476,7 @@ def check_attach(kind: Any, *, on_a_device: bool = True, **how: Any) -> Any:
     return clipper
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("there")
 @pytest.mark.parametrize("scaler", [False, True])
 @pytest.mark.parametrize("fused", [False, True])
@@ -483,6 +485,7 @@ def test_attach_learns_as_on_the_host(kind: Any, fused: bool, scaler: bool) -> N
     check_attach(kind, fused=fused, scaler=scaler, policy="zero")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("there")
 @pytest.mark.parametrize("scaler", [False, True])
 def test_a_fused_step_that_stands_out_is_skipped_there(scaler: bool) -> None:
@@ -517,6 +520,7 @@ def test_a_step_that_fails_teaches_nothing() -> None:
     assert clipper.steps == 2
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("there")
 @pytest.mark.parametrize("kind", [*SOME, *TENSORS], ids=repr)
 def test_a_step_that_the_scaler_skips_teaches_nothing(kind: Any) -> None:
@@ -636,6 +640,7 @@ def test_tensors_of_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
         assert one.state_dict() == other.state_dict()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("there")
 @pytest.mark.parametrize("policy", ["nan", "zero", "keep", None])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -680,6 +685,7 @@ def test_three_launches_and_no_wait(
     assert dict(limit.state_dict()["tensors"])[0]["count"] == 6
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("there")
 def test_norms_of_tensors_between_two_numbers_are_added_exactly() -> None:
     """The certificate fails: of one leaf, or of all together."""
@@ -695,6 +701,7 @@ def test_norms_of_tensors_between_two_numbers_are_added_exactly() -> None:
                 np.testing.assert_array_equal(found, right)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("there")
 @pytest.mark.parametrize("scaler", [False, True])
 @pytest.mark.parametrize(
@@ -718,6 +725,7 @@ def test_attach_clips_tensors_as_on_the_host(kind: Any, scaler: bool) -> None:
     assert clipper.clipped_steps > 0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("there")
 @pytest.mark.parametrize("kind", TENSORS, ids=repr)
 def test_a_scale_that_is_no_power_of_two_is_taken_out_of_each_norm(kind: Any) -> None:
@@ -887,6 +895,7 @@ RULES: dict[str, tuple[str, str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
@@ -983,6 +992,7 @@ OF_EACH: dict[str, tuple[str, str, Callable[[], None]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("there")
 @pytest.mark.parametrize("name", OF_EACH)
 def test_a_mutation_of_what_is_done_to_each_is_seen(
