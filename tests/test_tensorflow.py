@@ -1286,8 +1286,8 @@ def test_a_patch_that_fails_half_way_leaves_nothing_behind(
 true_certified = norms._certified
 
 
-def certified_without_a_bound(ops: Any, numbers: Any) -> Any:
-    total, *ends = true_certified(ops, numbers)
+def certified_without_a_bound(ops: Any, *sums: Any) -> Any:
+    total, *ends = true_certified(ops, *sums)
     return [total, *ends[:2], *ends[:2]]
 
 

@@ -5,6 +5,8 @@ PyTorch, JAX and TensorFlow share (`Arithmetic`), in float64. With a vector of n
 many tensors, each with a state of its own. Whoever clips keeps the state; `memory` has the objects
 that keep it for those who have no place for it.
 
+The file is long for its docstrings, which are what users read of each kind.
+
 In what follows n is the norm before clipping, and m the smaller one of n and what the rule allows.
 """
 

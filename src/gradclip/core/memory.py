@@ -111,6 +111,8 @@ class Memory:
         Raises:
             ValueError: it is of other tensors than those that a graph knows by their places.
         """
+        if keys is not None and list(keys) == list(range(len(keys))):
+            keys = range(len(keys))  # which others like it are soon compared with
         if self.home is not None:
             self.home.write(self._in_order(state, keys))
         else:
@@ -409,12 +411,8 @@ def _look_out(limit: Remembers) -> None:
     count = count + 1 if gone else 1
     _latest[:] = [repr(limit), weakref.ref(limit._memory), count]
     if count == 4:
-        depth = 1
-        frame: Any = sys._getframe()
-        while (
-            frame.f_back is not None
-            and __name__.partition(".")[0] in frame.f_globals.get("__name__", "").partition(".")[0]
-        ):
+        depth, frame, ours = 1, sys._getframe(), __name__.partition(".")[0]
+        while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == ours:
             frame, depth = frame.f_back, depth + 1
         warnings.warn(
             f"{limit!r} was made anew for each of the last {count} steps, and has seen one norm "
