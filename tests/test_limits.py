@@ -331,11 +331,11 @@ for kind in (limits.ZScore(), limits.Percentile(), limits.Average(1.5)):
         ),
         (
             {"kind": "ZScore", "mean": math.nan, "var": 0.0, "count": 1},
-            "the state has mean nan, which cannot be loaded",
+            ("the state has {'mean': nan, 'var': 0.0, 'count': 1}, which no ZScore has learnt"),
         ),
         (
             {"kind": "ZScore", "mean": [1.0], "var": 0.0, "count": 1},
-            "the state has mean [1.0], which cannot be loaded",
+            "the state has {'mean': [1.0], 'var': 0.0, 'count': 1}, which no ZScore has learnt",
         ),
     ],
 )
@@ -458,3 +458,86 @@ def test_the_formula_of_one_norm_is_that_of_many() -> None:
             whole = kind.judge(HOST, together, np.array(norms))
             alone, together = [each.state for each in rulings], whole.state
             assert whole.limit.tolist() == [each.limit for each in rulings]
+
+
+# ---- what was found by trying it hard ----
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        limits.Average(2.0, decay=0, warmup=1),
+        limits.ZScore(decay=0, warmup=1, beyond="mean"),
+        limits.Percentile(0, 1, 1e-300),
+        limits.Average(1e-300, learn_from="raw"),
+    ],
+    ids=repr,
+)
+def test_a_small_norm_after_a_large_one_is_not_lost(kind: Any) -> None:
+    for each in (fresh(kind), limits.PerTensor(fresh(kind))):
+        for norm in (1.0, 1e-17, 1.0, 1.0, 1e8, 1e-3, 1.0):
+            clipped(each, norm)
+            assert np.all(np.asarray(each.last_limit) > 0)
+    paper, limit = papers.MeanOfNorms(2.0, 1e-9, 1), limits.Average(2.0, 1e-9, 1)
+    for norm in (1e8, 1e-3, 1.0, 1e-5, 1e-5):
+        assert clipped(limit, norm)[1] == pytest.approx(paper(norm), rel=1e-12)
+
+
+def test_no_tensors_at_all_leave_a_state_that_loads() -> None:
+    limit = limits.PerTensor(limits.Average(1.05))
+    for nothing in ([], [None, None], {}):
+        gradclip.clip_by_global_norm(nothing, limit)
+    assert limit.state_dict() == {"kind": "PerTensor"}
+    limit.load_state_dict({"kind": "PerTensor", "tensors": []})
+    clipped(limit, 2.0)
+    assert limit.state_dict()["tensors"][0][1]["count"] == 1
+
+
+def test_a_loaded_state_is_found_as_fast_as_one_that_was_learnt() -> None:
+    """Or each step would put the states of the tensors together anew."""
+    limit = limits.PerTensor(limits.Average(1.05))
+    gradclip.clip_by_global_norm([np.ones(2), np.ones(3)], limit)
+    limit.load_state_dict(json.loads(json.dumps(limit.state_dict())))
+    assert limit._memory.keys == range(2)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"mean": 0.0},
+        {"mean": math.inf},
+        {"mean": "1"},
+        {"mean": True},
+        {"var": -1.0},
+        {"count": -1},
+        {"count": 30.7},
+        {"count": 2**70},
+    ],
+    ids=repr,
+)
+def test_a_state_that_no_limit_has_learnt_is_refused(changed: dict[str, Any]) -> None:
+    limit = limits.ZScore()
+    known = {"kind": "ZScore", "mean": 1.0, "var": 0.5, "count": 100}
+    limit.load_state_dict(known)
+    with pytest.raises(ValueError, match=r"which no ZScore has learnt$"):
+        limit.load_state_dict({**known, **changed})
+    assert limit.state_dict() == known
+
+
+@pytest.mark.parametrize(
+    ("ring", "count"), [([1.0, 2.0], 5), ([1.0, math.inf, math.inf], 2), ([1.0, 0.0, 2.0], 3)]
+)
+def test_a_ring_that_no_limit_has_learnt_is_refused(ring: list[float], count: int) -> None:
+    with pytest.raises(ValueError, match=r"which no Percentile has learnt$"):
+        limits.Percentile(50, 3).load_state_dict(
+            {"kind": "Percentile", "ring": ring, "count": count}
+        )
+    with pytest.raises(ValueError, match=r"which no Average has learnt$"):
+        limits.Average(2.0).load_state_dict({"kind": "Average", "average": 0.0, "count": 3})
+
+
+def test_what_is_told_is_a_copy() -> None:
+    limit = limits.PerTensor(limits.Percentile(50))
+    clipped(limit, 2.0)
+    limit.last_limit[:] = 0
+    assert limit.last_limit.tolist() == [2.0]

@@ -830,3 +830,21 @@ def test_what_units_are_refused() -> None:
             door.adaptive_grad_clip(**options)
     with pytest.raises(TypeError, match=r"^updates\[0\] is int32"):
         clip.update([jnp.arange(3)], optax.EmptyState(), [jnp.ones(3)])
+
+
+def test_apply_clipped_by_tensors_skips_what_is_not_finite() -> None:
+    """One truth for the step, and none for each tensor, whatever their shapes."""
+    for shapes in ([(3,)], [(2,), (3,)], [(2,), (2,)], [(3, 2), (4, 2)]):
+        params = {str(i): jnp.zeros(shape) for i, shape in enumerate(shapes)}
+        limit = limits.PerTensor(limits.Average(1.05))
+        optimizer = door.apply_clipped(optax.adam(0.1), limit, on_nonfinite="skip")
+        first = state = optimizer.init(params)
+        ones = jax.tree.map(jnp.ones_like, params)
+        _, state = optimizer.update(ones, state, params)
+        assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, first)
+        nans = {**ones, "0": ones["0"] * jnp.nan}
+        updates, after = optimizer.update(nans, state, params)
+        assert not any(np.any(each) for each in jax.tree.leaves(updates))
+        assert (after.skipped_count, state.skipped_count) == (1, 0)
+        same = jax.tree.map(np.array_equal, after.inner_state, state.inner_state)
+        assert all(jax.tree.leaves(same))

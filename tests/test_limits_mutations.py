@@ -19,7 +19,7 @@ from gradclip.core.arithmetic import HOST
 SOURCE = Path(core.__file__).read_text()
 
 MUTATIONS = [
-    ("the decay of the mean is of n", "(1 - self.decay) * (m - mean)", "self.decay * (m - mean)"),
+    ("the decay of the mean is of n", "self.decay * mean + (1 - self.decay) * m", "(1 - self.decay) * mean + self.decay * m"),
     ("the variance is of the mean before", "(m - later_mean) * (m - later_mean)", "(m - mean) ** 2"),
     ("statistics of n", 'm = x if self.learn_from == "raw" else ops.where', "m = x if True else ops.where"),
     ("the sample's variance", "- var) / seen", "- var) / ops.maximum(seen - 1, 1.0)"),
@@ -37,9 +37,10 @@ MUTATIONS = [
     ("no interpolation", "low + (high - low) * (at - ops.cast(below", "low + 0 * (at - ops.cast(below"),
     ("a percentile of one norm more", "ops.minimum(count, self.history - 1)", "ops.minimum(count + 1, self.history - 1)"),
     ("the ring forgets", "ops.put(ring, place, x)", "ring"),
-    ("no factor", "self.factor * percentile", "percentile"),
+    ("no factor", "ops.maximum(self.factor * percentile", "ops.maximum(percentile"),
     ("an average of n", 'm = x if self.learn_from == "raw" else ops.minimum(x, allowed)', "m = x"),
-    ("a decay the other way", "average + (1 - self.decay) * (m - average)", "average + self.decay * (m - average)"),
+    ("a decay the other way", "self.decay * average + (1 - self.decay) * m", "(1 - self.decay) * average + self.decay * m"),
+    ("a small norm lost in the average", "self.decay * average + (1 - self.decay) * m", "average + (1 - self.decay) * (m - average)"),
     ("the warm-up's last norm", "average + (x - average) / ops.cast", "x + 0 / ops.cast"),
     ("no smallest norm", "ops.minimum(average, clipped), clipped)", "ops.maximum(average, clipped), clipped)"),
     ("the smallest of what is not clipped", "clipped = x * ops.minimum", "clipped = x + 0 * ops.minimum"),
@@ -71,6 +72,7 @@ def check(kinds: Any) -> None:
         (percentile(97.3, 7), papers.AutoClip(97.3, 7)),
         (percentile(50, 100, 2.0), papers.ScaledAdam()),
         (average(2.0), papers.MeanOfNorms(2.0)),
+        (average(2.0, 1e-12, 1), papers.MeanOfNorms(2.0, 1e-12, 1)),
     ]
     norms = papers.norms_of(0, 1000)
     for kind, paper in pairs:
@@ -100,9 +102,9 @@ def check_adagc(kind: Any) -> None:
 
 
 def check_a_constant(kind: Any) -> None:
-    for constant in (0.1, 1e30):
+    for constant in (0.1, 0.3, 0.7, 1.1, 1e30):
         state = kind.begin(HOST)
-        for norm in (*[constant] * 10, math.nextafter(constant, math.inf)):
+        for norm in (*[constant] * 50, math.nextafter(constant, math.inf)):
             ruling = kind.judge(HOST, state, norm)
             assert ruling.limit == math.inf
             state = ruling.state

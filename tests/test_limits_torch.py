@@ -530,3 +530,75 @@ def test_a_recorded_training_through_attach_is_zclip() -> None:
         step_with(optimizer, [weight], [torch.tensor([norm], dtype=torch.float64)])
         assert clipper.limit.item() == pytest.approx(paper(norm), rel=1e-12)
     assert clipper.clipped_steps == 20
+
+
+# ---- what was found by trying it hard ----
+
+
+def test_units_are_rows_whatever_the_order_of_memory() -> None:
+    for weight, grad in (
+        (torch.ones(3, 2), torch.tensor([[10.0, 20.0, 30.0], [1.0, 2.0, 3.0]]).t()),
+        (torch.tensor([[1.0, 5.0, 9.0], [1.0, 2.0, 3.0]]).t(), torch.randn(3, 2) * 100),
+        (torch.ones(4, 3, 2), torch.randn(3, 4, 2).transpose(0, 1)),
+    ):
+        parameter = torch.nn.Parameter(weight)
+        parameter.grad = grad
+        wanted = of_units(weight, grad, 0.1, 1e-3)
+        gtorch.adaptive_clip_grad_([parameter], 0.1)
+        torch.testing.assert_close(parameter.grad.double(), wanted, rtol=1e-6, atol=0)
+
+
+def test_units_listed_twice_are_clipped_once() -> None:
+    weight = torch.nn.Parameter(torch.tensor([[3.0, 4.0], [0.0, 1.0]]))
+    other = torch.nn.Parameter(torch.tensor([[3.0, 4.0], [0.0, 1.0]]))
+    for several in ([weight, weight], [weight, other]):
+        weight.grad = other.grad = torch.tensor([[30.0, 40.0], [0.0, 0.001]])
+        gtorch.adaptive_clip_grad_(several, 0.1)
+        torch.testing.assert_close(weight.grad, torch.tensor([[0.3, 0.4], [0.0, 0.001]]))
+
+
+def test_tensors_of_one_name_are_refused() -> None:
+    weights = parameters()
+    for weight, grad in zip(weights, gradients(0), strict=True):
+        weight.grad = grad.clone()
+    limit = limits.PerTensor(limits.Percentile(50))
+    text = f"two tensors are called 'w', by which {limit!r} tells them apart"
+    with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
+        gtorch.clip_grad_norm_([("w", weights[0]), ("b", weights[1]), ("w", weights[2])], limit)
+    assert all(torch.equal(w.grad, g) for w, g in zip(weights, gradients(0), strict=True))
+    assert limit.state_dict() == {"kind": "PerTensor"}
+
+
+@pytest.mark.parametrize("nothing", [math.nan, math.inf])
+def test_what_becomes_of_nan_and_inf_depends_on_no_limit(nothing: float) -> None:
+    """By PyTorch's own policy: as beside a number."""
+    found = []
+    for limit in (1.0, *(fresh(name) for name in KINDS), limits.ZScore()):
+        weight = torch.nn.Parameter(torch.zeros(3))
+        weight.grad = torch.tensor([nothing, 1.0, 1.0])
+        gtorch.clip_grad_norm_([weight], limit)
+        found.append(str(weight.grad.tolist()))
+    assert len(set(found)) == 1
+
+
+def test_one_object_is_for_one_optimizer() -> None:
+    limit = limits.ZScore()
+    one, other = (torch.optim.SGD(parameters(), lr=1e-3) for _ in range(2))
+    clipper = gtorch.attach(one, limit)
+    text = "max_norm has ZScore(), which learns from the gradients of another optimizer already"
+    with pytest.raises(ValueError, match=f"^{re.escape(text)}"):
+        gtorch.attach(other, limit)
+    assert gtorch.clipper_of(other) is None
+    clipper.remove()
+    gtorch.attach(other, limit)
+
+
+def test_the_object_tells_the_limit_of_a_skipped_step_too() -> None:
+    limit = limits.ZScore(warmup=5, beyond="skip")
+    weights = parameters()
+    optimizer = torch.optim.SGD(weights, lr=1e-3)
+    clipper = gtorch.attach(optimizer, limit)
+    for step in range(7):
+        step_with(optimizer, weights, gradients(step))
+    assert clipper.skipped_steps == 1
+    assert limit.last_limit == clipper.limit.item() < math.inf

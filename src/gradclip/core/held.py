@@ -172,7 +172,9 @@ class Clip:
         if not isinstance(limit, Lesson):
             return self.action(norm, limit)
         if each is None:
-            return self.action(norm, limit.judge(HOST, float(norm)))
+            bound = limit.judge(HOST, float(norm))
+            # What is not finite goes by the policy, as beside a number: inf would only measure.
+            return self.action(norm, bound if math.isfinite(norm.significand) else 1.0)
         norms = each.floats()
         limits, own = limit.judge_each(HOST, norms, float(norm))
         if not math.isfinite(norm.significand):

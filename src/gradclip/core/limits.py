@@ -27,6 +27,8 @@ LearnFrom = Literal["clipped", "raw"]
 
 # Moments are of norms within these: their squares, and those of their last places, fit float64.
 _LEAST, _MOST = 2.0**-400, 2.0**400
+# No limit is less: 0 would let nothing through for ever.
+_TINY = 2.0**-1022
 
 
 class Ruling(NamedTuple):
@@ -63,6 +65,15 @@ class Limit(Remembers):
             norm: n; a vector of those of tensors, each judged by itself.
             whole: the global norm, if these are of tensors.
         """
+        raise NotImplementedError
+
+    def kept(self, state: Any) -> dict[str, Any]:
+        """What is saved of a state, by names: what cannot be made of the rest."""
+        found: dict[str, Any] = state._asdict()
+        return found
+
+    def restored(self, **kept: Any) -> Any:
+        """The state of which this was `kept`; None if none can be."""
         raise NotImplementedError
 
     def __repr__(self) -> str:
@@ -155,6 +166,11 @@ class ZScore(Limit):
         zero = ops.full(shape, 0, "float64")
         return ZScoreState(zero, zero, ops.full(shape, 0, "int64"))
 
+    def restored(self, **kept: Any) -> Any:
+        state = ZScoreState(**kept)
+        is_one = state.var >= 0 and (self.log or state.mean > 0 or not state.count)
+        return state if is_one else None
+
     def judge(self, ops: Arithmetic, state: ZScoreState, norm: Any, whole: Any = None) -> Ruling:
         mean, var, count = state
         learnt = count >= max(self.warmup, 1)
@@ -177,8 +193,7 @@ class ZScore(Limit):
             teaches = teaches & (outlier == False)  # noqa: E712  (of arrays, too)
 
         m = x if self.learn_from == "raw" else ops.where(outlier, bound, x)
-        # As decay * mean + (1 - decay) * m; but of what does not change no bit changes.
-        later_mean = mean + (1 - self.decay) * (m - mean)
+        later_mean = self.decay * mean + (1 - self.decay) * m
         later_var = self.decay * var + (1 - self.decay) * (m - later_mean) * (m - later_mean)
         # The warm-up's mean and population variance so far (Welford, 1962).
         seen = ops.cast(count + 1, "float64")
@@ -247,6 +262,15 @@ class Percentile(Limit):
         none = ops.full((*shape, self.history), math.inf, "float64")
         return PercentileState(none, none, ops.full(shape, 0, "int64"))
 
+    def kept(self, state: Any) -> dict[str, Any]:
+        return {"ring": state.ring, "count": state.count}
+
+    def restored(self, **kept: Any) -> Any:
+        ring, count = kept["ring"], kept["count"]
+        known, none = ring[:count], ring[count:]
+        is_one = (known > 0).all() and (known < math.inf).all() and (none == math.inf).all()
+        return PercentileState(ring, np.sort(ring), count) if is_one else None
+
     def judge(
         self, ops: Arithmetic, state: PercentileState, norm: Any, whole: Any = None
     ) -> Ruling:
@@ -266,7 +290,7 @@ class Percentile(Limit):
         percentile = low + (high - low) * (at - ops.cast(below, "float64"))
         after = PercentileState(ops.put(ring, place, x), new, count + 1)
         teaches = _teaches(norm, whole)
-        limit = ops.where(norm > 0, self.factor * percentile, math.inf)
+        limit = ops.where(norm > 0, ops.maximum(self.factor * percentile, _TINY), math.inf)
         return Ruling(limit, count < 0, count >= 0, _if(ops, teaches, after, state))
 
 
@@ -333,20 +357,24 @@ class Average(Limit):
     def begin(self, ops: Arithmetic, shape: tuple[int, ...] = ()) -> AverageState:
         return AverageState(ops.full(shape, 0, "float64"), ops.full(shape, 0, "int64"))
 
+    def restored(self, **kept: Any) -> Any:
+        state = AverageState(**kept)
+        return state if state.average > 0 or not state.count else None
+
     def judge(self, ops: Arithmetic, state: AverageState, norm: Any, whole: Any = None) -> Ruling:
         average, count = state
         learnt = count >= max(self.warmup, 1)
         x = _positive(ops, norm)
-        allowed = self.factor * average
+        allowed = ops.maximum(self.factor * average, _TINY)
         m = x if self.learn_from == "raw" else ops.minimum(x, allowed)
-        later = average + (1 - self.decay) * (m - average)
+        later = self.decay * average + (1 - self.decay) * m
         if whole is None:
             early = average + (x - average) / ops.cast(count + 1, "float64")
         else:
             clipped = x
             if self.learn_from == "clipped":
                 clipped = x * ops.minimum(self.limit / _positive(ops, whole), 1.0)
-                clipped = ops.maximum(clipped, 2.0**-1022)
+                clipped = ops.maximum(clipped, _TINY)
             early = ops.where(count > 0, ops.minimum(average, clipped), clipped)
         after = AverageState(ops.where(learnt, later, early), count + 1)
         limit = ops.where(learnt, allowed, self.limit)
@@ -358,10 +386,11 @@ class Average(Limit):
 class PerTensor(Limit):
     """Clips each tensor by a norm, a limit and a factor of its own.
 
-    Each has a state of its own, as ``kind`` has it, kept by the name of the tensor where one is
-    known, else by its place. As long as a tensor is in the kind's warm-up it is scaled with all
-    others, by the global norm and the kind's constant ``limit``. Where the global norm is NaN or
-    inf all tensors go the way of ``on_nonfinite``, and none learns.
+    Each has a state of its own, as ``kind`` has it, kept by the parameter's name where
+    `gradclip.torch` knows one, else by the tensor's place in the list. As long as a tensor is in
+    the kind's warm-up it is scaled with all others, by the global norm and the kind's constant
+    ``limit``. Where the global norm is NaN or inf all tensors go the way of ``on_nonfinite``, and
+    none learns.
 
     Args:
         kind: a `ZScore`, `Percentile` or `Average`. Its ``beyond`` is not ``"skip"``: a step is of
@@ -402,6 +431,13 @@ class PerTensor(Limit):
 
     def begin(self, ops: Arithmetic, shape: tuple[int, ...] = ()) -> Any:
         return self.kind.begin(ops, shape)
+
+    def kept(self, state: Any) -> dict[str, Any]:
+        found: dict[str, Any] = self.kind.kept(state)
+        return found
+
+    def restored(self, **kept: Any) -> Any:
+        return self.kind.restored(**kept)
 
     def judge(self, ops: Arithmetic, state: Any, norm: Any, whole: Any = None) -> Ruling:
         ruling: Ruling = self.kind.judge(ops, state, norm, whole)

@@ -43,7 +43,7 @@ class Memory:
     It lies where the norms are: with the host, or on a device that is not waited for.
     """
 
-    __slots__ = ("__weakref__", "_limit", "home", "keys", "place", "seen", "state")
+    __slots__ = ("__weakref__", "_limit", "home", "keys", "place", "seen", "state", "user")
 
     def __init__(self) -> None:
         self.state: Any = None  # none yet
@@ -52,6 +52,7 @@ class Memory:
         self.home: Home | None = None
         self._limit: Any = math.nan
         self.seen = 0  # how many norms were looked at
+        self.user: Any = None  # a weak reference to what alone it is for, if something says so
 
     def __getstate__(self) -> dict[str, Any]:
         return {"state": self.on_host(), "keys": self.keys, "limit": _read(self.limit)}
@@ -242,6 +243,10 @@ class Lesson:
         """Keep what has been learnt."""
         self.kind._learn(self)
 
+    def show(self) -> None:
+        """Have the object tell the limit, of a step that is not taken."""
+        self.memory.limit = self.in_force
+
     def told(self) -> str:
         """What has to be the same on all workers; of tensors `told_of` has more."""
         if self.per_tensor:
@@ -267,7 +272,10 @@ def _digest(state: Any) -> str:
 
 def _of_tensors(kind: Any, whole: Memory, keys: Sequence[Any]) -> Memory:
     """The memory of a kind, for just these tensors: the known ones with what they have learnt."""
-    if whole.keys == keys or (whole.keys is None and whole.state is None):
+    if whole.keys == keys:
+        return whole
+    _check_apart(kind, keys)
+    if whole.keys is None and whole.state is None:
         return whole
     state, known = whole.on_host(), list(whole.keys or ())
     place_of = {key: place for place, key in enumerate(known)}
@@ -282,6 +290,17 @@ def _of_tensors(kind: Any, whole: Memory, keys: Sequence[Any]) -> Memory:
     part.keys = keys
     part.state = type(state)(*(each[rows] for each in state))
     return part
+
+
+def _check_apart(kind: Any, keys: Sequence[Any]) -> None:
+    """Refuse tensors that nothing tells apart.
+
+    Raises:
+        ValueError: two have one name.
+    """
+    if not isinstance(keys, range) and len(set(keys)) < len(keys):
+        twice = next(key for key in keys if list(keys).count(key) > 1)
+        raise ValueError(f"two tensors are called {twice!r}, by which {kind!r} tells them apart")
 
 
 def _put_back(lesson: Lesson) -> None:
@@ -315,7 +334,8 @@ class Remembers:
 
         Of `PerTensor` that of each tensor, in their order. It lies where the gradients do.
         """
-        return self._memory.limit
+        limit = self._memory.limit
+        return limit.copy() if isinstance(limit, np.ndarray) else limit
 
     def __copy__(self: R) -> R:
         """A copy learns by itself."""
@@ -351,15 +371,17 @@ class Remembers:
             self._memory.replace(None, None)
         elif self.per_tensor:
             pairs = rest.get("tensors", ())
-            rows = [self._loaded(saved) for _, saved in pairs]
+            keys, rows = [key for key, _ in pairs], [self._loaded(saved) for _, saved in pairs]
+            _check_apart(self, keys)
             stacked = type(rows[0])(*map(np.array, zip(*rows, strict=True))) if rows else None
-            self._memory.replace(stacked, [key for key, _ in pairs])
+            self._memory.replace(stacked, keys if rows else None)
         else:
             self._memory.replace(self._loaded(rest), None)
 
     def _saved(self, state: Any) -> dict[str, Any]:
         """The state of one norm, in Python's numbers."""
-        return {name: np.asarray(x).tolist() for name, x in state._asdict().items()}
+        kept = self.kept(state)  # type: ignore[attr-defined]
+        return {name: np.asarray(x).tolist() for name, x in kept.items()}
 
     def _loaded(self, saved: Any) -> Any:
         """The state that was saved.
@@ -367,15 +389,14 @@ class Remembers:
         Raises:
             ValueError: it is none of this kind.
         """
-        blank = self.begin(HOST)  # type: ignore[attr-defined]
-        if not isinstance(saved, dict) or set(saved) != set(blank._fields):
-            raise ValueError(f"the state has {saved!r}; it must have {', '.join(blank._fields)}")
-        state = type(blank)(
-            *(HOST.constant(saved[name], _dtype(old)) for name, old in blank._asdict().items())
-        )
-        for name, old, new in zip(blank._fields, blank, state, strict=True):
-            if np.shape(old) != np.shape(new) or np.isnan(new).any():
-                raise ValueError(f"the state has {name} {saved[name]!r}, which cannot be loaded")
+        blank = self.kept(self.begin(HOST))  # type: ignore[attr-defined]
+        if not isinstance(saved, dict) or set(saved) != set(blank):
+            raise ValueError(f"the state has {saved!r}; it must have {', '.join(blank)}")
+        found = {name: _number(saved[name], old) for name, old in blank.items()}
+        are_all = all(each is not None for each in found.values())
+        state = self.restored(**found) if are_all else None  # type: ignore[attr-defined]
+        if state is None:
+            raise ValueError(f"the state has {saved!r}, which no {type(self).__name__} has learnt")
         return state
 
     def lesson(self, keys: Sequence[Any] | None = None) -> Lesson:
@@ -384,8 +405,8 @@ class Remembers:
 
     def _learn(self, lesson: Lesson) -> None:
         memory = lesson.memory
-        if lesson.after is None:
-            return  # nothing was judged: the norm of no leaves on a path of its own
+        if lesson.after is None or (lesson.keys is not None and not len(lesson.keys)):
+            return  # nothing was judged
         if lesson.keys is None:
             memory.keep(lesson.after, lesson.place)
         else:
@@ -394,6 +415,19 @@ class Remembers:
         memory.seen += 1
         if memory is self._memory and memory.seen <= 2:
             _look_out(self)
+
+
+def _number(value: Any, like: Any) -> Any:
+    """A number or a list of them, as one of a state; None if it is none."""
+    if isinstance(like, int):
+        return value if type(value) is int and 0 <= value < 2**63 else None
+    if not isinstance(like, np.ndarray):
+        return float(value) if type(value) in (float, int) and math.isfinite(value) else None
+    are_numbers = isinstance(value, list) and all(type(x) in (float, int) for x in value)
+    if not are_numbers or len(value) != len(like):
+        return None
+    array = np.array(value, np.float64)
+    return None if np.isnan(array).any() else array
 
 
 # Of the latest limits that had seen one norm, one after the other and all alike: how they are

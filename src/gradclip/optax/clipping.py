@@ -182,7 +182,7 @@ class Clipping:
         with jax.enable_x64(True):
             limits = lesson.in_force, lesson.against, lesson.skip
             new = _learnt(state, norm, *limits, lesson.after)
-        return clipped, new, lesson.skip
+        return clipped, new, lesson.skip if self.skips else False
 
     def _shape(self, tree: Any) -> tuple[int, ...]:
         """That of limits: of tensors, one for each."""

@@ -141,7 +141,7 @@ def variables_of(limit: Limit) -> tf.Module:
     >>> clip = tf.function(lambda x: clip_by_global_norm([x], limit))
     >>> clipped, norm = clip(tf.constant([3.0, 4.0]))
     >>> [variable.name for variable in variables_of(limit).variables]
-    ['limit:0', 'ring:0', 'ordered:0', 'count:0']
+    ['learnt:0']
     """
     home = limit._memory.home
     if home is None:

@@ -129,6 +129,8 @@ class Here(_Counts):
         if (step.on_nonfinite == "skip" and not all(finite)) or any(
             map(_stands_out, limits, finite)
         ):
+            for lesson in step.lessons:
+                lesson.show()
             self._skip()
         self.factors = list(map(factor_of, actions))
         return Outcome(

@@ -148,6 +148,7 @@ class Clipper(hooks.Hooked):
                 part.meet()
         self._on_nonfinite: OnNonfiniteStep = on_nonfinite
         self._group = group
+        self._take_limits()
         self._begin(books.Known.nothing(len(self._limits.every)))
         self._hook_on(skips=self._may_skip)
         try:
@@ -155,6 +156,21 @@ class Clipper(hooks.Hooked):
         except BaseException:
             self.remove()
             raise
+
+    def _take_limits(self) -> None:
+        """Have the limits that learn learn from this optimizer alone.
+
+        Raises:
+            ValueError: one does from another, which is still clipped.
+        """
+        for limit in self._limits.learning:
+            user = limit._memory.user and limit._memory.user()
+            if user not in (None, self) and clipper_of(user._optimizer) is user:
+                raise ValueError(
+                    f"max_norm has {limit!r}, which learns from the gradients of another optimizer "
+                    "already; each learns by an object of its own"
+                )
+            limit._memory.user = weakref.ref(self)
 
     def _begin(self, known: books.Known) -> None:
         """Begin with no step, no place, and books that the host keeps."""

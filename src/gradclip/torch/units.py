@@ -17,6 +17,7 @@ from gradclip.kernels.cpu.leaves import norms_of
 from gradclip.torch import host, mesh, pointers
 from gradclip.torch.backend import hold
 from gradclip.torch.following import looked_away_from
+from gradclip.torch.overlap import distinct
 from gradclip.torch.parameters import Named, listed
 from gradclip.torch.tensors import PLAIN_TYPES
 
@@ -36,9 +37,10 @@ def adaptive_clip_grad_(
     of ``torch.nn.Linear`` and ``ConvNd``; of a vector or number, all of it. The authors leave out
     the last, linear layer: do not pass its parameters.
 
-    On the CPU both norms are correctly rounded, and finite ones never overflow. On other devices
-    they are summed in float64, and the host does not wait. A unit whose norm is NaN or inf becomes
-    NaN. Where nothing is to be clipped no gradient is written.
+    On the CPU both norms are correctly rounded, and no norm of what is narrower than float64
+    overflows. On other devices they are summed in float64, and the host does not wait. A gradient
+    that is listed twice is clipped once. A unit whose norm is NaN or inf becomes NaN. Where nothing
+    is to be clipped no gradient is written.
 
     Args:
         parameters: parameters, or one, also with their names; those without a gradient are passed
@@ -66,7 +68,7 @@ def adaptive_clip_grad_(
     """
     clip_factor, eps = check_units(clip_factor, eps, "clip_factor")
     given = listed(parameters, "parameters", [])
-    places = [i for i, weight in enumerate(given.tensors) if weight.grad is not None]
+    places = _distinct(given.tensors)
     weights = [given.tensors[i].detach() for i in places]
     grads = [given.tensors[i].grad for i in places]
 
@@ -82,6 +84,14 @@ def adaptive_clip_grad_(
         else:
             for weight, grad in zip(weights, grads, strict=True):
                 _clip_there_(weight, grad, clip_factor, eps)
+
+
+def _distinct(weights: Sequence[Any]) -> list[int]:
+    """The places of those that have a gradient, of which each memory is clipped once."""
+    grads = [weight.grad for weight in weights]
+    once = set(map(id, distinct([grad for grad in grads if grad is not None])))
+    first = {id(grad): place for place, grad in reversed([*enumerate(grads)])}
+    return sorted(place for grad, place in first.items() if grad in once)
 
 
 def _check_dense(tensors: Sequence[Any], path: Callable[[int], str]) -> None:
@@ -113,7 +123,8 @@ def _clip_here_(
 def _units_of(tensors: Sequence[Tensor]) -> cpu.Leaves:
     """The memory of the units of tensors."""
     counts = [each.shape[0] if each.dim() > 1 else 1 for each in tensors]
-    whole = pointers.taken(tensors, writable=False)
+    in_order = all(map(Tensor.is_contiguous, tensors))  # of axes, else a row is no run of memory
+    whole = pointers.taken(tensors, writable=False) if in_order else None
     found = None if whole is None else cpu.rows(whole, counts)
     if found is not None:
         return found

@@ -72,7 +72,10 @@ def _finish(
         first = tl.full([], 0, tl.int64)
         limit, _, skip = judge(before, after, 1, first, True, norm, norm, steps, KIND, False)
         skip = skip & (significand < 1)  # what is not finite goes by the policy
-    action, factor, shift = decide(significand, exponent, tl.where(skip, 0.0, limit), policy)
+    bound = tl.where(skip, 0.0, limit)
+    if KIND > 0:
+        bound = tl.where(significand < 1, bound, 1.0)  # inf would only measure
+    action, factor, shift = decide(significand, exponent, bound, policy)
     if steps:
         if WIDE:
             tl.store(pointer(norm_at, tl.float64), norm)

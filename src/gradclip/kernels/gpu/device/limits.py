@@ -136,7 +136,7 @@ def _z_score(before, after, tensors, place, inside, norm, teaches, LOG: tl.const
     teaches = teaches & (skip == 0)
 
     m = tl.where(outlier, tl.where(raw == 0, bound, x), x)
-    later_mean = mean + (1 - decay) * (m - mean)
+    later_mean = decay * mean + (1 - decay) * m
     later_var = decay * var + (1 - decay) * (m - later_mean) * (m - later_mean)
     seen = (count + 1).to(tl.float64)
     early_mean = mean + (x - mean) / seen
@@ -163,9 +163,9 @@ def _average(
 
     learnt = count.to(tl.float64) >= _number(before, WARMUP)
     x = _positive(norm)
-    allowed = factor * average
+    allowed = tl.maximum(factor * average, tl.full([], _TINY, tl.float64))
     m = tl.where(raw == 0, tl.minimum(x, allowed), x)
-    later = average + (1 - decay) * (m - average)
+    later = decay * average + (1 - decay) * m
     if EACH:
         clipped = x * tl.minimum(constant / _positive(whole), tl.full([], 1.0, tl.float64))
         clipped = tl.maximum(clipped, tl.full([], _TINY, tl.float64))
@@ -210,7 +210,8 @@ def _percentile(before, after, tensors, place, norm, teaches):
     low = _with_latest(ordered, below, history, oldest, x)
     high = _with_latest(ordered, tl.minimum(below + 1, last), history, oldest, x)
     percentile = low + (high - low) * (at - below.to(tl.float64))
-    return tl.where(norm > 0, _number(before, FACTOR) * percentile, float("inf"))
+    limit = tl.maximum(_number(before, FACTOR) * percentile, tl.full([], _TINY, tl.float64))
+    return tl.where(norm > 0, limit, float("inf"))
 
 
 @triton.jit
