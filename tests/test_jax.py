@@ -214,7 +214,7 @@ def test_large_arrays_on_xla_s_own_threads() -> None:
 def test_xla_adds_rows_up_before_columns(shape: tuple[int, ...]) -> None:
     """It would make one sum of the two, in an order that the certificate does not allow for."""
     with jax.enable_x64(True):
-        certified = jax.jit(lambda x: norms._certified(xla._OPS, [x]))
+        certified = jax.jit(lambda x: norms._certified(xla._OPS, *norms._sum_of(xla._OPS, [x])))
         program = certified.lower(jnp.ones(shape, "float64")).compile().as_text()
     assert len(re.findall(r"= f64\S* reduce\(", program)) == 2
 

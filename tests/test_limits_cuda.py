@@ -121,7 +121,7 @@ def takes_one(kind: Any) -> bool:
 
 def some_rules(kind: Any) -> Any:
     """Of those that take the interpreter long one is for `make test`."""
-    marks = pytest.mark.slow if kind == KINDS[7] else pytest.mark.long
+    marks = pytest.mark.long if kind == KINDS[7] else pytest.mark.long
     return pytest.param(kind, marks=[marks] if takes_one(kind) else [])
 
 
@@ -305,7 +305,7 @@ def test_the_host_never_waits(
     assert len(counted.sent_rows) == 1 + 2, "one table, and two states to begin with"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("there")
 @pytest.mark.parametrize("way", ["dict", "pickle", "deepcopy", "here", "there"])
 @pytest.mark.parametrize("kind", SOME, ids=repr)
@@ -476,7 +476,7 @@ def check_attach(kind: Any, *, on_a_device: bool = True, **how: Any) -> Any:
     return clipper
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("there")
 @pytest.mark.parametrize("scaler", [False, True])
 @pytest.mark.parametrize("fused", [False, True])
@@ -485,7 +485,7 @@ def test_attach_learns_as_on_the_host(kind: Any, fused: bool, scaler: bool) -> N
     check_attach(kind, fused=fused, scaler=scaler, policy="zero")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("there")
 @pytest.mark.parametrize("scaler", [False, True])
 def test_a_fused_step_that_stands_out_is_skipped_there(scaler: bool) -> None:
@@ -520,7 +520,7 @@ def test_a_step_that_fails_teaches_nothing() -> None:
     assert clipper.steps == 2
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("there")
 @pytest.mark.parametrize("kind", [*SOME, *TENSORS], ids=repr)
 def test_a_step_that_the_scaler_skips_teaches_nothing(kind: Any) -> None:
@@ -602,7 +602,7 @@ def several(seed: int, names: str = "float32") -> list[Any]:
 
 
 @pytest.mark.usefixtures("there")
-@pytest.mark.parametrize("names", ["float32", pytest.param("float64", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("names", ["float32", pytest.param("float64", marks=pytest.mark.long)])
 @pytest.mark.parametrize("kind", TENSORS, ids=repr)
 def test_tensors_are_clipped_as_by_the_host(kind: Any, names: str) -> None:
     one, other = fresh(kind), fresh(kind)
@@ -640,7 +640,7 @@ def test_tensors_of_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
         assert one.state_dict() == other.state_dict()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("there")
 @pytest.mark.parametrize("policy", ["nan", "zero", "keep", None])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -685,7 +685,7 @@ def test_three_launches_and_no_wait(
     assert dict(limit.state_dict()["tensors"])[0]["count"] == 6
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("there")
 def test_norms_of_tensors_between_two_numbers_are_added_exactly() -> None:
     """The certificate fails: of one leaf, or of all together."""
@@ -701,7 +701,7 @@ def test_norms_of_tensors_between_two_numbers_are_added_exactly() -> None:
                 np.testing.assert_array_equal(found, right)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("there")
 @pytest.mark.parametrize("scaler", [False, True])
 @pytest.mark.parametrize(
@@ -725,7 +725,7 @@ def test_attach_clips_tensors_as_on_the_host(kind: Any, scaler: bool) -> None:
     assert clipper.clipped_steps > 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("there")
 @pytest.mark.parametrize("kind", TENSORS, ids=repr)
 def test_a_scale_that_is_no_power_of_two_is_taken_out_of_each_norm(kind: Any) -> None:
@@ -895,11 +895,11 @@ RULES: dict[str, tuple[str, str, Any]] = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(x, marks=[pytest.mark.slow] * takes_one(kind))
+        pytest.param(x, marks=[pytest.mark.long] * takes_one(kind))
         for x, (*_, kind) in RULES.items()
     ],
 )
@@ -992,7 +992,7 @@ OF_EACH: dict[str, tuple[str, str, Callable[[], None]]] = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("there")
 @pytest.mark.parametrize("name", OF_EACH)
 def test_a_mutation_of_what_is_done_to_each_is_seen(

@@ -54,7 +54,8 @@ if last == len(x):
 """
 
 
-@pytest.mark.parametrize("backend", SOME)
+@pytest.mark.long
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_file_goes_on_to_the_bit_in_a_new_process(backend: str, tmp_path: Path) -> None:
     whole = run(backend, "-c", RESUME, "whole.keras", "0", "40", cwd=tmp_path)
     run(backend, "-c", RESUME, "half.keras", "0", "17", cwd=tmp_path)

@@ -210,7 +210,7 @@ MUTATIONS: dict[str, tuple[Any, str, Any, Callable[[], None]]] = {
     ),
     "true is a number": (
         decide,
-        "_real",
+        "real_number",
         lambda _, value: float(value),
         partial(test_spec.test_a_wrong_clip_norm, True, TypeError, NO_NUMBER, clip_by_global_norm),
     ),
