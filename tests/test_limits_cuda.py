@@ -120,9 +120,8 @@ def takes_one(kind: Any) -> bool:
 
 
 def some_rules(kind: Any) -> Any:
-    """Of those that take the interpreter long one is for `make test`."""
-    marks = pytest.mark.long if kind == KINDS[7] else pytest.mark.long
-    return pytest.param(kind, marks=[marks] if takes_one(kind) else [])
+    """Those that take the interpreter long are for `make test-long`."""
+    return pytest.param(kind, marks=[pytest.mark.long] if takes_one(kind) else [])
 
 
 def columns(lanes: int, steps: int) -> list[list[float]]:
