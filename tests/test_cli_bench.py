@@ -66,8 +66,15 @@ def test_every_case_has_its_rows(framework: Any, names: list[str]) -> None:
         "optax-": {"optax"},
         "busy-": {"one thread"},
         "busy-torch-": {"one thread", "PyTorch"},
+        "limit-": {"a number", "a number + 20 us"},
+        "each-": {"the global clip", "PyTorch, each"},
     }.items():
         timed |= {name: {"gradclip"} | more for name in names if name.startswith(prefix)}
+    timed |= {
+        name: {"gradclip", "a number", "a number + 100 us"}
+        for name in names
+        if name.startswith("limit-") and name.endswith("-percentile")
+    }
     assert systems == {name: timed.get(name, {"gradclip"}) for name in names}
 
 
