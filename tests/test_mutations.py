@@ -389,6 +389,10 @@ UNTRIED = {
 }
 
 
+# The trial's tail is longer than a step of avx2, and shorter than one of avx512.
+TRIED_BY_SOME = {"a tail of float64 left out"}
+
+
 # Of what XLA calls, which no trial tries.
 XLA_MUTATIONS = {
     "an example left out": ("xla_sum.c", "i += ROWS;", "i += ROWS + 1;"),
@@ -439,7 +443,8 @@ SOME = ("a wrong low part", "scaled twice")
 def test_a_mutation_of_the_kernel_is_seen(name: str, tmp_path: Path) -> None:
     done = outcome(build(tmp_path, change=C_MUTATIONS[name]))
     assert done.returncode == mutant.SEEN, done.stderr
-    assert done.stdout.startswith("trial: None\n") is (name in UNTRIED)
+    if name not in TRIED_BY_SOME:
+        assert done.stdout.startswith("trial: None\n") is (name in UNTRIED)
 
 
 @pytest.mark.parametrize(
@@ -452,5 +457,6 @@ def test_a_mutation_of_the_kernel_is_seen(name: str, tmp_path: Path) -> None:
 def test_a_mutation_of_what_xla_calls_is_seen(name: str, tmp_path: Path) -> None:
     pytest.importorskip("optax")
     done = outcome(build(tmp_path, change=XLA_MUTATIONS[name]), "mutant.check_what_xla_calls")
-    assert done.returncode == mutant.SEEN, done.stderr
+    # One that writes where it should not may end the process: that is seen, too.
+    assert done.returncode == mutant.SEEN or done.returncode < 0, done.stderr
     assert done.stdout.startswith("trial: None\n")
