@@ -11,14 +11,13 @@ from test_keras import BACKENDS, HERE, run
 from test_keras import pytestmark as of_keras
 
 pytestmark = of_keras
-# One of them where time is short.
-SOME = [BACKENDS[0], *(pytest.param(each, marks=pytest.mark.long) for each in BACKENDS[1:])]
 
 
-@pytest.mark.parametrize("backend", SOME)
+@pytest.mark.long
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("which", "how_many"),
-    [("not long", r"\d{2,3}"), pytest.param("long", r"\d+", marks=pytest.mark.long)],
+    [("not long", r"\d{2,3}"), ("long", r"\d+")],
 )
 def test_on_each_backend(backend: str, which: str, how_many: str) -> None:
     # A MirroredStrategy never closes its threads.
