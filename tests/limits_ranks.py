@@ -89,6 +89,12 @@ def communication() -> None:
         gradclip.clip_by_global_norm_(own, limit, group=dist.group.WORLD)
     assert counted.get_total_counts() == 1
     assert limit.last_limit.tolist() == [float(gradclip.global_norm([each])) for each in own]
+    # The same memory in another shape is the same tensor, and counts once.
+    several = [own[0], own[1], own[0].view(3, 1)]
+    wanted = gradclip.clip_by_global_norm_([x.clone() for x in own], 1e9, group=dist.group.WORLD)
+    kind = limits.PerTensor(limits.Average(2.0, limit=1e9))
+    found = gradclip.clip_by_global_norm_(several, kind, group=dist.group.WORLD)
+    assert torch.equal(found, wanted)
     every = [spread(each, mesh, Shard(0)) for each in gradients(0)]
     with CommDebugMode() as counted:
         gradclip.clip_by_global_norm_(every, limits.PerTensor(limits.Percentile(50)))

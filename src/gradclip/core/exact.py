@@ -65,6 +65,11 @@ class ScaledArray(NamedTuple):
             np.array([each.exponent for each in pairs], np.int64),
         )
 
+    def singly(self) -> list[Scaled]:
+        """The numbers, one by one."""
+        pairs = zip(self.significand.tolist(), self.exponent.tolist(), strict=True)
+        return [Scaled(*each) for each in pairs]
+
     def are_one(self) -> bool:
         """If each of them is exactly 1."""
         significand, exponent = Scaled.of(1.0)

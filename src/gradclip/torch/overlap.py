@@ -19,6 +19,11 @@ def distinct(leaves: Sequence[Any]) -> list[Any]:
     return list({_key(leaf): leaf for leaf in reversed(leaves)}.values())[::-1]
 
 
+def first_places(leaves: Sequence[Any]) -> list[int]:
+    """The places of the leaves; of those whose elements are in one memory the first."""
+    return sorted({_key(leaf): place for place, leaf in reversed([*enumerate(leaves)])}.values())
+
+
 def _key(leaf: Any) -> Any:
     values = values_of(mesh.local(leaf))
     if not values.numel() or not values.data_ptr():

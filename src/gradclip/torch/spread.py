@@ -27,7 +27,7 @@ from gradclip.core.held import Clip, Held, Measured
 from gradclip.core.workers import Joint
 from gradclip.torch import mesh
 from gradclip.torch.elements import copy, count_nonfinite, fill_
-from gradclip.torch.overlap import distinct
+from gradclip.torch.overlap import distinct, first_places
 from gradclip.torch.tensors import WIDE, detached, values_of, with_values
 
 # What has been learnt of some of the leaves.
@@ -114,8 +114,7 @@ def _measured_each(
     here.check_there()
     ring = joint.workers
     if not isinstance(ring, mesh.Ring):
-        _, each = here.measure_each()
-        return Measured(*joint.norm(here.total()[0], wide=here.wide)), each
+        return Held.measure_each_with(here, joint, learnt)
     if ring.flat:
         raise NotImplementedError(
             "limits.PerTensor under FullyShardedDataParallel, which has many parameters in one "
@@ -128,19 +127,18 @@ def _measured_each(
     if mesh.any_terms(leaves, groups):
         joint.agree()  # adding up is a collective, for which one that has failed would be missed
     counted = mesh.counted_at(leaves, groups, ring)
-    again = _repeated(leaves) if here.writable else set()
-    totals = [
-        _total([counted[place]] if place in counted and place not in again else [])
-        for place in places
-    ]
+    # One memory listed twice counts once where it is written once.
+    once = set(first_places(leaves) if here.writable else range(len(leaves)))
+    counted = {place: x for place, x in counted.items() if place in once}
+    totals = [_total([counted[place]] if place in counted else []) for place in places]
     known = set(places)
-    rest = [x for place, x in counted.items() if place not in known and place not in again]
+    rest = [x for place, x in counted.items() if place not in known]
     norm, wide = joint.norm(merge([*totals, _total(rest)]), wide=here.wide)
     own = [place for place in range(len(leaves)) if place not in known]
     _, each = Tensors.hold([leaves[place] for place in own], str, writable=False).measure_each()
     found = [Scaled(0.0, 0)] * len(leaves)
-    for place, number in zip(own, zip(*each, strict=True), strict=True):
-        found[place] = Scaled(*number)
+    for place, number in zip(own, each.singly(), strict=True):
+        found[place] = number
     formats = [FLOAT64 if values_of(leaves[place]).dtype in WIDE else FLOAT32 for place in places]
     for place, number in zip(places, ring_norms(ring, totals, formats), strict=True):
         found[place] = number
@@ -165,12 +163,6 @@ def ring_norms(ring: mesh.Ring, totals: Sequence[Total], formats: Sequence[Forma
 
 def _total(tensors: Sequence[Any]) -> Total:
     return Tensors.hold(tensors, str, writable=False).total()[0] if tensors else total_of()
-
-
-def _repeated(leaves: Sequence[Any]) -> set[int]:
-    """The places of leaves that stand in the list before."""
-    first: dict[int, int] = {}
-    return {i for i, leaf in enumerate(leaves) if first.setdefault(id(leaf), i) != i}
 
 
 class Spread(Tensors):

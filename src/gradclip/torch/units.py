@@ -17,7 +17,7 @@ from gradclip.kernels.cpu.leaves import norms_of
 from gradclip.torch import host, mesh, pointers
 from gradclip.torch.backend import hold
 from gradclip.torch.following import looked_away_from
-from gradclip.torch.overlap import distinct
+from gradclip.torch.overlap import first_places
 from gradclip.torch.parameters import Named, listed
 from gradclip.torch.tensors import PLAIN_TYPES
 
@@ -68,7 +68,9 @@ def adaptive_clip_grad_(
     """
     clip_factor, eps = check_units(clip_factor, eps, "clip_factor")
     given = listed(parameters, "parameters", [])
-    places = _distinct(given.tensors)
+    some = [i for i, weight in enumerate(given.tensors) if weight.grad is not None]
+    # Each memory is clipped once.
+    places = [some[i] for i in first_places([given.tensors[i].grad for i in some])]
     weights = [given.tensors[i].detach() for i in places]
     grads = [given.tensors[i].grad for i in places]
 
@@ -84,14 +86,6 @@ def adaptive_clip_grad_(
         else:
             for weight, grad in zip(weights, grads, strict=True):
                 _clip_there_(weight, grad, clip_factor, eps)
-
-
-def _distinct(weights: Sequence[Any]) -> list[int]:
-    """The places of those that have a gradient, of which each memory is clipped once."""
-    grads = [weight.grad for weight in weights]
-    once = set(map(id, distinct([grad for grad in grads if grad is not None])))
-    first = {id(grad): place for place, grad in reversed([*enumerate(grads)])}
-    return sorted(place for grad, place in first.items() if grad in once)
 
 
 def _check_dense(tensors: Sequence[Any], path: Callable[[int], str]) -> None:
