@@ -123,11 +123,6 @@ class Host:
     def column(x: Any) -> Any:
         return x[..., None] if isinstance(x, np.ndarray) else x
 
-    @staticmethod
-    def constant(values: Any, dtype: str) -> Any:
-        array = np.array(values, dtype)
-        return array if array.shape else array.item()
-
 
 def _exp(x: float) -> float:
     try:

@@ -27,7 +27,7 @@ from gradclip.core.decide import (
     factors,
 )
 from gradclip.core.exact import Scaled, ScaledArray, Total
-from gradclip.core.memory import Lesson
+from gradclip.core.memory import Lesson, told
 from gradclip.core.workers import Joint
 
 
@@ -127,8 +127,8 @@ class Clip:
         """
         limit, given = self.read()
         if self.part is not None:
-            told = limit.told() if isinstance(limit, Lesson) else limit
-            self.part.asked(**self.asked(told, None if given is None else float(given)))
+            known = None if given is None else float(given)
+            self.part.asked(**self.asked(told(limit), known))
         each = None
         if isinstance(limit, Lesson) and limit.per_tensor:
             found, each = self.measured_each(held, limit)

@@ -260,6 +260,11 @@ class Lesson:
         return _digest(None if state is None else [each[rows] for each in state])
 
 
+def told(limit: Any) -> Any:
+    """What of a limit, a number or a lesson, has to be the same on all workers."""
+    return limit.told() if isinstance(limit, Lesson) else limit
+
+
 def _digest(state: Any) -> str:
     """The same of equal states, and hardly ever of two others."""
     if state is None:

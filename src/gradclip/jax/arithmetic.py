@@ -63,7 +63,7 @@ def bare(x: Any) -> Any:
 
 
 class Steps:
-    """Arithmetic of `Number`; see `limits.Arithmetic`."""
+    """Arithmetic of `Number`; see `core.arithmetic`."""
 
     def __init__(self, norm: Any) -> None:
         # A norm is never below 0, but XLA does not know.

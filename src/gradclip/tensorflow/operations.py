@@ -10,7 +10,7 @@ import tensorflow as tf
 
 
 class Operations:
-    """See `kernels.traced.operations`, and `Arithmetic` in `core.limits`."""
+    """See `kernels.traced.operations`, and `core.arithmetic`."""
 
     sqrt, round = staticmethod(tf.sqrt), staticmethod(tf.round)
     log, exp = staticmethod(tf.math.log), staticmethod(tf.exp)

@@ -16,11 +16,10 @@ from torch import Tensor
 from gradclip.core.decide import ScaleEach, at_most
 from gradclip.core.exact import Scaled
 from gradclip.core.held import Clip
-from gradclip.core.memory import Lesson
+from gradclip.core.memory import Lesson, told
 from gradclip.core.opening import taking_part
 from gradclip.kernels.cpu.arithmetic import ieee_arithmetic
 from gradclip.torch.gradients import Gradients
-from gradclip.torch.limits import told
 from gradclip.torch.step import (
     Action,
     Outcome,

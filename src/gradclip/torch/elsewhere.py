@@ -73,7 +73,7 @@ class Leaves(Tensors):
         return self.rewrapped([_scaled(detached(leaf), factor) for leaf in self.leaves])
 
     def scaled_each(self, factors: ScaledArray) -> list[Any]:
-        pairs = zip(self.leaves, _singly(factors), strict=True)
+        pairs = zip(self.leaves, factors.singly(), strict=True)
         return self.rewrapped([_scaled(detached(leaf), factor) for leaf, factor in pairs])
 
     def scale_(self, factor: Scaled) -> None:
@@ -82,7 +82,7 @@ class Leaves(Tensors):
     def scale_each_(self, factors: ScaledArray) -> None:
         one = Scaled.of(1.0)
         with torch.inference_mode():
-            for tensor, factor in zip(map(values_of, self.leaves), _singly(factors), strict=True):
+            for tensor, factor in zip(map(values_of, self.leaves), factors.singly(), strict=True):
                 if factor != one:
                     tensor.copy_(_scaled(tensor, factor))
 
@@ -95,10 +95,6 @@ class Leaves(Tensors):
             for leaf in self.leaves
         ]
         return host.hold(leaves, list(map(values_of, leaves)), str, writable=False)
-
-
-def _singly(factors: ScaledArray) -> list[Scaled]:
-    return [Scaled(*each) for each in zip(*map(np.ndarray.tolist, factors), strict=True)]
 
 
 def _with_rows(leaf: Any) -> tuple[Tensor, Tensor | None]:

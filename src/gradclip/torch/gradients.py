@@ -154,10 +154,7 @@ def _each_unscaled(norms: ScaledArray, scale: float, wide: bool) -> ScaledArray:
     """As `_unscaled`, of each."""
     if scale == 1:
         return norms
-    return ScaledArray.of(
-        _unscaled(Scaled(*each), scale, wide)
-        for each in zip(*map(np.ndarray.tolist, norms), strict=True)
-    )
+    return ScaledArray.of(_unscaled(each, scale, wide) for each in norms.singly())
 
 
 def _is_distributed() -> bool:

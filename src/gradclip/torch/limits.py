@@ -10,7 +10,6 @@ from torch import Tensor
 
 from gradclip.core.decide import check_clip_norm
 from gradclip.core.limits import Limit as Learning
-from gradclip.core.memory import Lesson
 
 # What a limit may be: a number, or a schedule: from how many steps were begun before to a number;
 # or one that learns.
@@ -109,11 +108,6 @@ def _now(limit: Any, begun: int, knows: Callable[[Any], bool], names: Sequence[s
     if isinstance(limit, Learning):
         return limit.lesson(names)
     return _number(limit(begun), begun, knows) if callable(limit) else limit
-
-
-def told(limit: float | Lesson) -> float | str:
-    """What of a limit has to be the same on all workers."""
-    return limit.told() if isinstance(limit, Lesson) else limit
 
 
 def _number(limit: Any, begun: int, knows: Callable[[Any], bool]) -> Any:

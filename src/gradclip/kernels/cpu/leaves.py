@@ -169,8 +169,7 @@ class Leaves(Held):
         if self.codes is None:
             return None
         if isinstance(factor, ScaledArray):
-            pairs = zip(self.codes, zip(*map(np.ndarray.tolist, factor), strict=True), strict=True)
-            return [_recode_table(codes, Scaled(*each)) for codes, each in pairs]
+            return list(map(_recode_table, self.codes, factor.singly()))
         tables = {codes: _recode_table(codes, factor) for codes in set(self.codes)}
         return [tables[codes] for codes in self.codes]
 
