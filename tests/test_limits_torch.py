@@ -589,6 +589,14 @@ def test_one_object_is_for_one_optimizer() -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(text)}"):
         gtorch.attach(other, limit)
     assert gtorch.clipper_of(other) is None
+    later = gtorch.attach(other, 1.0)
+    with pytest.raises(ValueError, match=f"^{re.escape(text)}"):
+        later.max_norm = limit
+    copied = gtorch.clipper_of(copy.deepcopy(one))
+    with pytest.raises(ValueError, match=f"^{re.escape(text)}"):
+        later.max_norm = copied.max_norm
+    assert later.max_norm == 1.0
+    later.remove()
     clipper.remove()
     gtorch.attach(other, limit)
 

@@ -148,7 +148,7 @@ class Clipper(hooks.Hooked):
                 part.meet()
         self._on_nonfinite: OnNonfiniteStep = on_nonfinite
         self._group = group
-        self._take_limits()
+        self._claim(self._limits)
         self._begin(books.Known.nothing(len(self._limits.every)))
         self._hook_on(skips=self._may_skip)
         try:
@@ -157,20 +157,22 @@ class Clipper(hooks.Hooked):
             self.remove()
             raise
 
-    def _take_limits(self) -> None:
-        """Have the limits that learn learn from this optimizer alone.
+    def _claim(self, limits: Limits) -> None:
+        """Have limits that learn learn from this optimizer alone.
 
         Raises:
-            ValueError: one does from another, which is still clipped.
+            ValueError: one does from another, which is still clipped; none is claimed then.
         """
-        for limit in self._limits.learning:
-            user = limit._memory.user and limit._memory.user()
+        memories = [limit._memory for limit in limits.learning]
+        for limit, memory in zip(limits.learning, memories, strict=True):
+            user = memory.user and memory.user()
             if user not in (None, self) and clipper_of(user._optimizer) is user:
                 raise ValueError(
                     f"max_norm has {limit!r}, which learns from the gradients of another optimizer "
                     "already; each learns by an object of its own"
                 )
-            limit._memory.user = weakref.ref(self)
+        for memory in memories:
+            memory.user = weakref.ref(self)
 
     def _begin(self, known: books.Known) -> None:
         """Begin with no step, no place, and books that the host keeps."""
@@ -210,6 +212,7 @@ class Clipper(hooks.Hooked):
                 f"max_norm is {max_norm!r}, which may skip steps; this clipper was attached "
                 "without a way to: attach another"
             )
+        self._claim(new)
         self._limits = new
 
     @property
@@ -307,6 +310,7 @@ class Clipper(hooks.Hooked):
     def __setstate__(self, state: dict[str, Any]) -> None:
         for name in _KEPT:
             setattr(self, name, state[name])
+        self._claim(self._limits)
         self._begin(state["known"])
         if state["attached"]:
             self._hook_on(skips=self._may_skip)
