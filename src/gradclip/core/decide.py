@@ -47,7 +47,8 @@ class Raise(NamedTuple):
     """Raise FloatingPointError before anything is written."""
 
 
-Action = Keep | Fill | Scale | ScaleEach | Raise
+Write = Keep | Fill | Scale | ScaleEach
+Action = Write | Raise
 
 _POLICIES, _POLICIES_OF_STEPS = get_args(OnNonfinite), get_args(OnNonfiniteStep)
 

@@ -21,6 +21,7 @@ from gradclip.core.decide import (
     Raise,
     Scale,
     ScaleEach,
+    Write,
     check_clip_norm,
     check_use_norm,
     decide,
@@ -118,7 +119,7 @@ class Clip:
         total, wide = held.share(self.part)
         return Measured(*self.part.norm(total, wide=wide))
 
-    def decided(self, held: Held) -> tuple[Measured, Keep | Fill | Scale | ScaleEach]:
+    def decided(self, held: Held) -> tuple[Measured, Write]:
         """The norm, and what is to be done: everything up to the first write.
 
         Raises:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradclip.core.decide import ScaleEach, at_most
+from gradclip.core.decide import ScaleEach, Write, at_most
 from gradclip.core.exact import Scaled
 from gradclip.core.held import Clip
 from gradclip.core.memory import Lesson, told
@@ -21,7 +21,6 @@ from gradclip.core.opening import taking_part
 from gradclip.kernels.cpu.arithmetic import ieee_arithmetic
 from gradclip.torch.gradients import Gradients
 from gradclip.torch.step import (
-    Action,
     Outcome,
     StandIn,
     Step,
@@ -161,7 +160,7 @@ def _stands_out(limit: float | Lesson, is_finite: bool) -> bool:
     return is_finite and bool(limit.skip)
 
 
-def _is_clipped(norm: Scaled, limit: float | Lesson, action: Action) -> bool:
+def _is_clipped(norm: Scaled, limit: float | Lesson, action: Write) -> bool:
     """If a norm was not at most its limit, or that of one of its tensors."""
     if isinstance(limit, Lesson) and limit.per_tensor:
         return isinstance(action, ScaleEach) or not math.isfinite(norm.significand)
@@ -170,7 +169,7 @@ def _is_clipped(norm: Scaled, limit: float | Lesson, action: Action) -> bool:
 
 def _decided(
     step: Step, limits: Sequence[float | Lesson], scale: float
-) -> list[tuple[Scaled, Action]]:
+) -> list[tuple[Scaled, Write]]:
     """The norm of each list of gradients, and what is to be done to them."""
     part = step.part
     if part is not None:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradclip.core.decide import Fill, Keep, OnNonfinite, Raise, Scale, ScaleEach
+from gradclip.core.decide import OnNonfinite, Raise, Write
 from gradclip.core.exact import Part, Scaled, ScaledArray, certified_norm
 from gradclip.core.held import Clip, Held, Measured
 from gradclip.core.memory import Lesson
@@ -77,7 +77,7 @@ class Gradients:
 
     def decided(
         self, limit: float | Lesson, on_nonfinite: OnNonfinite, scale: float, part: Joint | None
-    ) -> tuple[Scaled, Keep | Fill | Scale | ScaleEach]:
+    ) -> tuple[Scaled, Write]:
         """Their norm without GradScaler's ``scale``, and what is to be done to them.
 
         Raises:

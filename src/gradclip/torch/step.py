@@ -17,14 +17,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gradclip.core.decide import Fill, Keep, Scale, ScaleEach
+from gradclip.core.decide import Fill, Keep, Scale, ScaleEach, Write
 from gradclip.core.memory import Lesson
 from gradclip.core.workers import Joint
 from gradclip.torch import devices
 from gradclip.torch.gradients import Gradients
 from gradclip.torch.limits import Limits
-
-Action = Keep | Fill | Scale | ScaleEach
 
 HOOKS = "_optimizer_step_pre_hooks"
 KEY = "gradclip"  # of our hooks, among those that PyTorch numbers
@@ -192,7 +190,7 @@ def check_unrecorded(optimizer: Any, lists: Sequence[Gradients]) -> None:
         )
 
 
-def carried_out(step: Step, actions: Sequence[Action], scale: float) -> StandIn | None:
+def carried_out(step: Step, actions: Sequence[Write], scale: float) -> StandIn | None:
     """Do what has been decided; the stand-in that is to do it in the step, if one can."""
     if isinstance(actions[0], Scale) and step.is_of_one_list:
         divisor = scale / (float(actions[0].factor) or math.ulp(0.0))
@@ -234,7 +232,7 @@ def _is_of_torch(function: Callable[..., Any] | None) -> bool:
     return True
 
 
-def factor_of(action: Action) -> float:
+def factor_of(action: Write) -> float:
     """What elements are multiplied by, or, in its place, filled with; the least of several."""
     match action:
         case Scale(factor):
