@@ -95,7 +95,9 @@ class GradClip(ByOperation):
             self._refuse()
         return found
 
-    def measured_each(self, held: Any, lesson: Lesson) -> tuple[Measured, ScaledArray]:
+    def measured_each(
+        self, held: Any, limit: float | Lesson = math.inf
+    ) -> tuple[Measured, ScaledArray]:
         """The norm of order 2, and that of each gradient.
 
         Raises:
@@ -104,9 +106,9 @@ class GradClip(ByOperation):
         """
         if self.order != 2:
             raise ValueError(
-                f"norm_type is {self.order}; limits.PerTensor clips by norms of order 2"
+                f"norm_type is {self.order}; tensor by tensor there are norms of order 2"
             )
-        found, each = super().measured_each(held, lesson)
+        found, each = super().measured_each(held, limit)
         if self.error_if_nonfinite and not math.isfinite(found.norm.significand):
             self._refuse()
         return found, each
