@@ -8,11 +8,19 @@
 1.0
 """
 
-from gradclip._clip import clip_by_global_norm, clip_by_global_norm_, global_norm
+from gradclip._clip import clip_by_global_norm, clip_by_global_norm_, global_norm, norms
+from gradclip.core.norms import Norms
 from gradclip.core.sparse import IndexedSlices
 
 # What is pickled is found by the name that users know, wherever the code stands.
-IndexedSlices.__module__ = __name__
+IndexedSlices.__module__ = Norms.__module__ = __name__
 
-__all__ = ["IndexedSlices", "clip_by_global_norm", "clip_by_global_norm_", "global_norm"]
+__all__ = [
+    "IndexedSlices",
+    "Norms",
+    "clip_by_global_norm",
+    "clip_by_global_norm_",
+    "global_norm",
+    "norms",
+]
 __version__ = "0.1.0"

@@ -117,8 +117,9 @@ def _measured_each(
         return Held.measure_each_with(here, joint, learnt)
     if ring.flat:
         raise NotImplementedError(
-            "limits.PerTensor under FullyShardedDataParallel, which has many parameters in one "
-            "tensor: shard by fully_shard (FSDP2), which leaves each its own"
+            "limits.PerTensor, or the norm of each tensor, under FullyShardedDataParallel, which "
+            "has many parameters in one tensor: shard by fully_shard (FSDP2), which leaves each "
+            "its own"
         )
     groups = mesh.alike(leaves)
     places = sorted(place for group in groups if group.is_spread for place in group.places)
@@ -217,6 +218,9 @@ class Spread(Tensors):
 
     def scalar(self, norm: Scaled, *, wide: bool = False) -> Any:
         return self.here.scalar(norm, wide=wide)
+
+    def vector(self, norms: ScaledArray, *, wide: bool = False) -> Any:
+        return self.here.vector(norms, wide=wide)
 
     def copied(self) -> list[Any]:
         return self.rewrapped(self.here.copied())
