@@ -51,9 +51,9 @@ def write(
     run: int = 1,
     named: Sequence[str] | None = None,
 ) -> Path:
-    """Write the steps of one run, their tensors at multiples of ``every`` (0: none) and near faults.
+    """Write the steps of one run, tensors at multiples of ``every`` (0: never), near faults.
 
-    Row ``i`` of ``norms`` is that of step ``first + i``; a step whose norm is NaN or inf is skipped.
+    Row ``i`` of ``norms`` is step ``first + i``; a step whose norm is NaN or inf is skipped.
     """
     with np.errstate(all="ignore"):
         total = np.sqrt(np.square(norms).sum(1))

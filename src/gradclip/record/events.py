@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 
@@ -26,9 +26,6 @@ from gradclip.record.series import (
     means,
 )
 
-if TYPE_CHECKING:
-    from gradclip.record.history import History
-
 Seen = Callable[[int, int, Floats, Bools], None]
 
 LARGEST = 10  # tensors named in an event
@@ -40,6 +37,22 @@ SLOW = 500  # steps that a drift takes at least
 SMALL = 1e-3  # of the usual global norm: what a tensor's norm must reach to make an event
 _PIECE = 1 << 20  # norms read at once
 _BLOCKS = 1024  # in which drifts are looked for
+
+
+class Run(Protocol):
+    """What of a run's record events are found in; see ``History``, which is one."""
+
+    steps: Ints
+    norm: Floats
+    limit: Floats
+    factor: Floats
+    skipped: Bools
+    nonfinite: Ints
+    names: Sequence[str]
+    tensor_steps: Ints
+
+    def tensor_norms(self, start: int = 0, stop: int | None = None) -> tuple[Floats, Bools]:
+        """The norms in ``tensor_steps[start:stop]``, and which of them there are."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +116,7 @@ class Event:
     rate: float = math.nan
 
 
-def find(history: History, seen: Seen | None = None) -> list[Event]:
+def find(history: Run, seen: Seen | None = None) -> list[Event]:
     """Find the events of a run, in order of their first steps.
 
     Args:
@@ -121,7 +134,7 @@ def find(history: History, seen: Seen | None = None) -> list[Event]:
     return sorted(found, key=lambda event: (event.first, event.last))
 
 
-def _pieces(history: History, start: int, stop: int) -> Iterator[tuple[int, int, Floats, Bools]]:
+def _pieces(history: Run, start: int, stop: int) -> Iterator[tuple[int, int, Floats, Bools]]:
     rows = max(1, _PIECE // max(1, len(history.names)))
     for begin in range(start, stop, rows):
         end = min(begin + rows, stop)
@@ -131,7 +144,7 @@ def _pieces(history: History, start: int, stop: int) -> Iterator[tuple[int, int,
 class _Tensors:
     """What one pass over the tensors' norms finds: which rows have a jump, and mean logarithms."""
 
-    def __init__(self, history: History):
+    def __init__(self, history: Run):
         self._steps = history.tensor_steps
         self._past = Past(len(history.names))
         self._stride = min(max(len(self._steps) // 1000, 1), WINDOW)
@@ -162,11 +175,11 @@ class _Tensors:
 # ---- faults: spikes, NaN and inf, skipped steps ----
 
 
-def _faults(history: History, spikes: Ints) -> Iterator[Event]:
+def _faults(history: Run, spikes: Ints) -> Iterator[Event]:
     nonfinite = history.steps[history.nonfinite > 0]
     spikes = np.union1d(spikes, _global_spikes(history))
     spikes = np.setdiff1d(spikes, nonfinite)
-    skipped = history.steps[history.skipped > 0]
+    skipped = history.steps[history.skipped]
     skipped = np.setdiff1d(skipped, np.union1d(spikes, nonfinite))
     spacing = np.median(np.diff(history.tensor_steps)) if len(history.tensor_steps) > 1 else 0
     near = {"spike": max(NEAR, int(1.5 * spacing)), "skip": NEAR, "nonfinite": NEAR}
@@ -175,7 +188,7 @@ def _faults(history: History, spikes: Ints) -> Iterator[Event]:
             yield _fault(history, kind, group)
 
 
-def _global_spikes(history: History) -> Ints:
+def _global_spikes(history: Run) -> Ints:
     logs = logarithms(history.norm)[:, None]
     past = Past(1)
     stride = min(max(len(logs) // 5000, 1), WINDOW // 4)
@@ -194,7 +207,7 @@ def _groups(steps: Ints, near: int) -> list[Ints]:
     return np.split(steps, np.flatnonzero(np.diff(steps) > near) + 1)
 
 
-def _fault(history: History, kind: str, steps: Ints) -> Event:
+def _fault(history: Run, kind: str, steps: Ints) -> Event:
     first, last = int(steps[0]), int(steps[-1])
     before, within = _tensors_before_and_in(history, first, last)
     if kind == "nonfinite":
@@ -215,7 +228,7 @@ def _is_broken(norm: float) -> bool:
 
 
 def _event(
-    history: History,
+    history: Run,
     kind: str,
     steps: tuple[int, int, int],
     jumps: tuple[Jump, ...],
@@ -225,7 +238,7 @@ def _event(
     first, last, _ = steps
     start, stop = np.searchsorted(history.steps, [first, last + 1])
     limit, factor = history.limit[start:stop], history.factor[start:stop]
-    skipped = history.skipped[start:stop] > 0
+    skipped = history.skipped[start:stop]
     return Event(
         kind,
         *steps,
@@ -250,7 +263,7 @@ def _smallest(values: Floats) -> float:
     return float(np.fmin.reduce(values, initial=math.nan))
 
 
-def _tensors_before_and_in(history: History, first: int, last: int) -> tuple[Floats, Floats]:
+def _tensors_before_and_in(history: Run, first: int, last: int) -> tuple[Floats, Floats]:
     """The median of each tensor's norms before, and its largest in it: -1 where there is none."""
     start, stop = map(int, np.searchsorted(history.tensor_steps, [first, last + 1]))
     norms, _ = history.tensor_norms(max(0, start - WINDOW), start)
@@ -283,7 +296,7 @@ def _alarm(jump: Jump) -> tuple[bool, bool, float]:
 # ---- slow drifts ----
 
 
-def _drifts(history: History, tensors: _Tensors) -> Iterator[Event]:
+def _drifts(history: Run, tensors: _Tensors) -> Iterator[Event]:
     steps, blocks = tensors.blocks()
     found = _spans(steps, blocks, np.log(SMALL * _median(history.norm)))
     for group in _together(found):
@@ -315,7 +328,7 @@ def _near(steps: Floats, blocks: Floats, step: int) -> Floats:
     return means(blocks[max(0, at - 2) : at + 3])
 
 
-def _drift(history: History, first: int, last: int, jumps: tuple[Jump, ...]) -> Event:
+def _drift(history: Run, first: int, last: int, jumps: tuple[Jump, ...]) -> Event:
     event = _event(history, "drift", (first, last, last - first + 1), jumps)
     stop = int(np.searchsorted(history.steps, last + 1))
     event = replace(event, norm_in=_median(history.norm[max(0, stop - WINDOW) : stop]))
