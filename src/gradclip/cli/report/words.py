@@ -103,25 +103,26 @@ def described(event: Event) -> dict[str, Any]:
         "first": event.first,
         "last": event.last,
         "steps": event.steps,
-        "norm_before": _known(event.norm_before),
+        "norm_before": known(event.norm_before),
         "norm_in": event.norm_in,
-        "limit": _known(event.limit),
-        "factor": _known(event.factor),
+        "limit": known(event.limit),
+        "factor": known(event.factor),
         "clipped": event.clipped,
         "skipped": event.skipped,
-        "rate": _known(event.rate),
+        "rate": known(event.rate),
         "nonfinite": list(event.nonfinite),
         "tensors": [
             {
                 "name": jump.name,
-                "before": _known(jump.before),
+                "before": known(jump.before),
                 "in": jump.within,
-                "ratio": _known(jump.ratio),
+                "ratio": known(jump.ratio),
             }
             for jump in event.jumps
         ],
     }
 
 
-def _known(value: float) -> float | None:
+def known(value: float) -> float | None:
+    """The value; None, which JSON has as null, for what is not known."""
     return None if math.isnan(value) else value
