@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from gradclip.core.exact import Scaled
 from gradclip.core.held import Clip
 from gradclip.core.memory import Lesson, told
 from gradclip.core.opening import taking_part
+from gradclip.core.reading import Reading
 from gradclip.kernels.cpu.arithmetic import ieee_arithmetic
 from gradclip.torch.gradients import Gradients
 from gradclip.torch.step import (
@@ -71,13 +72,29 @@ class _Counts:
 class Here(_Counts):
     """Books that the host keeps: steps are counted when they have been taken."""
 
-    __slots__ = ("factors", "limits", "norms", "wide")
+    __slots__ = ("factors", "latest", "limits", "norms", "wide")
 
     device = None
+    # What became of the latest step; one is unmeasured that GradScaler is to skip.
+    latest: Literal["taken", "skipped", "unmeasured"]
 
     def __init__(self, known: Known) -> None:
         super().__init__(known)
         self.norms, self.factors, self.limits, self.wide = known[:4]
+        self.latest = "taken"
+
+    def note(self, outcome: Outcome) -> None:
+        """A step has ended."""
+        super().note(outcome)
+        self.latest = "taken" if outcome.taken else "unmeasured"
+
+    def reading(self) -> Reading:
+        """All of the latest step, for which no tensor is made."""
+        begun = self.counts["begun"]
+        if self.latest == "unmeasured":
+            return Reading(None, taken=False, begun=begun)
+        taken = self.latest == "taken"
+        return Reading(self.norms, self.limits, self.factors, taken=taken, begun=begun)
 
     def norm(self, *, per_group: bool) -> Tensor:
         """The global norm of the latest step; of each list, if ``per_group``."""
@@ -139,6 +156,7 @@ class Here(_Counts):
         )
 
     def _skip(self) -> NoReturn:
+        self.latest = "skipped"
         self.factors = [1.0] * len(self.norms)
         self.counts["begun"] += 1
         self.counts["skipped_steps"] += 1
@@ -231,6 +249,15 @@ class There(_Counts):
     def limit(self, *, per_group: bool) -> Any:
         """What was in force in it."""
         return _limits_told([each.clone() for each in self._limits], per_group=per_group)
+
+    def reading(self) -> Reading:
+        """All of the latest step, in copies that later steps leave alone."""
+        norms, limits, factors = (
+            [scalar.clone() for scalar in each]
+            for each in (self._norms, self._limits, self._factors)
+        )
+        now, before = self._words[_STEPS : _SKIPPED + 1 : _SKIPPED], self._words[_BEFORE::3]
+        return Reading(norms, limits, factors, taken=now != before, begun=self.counts["begun"])
 
     def count(self, name: str) -> Tensor:
         """One of the counts, int64."""
