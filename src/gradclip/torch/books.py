@@ -22,7 +22,7 @@ from gradclip.core.opening import taking_part
 from gradclip.kernels.cpu.arithmetic import ieee_arithmetic
 from gradclip.torch.elements import vector
 from gradclip.torch.gradients import Decided, Gradients
-from gradclip.torch.overlap import at_every_place, first_of_each
+from gradclip.torch.overlap import first_of_each
 from gradclip.torch.step import (
     Outcome,
     StandIn,
@@ -321,7 +321,7 @@ class There(_Counts):
         from gradclip.kernels.gpu.runs import Ledger  # of which nobody has need without a device
 
         gradients = step.lists[number]
-        held = gradients.held()
+        held: Any = gradients.held()
         if held.wide != (self._norms[number].dtype is torch.float64):
             self._norms[number] = self._memory.scalar(wide=held.wide).zero_()
         ledger = Ledger(
@@ -336,8 +336,7 @@ class There(_Counts):
         clip = _Noted(gradients, limit, step.on_nonfinite, into, wants_each=step.wants_each)
         held.clip_(clip)
         if clip.each is not None:
-            values, every = clip.each, gradients.tensors
-            values = at_every_place(values, every) if len(values) < len(every) else values
+            values = held.at_every_place(clip.each, gradients.tensors)
             self._each.append(Norms(values, self._norms[number].clone(), tuple(gradients.names)))
         learns = isinstance(limit, Lesson)
         self._limits[number] = limit.in_force if learns else self._numbers[number]
