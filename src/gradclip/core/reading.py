@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from gradclip.core.norms import Norms
@@ -17,7 +18,7 @@ class Reading(NamedTuple):
         norm: before clipping; None if nobody has measured.
         limit: that was in force; None if none is known.
         factor: what gradients were multiplied by; None if it is to be told from norm and limit.
-        norms: of each tensor.
+        norms: of each tensor, for each list of tensors, or what makes them.
         taken: if the step was taken. Of a device a vector of that, and of whether the clip had it
             skipped: where neither is true another had, as GradScaler does, and nothing of it was
             measured.
@@ -28,7 +29,7 @@ class Reading(NamedTuple):
     norm: Any
     limit: Any = None
     factor: Any = None
-    norms: Norms | None = None
+    norms: Sequence[Norms | Callable[[], Norms]] = ()
     taken: Any = True
     skipped_of: Any = None
     begun: int | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,8 +40,32 @@ class _Ringed(NamedTuple):
 
     run: int
     step: int
-    norms: Norms
+    norms: Sequence[Norms | Callable[[], Norms]]
     mark: Any
+
+
+class _Numbers(NamedTuple):
+    """Those of a reading, once they are read; empty where it has none."""
+
+    norm: list[float]
+    limit: list[float]
+    factor: list[float]
+    taken: list[float]
+    skipped_of: list[float]
+
+    @classmethod
+    def of(cls, reading: Reading) -> Sequence[Any]:
+        """Those that are still to be read."""
+        taken = reading.taken
+        if isinstance(taken, bool):
+            taken = [float(taken), float(not taken)]
+        told = (reading.norm, reading.limit, reading.factor, taken, reading.skipped_of)
+        return [[] if each is None else each for each in told]
+
+    @property
+    def are_measured(self) -> bool:
+        """If they are of this step: it was taken, or the clip has had it skipped."""
+        return bool(self.norm) and any(self.taken)
 
 
 class Judge:
@@ -62,26 +87,26 @@ class Judge:
 
     def judge(self, entries: Sequence[Entry]) -> list[Judged]:
         """What is to be written of steps; it waits for devices."""
-        numbers = self._reader.read(
-            (x for entry in entries for x in _numbers_of(entry.reading)),
-            (entry.mark for entry in entries),
+        read = iter(
+            self._reader.read(
+                (x for entry in entries for x in _Numbers.of(entry.reading)),
+                (entry.mark for entry in entries),
+            )
         )
-        return [
-            self._judge(entry, *numbers[place * _NUMBERS : (place + 1) * _NUMBERS])
-            for place, entry in enumerate(entries)
-        ]
+        size = len(_Numbers._fields)
+        return [self._judge(entry, _Numbers(*islice(read, size))) for entry in entries]
 
-    def _judge(self, entry: Entry, *numbers: Any) -> Judged:
-        row, reading = self._row(entry, *numbers), entry.reading
+    def _judge(self, entry: Entry, numbers: _Numbers) -> Judged:
+        row, norms = self._row(entry, numbers), entry.reading.norms
         clipped_hard = row.factor is not None and row.factor < self._hard
         is_event = row.skipped or row.nonfinite or clipped_hard
         vectors: list[Vector] = []
         if is_event:
             vectors = [self._vector(each) for each in self._ring if each.step != row.step]
             self._ring.clear()
-        if reading.norms is None:
+        if not norms or not numbers.are_measured:
             return Judged(row, vectors, None)
-        here = _Ringed(row.run, row.step, reading.norms, entry.mark)
+        here = _Ringed(row.run, row.step, norms, entry.mark)
         if not is_event and (not self._every or row.step % self._every):
             self._ring.append(here)
             return Judged(row, vectors, None)
@@ -89,19 +114,23 @@ class Judge:
         return Judged(row, [*vectors, vector], vector)
 
     def _vector(self, of: _Ringed) -> Vector:
-        (values,) = self._reader.read([of.norms.values], [of.mark])
-        return Vector(of.run, of.step, of.norms.paths, np.array(values, "<f8").tobytes())
+        norms = [each() if callable(each) else each for each in of.norms]
+        (values,) = self._reader.read([[each.values for each in norms]], [of.mark])
+        names = tuple(name for each in norms for name in each.paths)
+        if len(set(names)) < len(names):  # of several lists, without names of their own
+            names = tuple(f"{name} ({place})" for place, name in enumerate(names))
+        return Vector(of.run, of.step, names, np.array(values, "<f8").tobytes())
 
-    def _row(
-        self, entry: Entry, norm: Any, limit: Any, factor: Any, taken: Any, counts: Any
-    ) -> Row:
+    def _row(self, entry: Entry, numbers: _Numbers) -> Row:
         self._follow(entry.step)
-        skipped = not taken[0] or self._has_skipped(counts)
-        is_measured = entry.reading.norm is not None and any(taken)
-        size = whole(norm) if is_measured else math.nan
-        bound = whole(limit) if limit and is_measured else math.nan
-        share = least(factor) if factor and is_measured else _factor_of(size, bound)
-        nonfinite = 0 if not is_measured or math.isfinite(size) else 1 + math.isnan(size)
+        skipped = not numbers.taken[0] or self._has_skipped(numbers.skipped_of)
+        size = bound = share = math.nan
+        nonfinite = 0
+        if numbers.are_measured:
+            size = whole(numbers.norm)
+            bound = whole(numbers.limit) if numbers.limit else math.nan
+            share = least(numbers.factor) if numbers.factor else _factor_of(size, bound)
+            nonfinite = math.isinf(size) + 2 * math.isnan(size)
         return Row(
             self._run,
             entry.step,
@@ -129,18 +158,6 @@ class Judge:
         skipped, steps = counts
         before, self._skipped = self._skipped, skipped
         return skipped > before if before is not None else skipped == steps > 0
-
-
-_NUMBERS = 5
-
-
-def _numbers_of(reading: Reading) -> list[Any]:
-    taken = _TAKEN[reading.taken] if isinstance(reading.taken, bool) else reading.taken
-    told = (reading.norm, reading.limit, reading.factor, taken, reading.skipped_of)
-    return [[] if each is None else each for each in told]
-
-
-_TAKEN = {True: [1.0, 0.0], False: [0.0, 1.0]}
 
 
 def _factor_of(norm: float, limit: float) -> float:

@@ -253,7 +253,7 @@ def _completed(source: Any, limit: Any, factor: Any, skipped: Any) -> Reading:
         kept(source.global_norm if is_norms else source, "norm"),
         None if limit is None else kept(limit, "limit", of_each=True),
         None if factor is None else kept(factor, "factor", of_each=True),
-        source if is_norms else None,
+        [source] if is_norms else (),
         taken=not skipped,
     )
 

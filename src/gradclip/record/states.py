@@ -39,7 +39,7 @@ def reading_of(state: Any, names: Any) -> Reading:
         copies["norm"],
         copies.get("limit"),
         copies["factor"],
-        None if values is None else Norms(values, copies["norm"], _names(names, values.shape[0])),
+        [] if values is None else [Norms(values, copies["norm"], _names(names, values.shape[0]))],
         skipped_of=[copies["skipped"], copies["count"]] if "skipped" in copies else None,
     )
 
