@@ -48,7 +48,7 @@ class Run(Protocol):
     factor: Floats
     skipped: Bools
     nonfinite: Ints
-    names: Sequence[str]
+    names: tuple[str, ...]
     tensor_steps: Ints
 
     def tensor_norms(self, start: int = 0, stop: int | None = None) -> tuple[Floats, Bools]:

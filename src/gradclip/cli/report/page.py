@@ -96,9 +96,9 @@ def _events(events: Sequence[Event], facts: Facts) -> Iterator[str]:
     if len(shown) < len(events):
         yield f'<p class="quiet">The {MOST_EVENTS} that matter most are shown.</p>\n'
     yield '<div class="events">\n'
-    opened = sorted(shown, key=_weight)[:OPEN]
+    weighty = [event for event in sorted(shown, key=_weight) if event.kind != "skip"]
     for event in shown:
-        yield _card(event, opened=event in opened, tensors=facts.tensors)
+        yield _card(event, opened=event in weighty[:OPEN], tensors=facts.tensors)
     yield "</div>\n"
 
 
@@ -117,16 +117,14 @@ def _card(event: Event, *, opened: bool, tensors: int) -> str:
     }
     if event.first == event.last:
         del facts["steps"]
-    shown = (
-        f'<button data-first="{event.first}" data-last="{event.last}">show in the plots</button>'
-    )
+    place = f'data-first="{event.first}" data-last="{event.last}"'
     listed = "".join(f"<dt>{label}</dt><dd>{escape(text)}</dd>" for label, text in facts.items())
     return f"""<details class="event {event.kind}"{" open" if opened else ""}>
 <summary><span class="kind">{event.kind}</span> <b>{span(event)}</b>
 <span class="told">{escape(printable(summary(event)))}</span></summary>
 <dl class="facts">{listed}</dl>
 {_jumps(event.jumps, tensors)}
-<p class="show">{shown}</p>
+<p class="show"><button {place}>show in the plots</button></p>
 </details>
 """
 
