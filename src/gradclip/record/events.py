@@ -148,7 +148,7 @@ class _Tensors:
         self._steps = history.tensor_steps
         self._past = Past(len(history.names))
         self._stride = min(max(len(self._steps) // 1000, 1), WINDOW)
-        self._least = np.log(SMALL * _median(history.norm))
+        self._least = _least(history)
         self._jumps: list[Ints] = []
         self._means = Means(cells(self._steps, _BLOCKS), len(history.names))
 
@@ -254,6 +254,12 @@ def _event(
     )
 
 
+def _least(history: Run) -> float:
+    """The logarithm that a tensor's norm must reach to make an event."""
+    small = SMALL * _median(history.norm)
+    return math.log(small) if small > 0 else -math.inf
+
+
 def _median(norms: Floats) -> float:
     known = norms[np.isfinite(norms)]
     return float(np.median(known)) if len(known) else math.nan
@@ -298,7 +304,7 @@ def _alarm(jump: Jump) -> tuple[bool, bool, float]:
 
 def _drifts(history: Run, tensors: _Tensors) -> Iterator[Event]:
     steps, blocks = tensors.blocks()
-    found = _spans(steps, blocks, np.log(SMALL * _median(history.norm)))
+    found = _spans(steps, blocks, _least(history))
     for group in _together(found):
         first, last = min(start for start, _ in group), max(stop for _, stop in group)
         before, within = (np.exp(_near(steps, blocks, step)) for step in (first, last))

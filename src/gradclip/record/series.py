@@ -5,6 +5,7 @@ All is done in logarithms, in which a norm that doubles moves as far from 0.01 a
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -24,8 +25,8 @@ QUARTERS = 1.349  # the quarters of a normal distribution are this many deviatio
 def logarithms(norms: npt.NDArray[np.floating]) -> Logs:
     """The logarithms, NaN for what has none: 0, NaN and inf."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        logs = np.log(norms.astype(np.float32, copy=False))
-    logs[~np.isfinite(logs)] = np.nan
+        logs = np.log(norms).astype(np.float32)
+    logs[np.isinf(logs)] = np.nan
     return logs
 
 
@@ -77,7 +78,8 @@ class Cells(NamedTuple):
     @property
     def middles(self) -> Floats:
         """The step in the middle of each cell."""
-        return self.first + (np.arange(self.number) + 0.5) * self.width - 0.5
+        starts: Ints = self.first + np.arange(self.number) * self.width
+        return starts.astype(np.float64) + (self.width - 1) / 2
 
 
 def cells(steps: Ints, most: int) -> Cells:
@@ -123,8 +125,9 @@ def means(rows: Floats) -> Floats:
     """The mean of each column over what is known; NaN where nothing is."""
     known = np.isfinite(rows)
     total = np.where(known, rows, 0).sum(0)
-    nothing = np.full_like(total, np.nan)
-    return np.divide(total, known.sum(0), out=nothing, where=known.any(0))
+    mean = np.full(len(total), np.nan)
+    np.divide(total, known.sum(0), out=mean, where=known.any(0))
+    return mean
 
 
 class Drift(NamedTuple):
@@ -163,7 +166,8 @@ def _steady(line: Floats, top: int, width: int) -> tuple[float, float] | None:
     bottom = int(np.nanargmin(line[: top + 1]))
     rise = float(line[top] - line[bottom])
     height = (line[bottom : top + 1] - line[bottom]) / rise
-    if rise < WANDER * _deviation(line[:bottom]):
+    noise = _deviation(line[width:] - line[:-width]) / math.sqrt(2)
+    if rise < WANDER * max(_deviation(line[:bottom]), noise):
         return None
     begin = int(np.flatnonzero(height <= 0.2)[-1])
     end = begin + int(np.flatnonzero(height[begin:] >= 0.8)[0])
@@ -200,4 +204,5 @@ def _filled(blocks: Floats) -> Floats:
 def _smoothed(blocks: Floats, width: int) -> Floats:
     if len(blocks) < width:
         return blocks[:0]
-    return np.lib.stride_tricks.sliding_window_view(blocks, width, axis=0).mean(-1)
+    windows: Floats = np.lib.stride_tricks.sliding_window_view(blocks, width, axis=0)
+    return np.asarray(windows.mean(-1))

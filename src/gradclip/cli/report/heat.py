@@ -11,8 +11,8 @@ from gradclip.record.series import Bools, Floats, Ints, cells
 
 CELLS = 300_000  # of 4 bytes each in the page
 MOST_TENSORS = 1000  # a screen has no more lines
-NAN = 3.3e38  # no norm is drawn above: a finite one is less, inf more, and NaN means "not there"
-_LARGEST = np.float32(3e38)
+_LARGEST = np.float32(3e38)  # that is drawn
+NAN = float(np.float32(3.3e38))  # stands for NaN, which itself means "not there"; inf is more
 
 
 class Heat:

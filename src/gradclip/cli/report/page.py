@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from bokeh.plotting import figure as Figure  # noqa: N812
 
 OPEN = 5  # events whose tables are open at first
-MOST_EVENTS = 200
+MOST_EVENTS = 50
 
 
 def page(facts: Facts, run: Run, events: Sequence[Event], heat: Heat) -> str:
@@ -34,8 +34,8 @@ def page(facts: Facts, run: Run, events: Sequence[Event], heat: Heat) -> str:
 
         from gradclip.cli.report.plots import BORDER, plots
     except ModuleNotFoundError as error:
-        raise need_extra(str(error.name)) from None
-    drawn = plots(run, heat, events)
+        raise need_extra(str(error.name).partition(".")[0]) from None
+    drawn = plots(run, heat, _heaviest(events))
     script, places = components(drawn)
     bokeh = "\n".join(Resources(mode="inline", components=["bokeh"]).js_raw)
     figures = dict(_figures(drawn, places, facts, heat))
@@ -92,7 +92,7 @@ def _events(events: Sequence[Event], facts: Facts) -> Iterator[str]:
     yield f"<h2>What happened: {_count(len(events), 'event')}</h2>\n"
     if not events:
         yield '<p class="quiet">No spike, no NaN or inf, no skipped step, no slow drift.</p>\n'
-    shown = sorted(sorted(events, key=_weight)[:MOST_EVENTS], key=lambda event: event.first)
+    shown = _heaviest(events)
     if len(shown) < len(events):
         yield f'<p class="quiet">The {MOST_EVENTS} that matter most are shown.</p>\n'
     yield '<div class="events">\n'
@@ -100,6 +100,11 @@ def _events(events: Sequence[Event], facts: Facts) -> Iterator[str]:
     for event in shown:
         yield _card(event, opened=event in weighty[:OPEN], tensors=facts.tensors)
     yield "</div>\n"
+
+
+def _heaviest(events: Sequence[Event]) -> list[Event]:
+    """As many of those that matter most as are shown, in the order of their steps."""
+    return sorted(sorted(events, key=_weight)[:MOST_EVENTS], key=lambda event: event.first)
 
 
 def _weight(event: Event) -> tuple[int, float]:
@@ -186,4 +191,4 @@ def _heat_text(heat: Heat) -> str:
     text = "Each cell is the largest norm in " + (f"{width:,} steps" if width > 1 else "a step")
     if len(heat.names) > MOST_TENSORS:
         text += f"; of {len(heat.names):,} tensors the {MOST_TENSORS:,} that moved most"
-    return f"{text}. Pink is NaN or inf, black is 0, empty is not written. Tap a cell to read it."
+    return f"{text}. Pink is NaN or inf, a ring or a frame an event. Tap a cell to read it."

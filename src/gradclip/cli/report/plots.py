@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,6 +34,7 @@ from bokeh.plotting import figure
 from gradclip.cli.report.buckets import SHARES, Buckets, where
 from gradclip.cli.report.heat import NAN, Heat
 from gradclip.record.events import LARGEST
+from gradclip.record.series import Cells
 
 if TYPE_CHECKING:
     from bokeh.plotting import figure as Figure  # noqa: N812
@@ -136,6 +138,8 @@ def _mark(plot: Figure, source: ColumnDataSource, column: str, label: str, **loo
 
 def _legend(plot: Figure) -> None:
     legend = plot.legend[0]
+    first = {"norm": 0, "limit": 1}  # though drawn above the marks
+    legend.items = sorted(legend.items, key=lambda item: first.get(item.label.value, 2))
     legend.click_policy = "hide"
     legend.orientation = "horizontal"
     legend.background_fill_alpha = 0
@@ -171,7 +175,7 @@ def _share(run: Run, steps: Range1d) -> Figure:
     plot.yaxis.ticker = BasicTicker(desired_num_ticks=3)
     sides = {"left": "first", "right": "edge", "source": source}
     bars = plot.quad(top="clipped", bottom=0, color=CLIPPED, alpha=0.8, **sides)
-    plot.quad(top="whole", bottom="clipped", color=SKIPPED, **sides)
+    plot.quad(top="whole", bottom="clipped", color=SKIPPED, **(sides | {"line_color": None}))
     shares = [("clipped", "@clipped{0.0%}"), ("skipped", "@skipped{0.0%}")]
     plot.add_tools(HoverTool(renderers=[bars], tooltips=[_STEPS, *shares], mode="vline"))
     return plot
@@ -224,7 +228,7 @@ def _heat(heat: Heat, steps: Range1d, events: Sequence[Event]) -> Figure:
     if broken.any():
         pink = LinearColorMapper(palette=["rgba(0, 0, 0, 0)", BROKEN], low=0, high=1)
         plot.image(image=[broken.astype(np.uint8)], color_mapper=pink, **place)
-    _ring(plot, names, events)
+    _ring(plot, names, parts, events)
     _name_axis(plot, names)
     _tell_cells(plot, drawn, {
         "names": names, "first": parts.first, "width": parts.width, "nan": NAN,
@@ -248,7 +252,7 @@ def _colors(image: npt.NDArray[np.float32]) -> LogColorMapper:
     )
 
 
-def _ring(plot: Figure, names: list[str], events: Sequence[Event]) -> None:
+def _ring(plot: Figure, names: list[str], parts: Cells, events: Sequence[Event]) -> None:
     """Draw a ring around the tensors of each event, a frame around those of a drift."""
     row_of = {name: row for row, name in enumerate(names)}
     found = [
@@ -257,16 +261,26 @@ def _ring(plot: Figure, names: list[str], events: Sequence[Event]) -> None:
         for name in event.nonfinite[:LARGEST] or [jump.name for jump in event.jumps[:1]]
         if name in row_of and event.kind != "skip"
     ]
-    rings = [(each.first / 2 + each.last / 2, row) for each, row in found if each.kind != "drift"]
+    half = max(0.5, len(names) / 120)  # of a row, or as much as can be seen
     frames = [(each.first, each.last, row) for each, row in found if each.kind == "drift"]
-    look = {"fill_color": None, "line_color": "#ffffff", "line_width": 1.5}
-    if rings:
-        x, y = zip(*rings, strict=True)
-        plot.scatter(x, y, size=14, **look)
     if frames:
         left, right, row = map(np.array, zip(*frames, strict=True))
-        half = max(0.5, len(names) / 120)  # of a row, or as much as can be seen
-        plot.quad(left, right, row + half, row - half, **look)
+        for look in _outlines("#ffffff"):
+            plot.quad(left, right, row + half, row - half, **look)
+    for broken in (False, True):
+        rings = [
+            (float(parts.middles[parts.of(np.array([each.first, each.last]))].mean()), row)
+            for each, row in found
+            if each.kind != "drift" and bool(each.nonfinite) is broken
+        ]
+        for look in _outlines(BROKEN if broken else "#ffffff") if rings else ():
+            plot.scatter(*zip(*rings, strict=True), size=16, **look)
+
+
+def _outlines(color: str) -> Iterator[dict[str, Any]]:
+    """A dark line and a bright one on it, which is seen on every colour."""
+    yield {"fill_color": None, "line_color": "#000000", "line_width": 5, "line_alpha": 0.7}
+    yield {"fill_color": None, "line_color": color, "line_width": 2}
 
 
 def _name_axis(plot: Figure, names: list[str]) -> None:
@@ -274,12 +288,27 @@ def _name_axis(plot: Figure, names: list[str]) -> None:
     plot.yaxis.ticker = BasicTicker(desired_num_ticks=min(30, max(4, len(names))), min_interval=1)
     plot.yaxis.major_label_text_font_size = "10px"
     plot.yaxis.formatter = CustomJSTickFormatter(
-        args={"names": names},
+        args={"names": _short(names)},
         code="""
         const name = names[Math.round(tick)] ?? "";
         return name.length > 24 ? name.slice(0, 9) + "\\u2026" + name.slice(-14) : name;
         """,
     )
+
+
+def _short(names: list[str]) -> list[str]:
+    """The names without the parts that all begin or end with."""
+    parts = [name.split(".") for name in names]
+    room = min(map(len, parts)) - 1
+    begin = _shared(parts, room)
+    end = _shared([each[::-1] for each in parts], room - begin)
+    return [".".join(each[begin : len(each) - end]) for each in parts]
+
+
+def _shared(parts: list[list[str]], most: int) -> int:
+    """How many of their first parts are the same in all of them."""
+    columns = zip(*(each[:most] for each in parts), strict=True)
+    return sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
 
 
 def _tell_cells(plot: Figure, drawn: Any, of: dict[str, Any]) -> None:

@@ -42,9 +42,10 @@ summary b { font-variant-numeric: tabular-nums; }
 .facts { padding: 0 14px 8px; display: grid; grid-template-columns: max-content 1fr; gap: 0 14px;
   margin: 0; } .facts dt { color: var(--quiet); } .facts dd { margin: 0; overflow-wrap: anywhere; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: 3px 14px; text-align: right; border-top: 1px solid var(--rule); }
+th, td { padding: 3px 14px; text-align: right; white-space: nowrap;
+  border-top: 1px solid var(--rule); }
 th { color: var(--quiet); font-weight: 500; font-size: 13px; }
-th:first-child, td:first-child { text-align: left; overflow-wrap: anywhere; }
+th:first-child, td:first-child { text-align: left; white-space: normal; overflow-wrap: anywhere; }
 td:first-child { font-family: ui-monospace, "DejaVu Sans Mono", monospace; font-size: 13px; }
 .alarm { color: var(--alarm); font-weight: 650; }
 figure { background: var(--card); border: 1px solid var(--rule); border-radius: 8px;
