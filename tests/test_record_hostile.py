@@ -164,7 +164,7 @@ def test_a_disk_that_is_full(tmp_path: Path) -> None:
             record.close()
         assert 0 < check_whole(disk / "run.db") < 10_000
     finally:
-        subprocess.run(["umount", str(disk)], check=True)
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 def test_what_is_kept_meanwhile_is_bounded(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -386,10 +386,10 @@ def test_where_there_is_no_file(path: Path, tmp_path: Path) -> None:
 
 AS_NOBODY = """
 import os, sys
-if os.getuid() == 0:
-    os.setgroups([]); os.setgid(65534); os.setuid(65534)
 import gradclip
 from gradclip.record import History
+if os.getuid() == 0:  # whom no mode keeps out
+    os.setgroups([]); os.setgid(65534); os.setuid(65534)
 if sys.argv[2] == "read":
     print(len(History.open(sys.argv[1])))
 else:
@@ -413,8 +413,6 @@ def test_a_folder_that_may_not_be_written(shown: Path) -> None:
         record.record(0, 1.0)
     os.chmod(shown, 0o555)
     done = run_python(AS_NOBODY, str(shown / "run.db"), "read")
-    if "No module named" in done.stderr or "Permission denied: '/root" in done.stderr:
-        pytest.skip("another user may not read the package here")
     assert done.stdout == "1\n", done.stderr
     done = run_python(AS_NOBODY, str(shown / "run.db"), "write")
     assert f"PermissionError: {shown} may not be written; a record needs a folder" in done.stderr
