@@ -56,6 +56,8 @@ ARROWS = {
         "kernels.cpu._cpu",
         "limits",
         "optax",
+        "record",
+        "record.",
         "tensorflow",
         "torch",
         "cli.",

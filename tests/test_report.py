@@ -318,7 +318,7 @@ def test_the_page_is_beside_the_record_unless_named(tmp_path: Path) -> None:
     assert (status, err) == (0, "")
     assert (tmp_path / "run.html").exists()
     assert f"spike  steps 500\u2013503  {NAMES[EXPLODES]} jumped from" in out
-    assert "2,000 steps, 99.9 % clipped, 1 skipped, 2 events\n" in out
+    assert "2,000 steps, over 99.9 % clipped, 1 skipped, 2 events\n" in out
     assert [each.name for each in tmp_path.iterdir() if "html" in each.name] == ["run.html"]
 
 

@@ -243,7 +243,7 @@ def sparkline(run: History, width: int) -> str:
     highest = np.fmax.reduceat(known, starts)
     logs = np.log(highest)
     low, high = np.fmin.reduce(logs), np.fmax.reduce(logs)
-    blocks = _BLOCKS if (sys.stdout.encoding or "").lower().startswith("utf") else _PLAIN
+    blocks = _BLOCKS if (sys.stdout.encoding or "utf-8").lower().startswith("utf") else _PLAIN
     height = (logs - low) / max(high - low, 1e-9) * (len(blocks) - 1)
     broken = np.add.reduceat(run.nonfinite > 0, starts, dtype=np.int64)
     return "".join(

@@ -29,10 +29,11 @@ def figure(value: float) -> str:
 def percent(part: int, whole: int) -> str:
     """A share in percent.
 
-    >>> percent(1, 8), percent(0, 0)
-    ('12.5 %', '0 %')
+    >>> percent(1, 8), percent(0, 0), percent(9999, 10_000)
+    ('12.5 %', '0 %', 'over 99.9 %')
     """
-    return f"{100 * part / whole if whole else 0:.3g} %"
+    share = f"{100 * part / whole if whole else 0:.3g} %"
+    return "over 99.9 %" if share == "100 %" and part < whole else share
 
 
 def span(event: Event) -> str:
