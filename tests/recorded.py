@@ -58,8 +58,7 @@ def write(
     with np.errstate(all="ignore"):
         total = np.sqrt(np.square(norms).sum(1))
         factor = np.ones(len(norms)) if limit is None else np.minimum(1, limit / total)
-    finite = np.isfinite(total)
-    skip = ~finite | np.isin(np.arange(len(norms)) + first, list(skipped))
+    skip = ~np.isfinite(total) | np.isin(np.arange(len(norms)) + first, list(skipped))
     with contextlib.closing(sqlite3.connect(path)) as file, file:
         if not file.execute("PRAGMA user_version").fetchone()[0]:
             file.executescript(SCHEMA)
@@ -67,25 +66,16 @@ def write(
         file.executemany(
             "INSERT INTO steps VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (
-                (
-                    run,
-                    first + row,
-                    1.7e9 + 0.25 * (first + row),
-                    float(total[row]),
-                    limit,
-                    float(factor[row]) if finite[row] else 0.0,
-                    "skip" if skip[row] else "clip" if factor[row] < 1 else "keep",
-                    int(skip[row]),
-                    0 if finite[row] else 2 if np.isnan(total[row]) else 1,
-                )
-                for row in range(len(norms))
+                (run, at, 1.7e9 + 0.25 * at, float(total[row]), limit, *decided)
+                for row, decided in enumerate(map(_decided, total, factor, skip))
+                for at in [first + row]
             ),
         )
         if every:
-            layout = _layout(file, named or names(norms.shape[1]))
             hard = np.flatnonzero(skip | (factor < 0.1))
             wanted = {row for row in range(len(norms)) if (first + row) % every == 0}
             wanted.update(near for row in hard for near in range(max(0, row - 32), row + 1))
+            layout = _layout(file, named or names(norms.shape[1]))
             file.executemany(
                 "INSERT INTO norms VALUES (?, ?, ?, ?)",
                 (
@@ -94,6 +84,13 @@ def write(
                 ),
             )
     return path
+
+
+def _decided(total: float, factor: float, skip: np.bool_) -> tuple[float, str, int, int]:
+    """Factor, action, skipped, nonfinite."""
+    if not np.isfinite(total):
+        return 0.0, "skip", 1, 2 if np.isnan(total) else 1
+    return float(factor), "skip" if skip else "clip" if factor < 1 else "keep", int(skip), 0
 
 
 def _layout(file: sqlite3.Connection, named: Sequence[str]) -> int:

@@ -25,6 +25,7 @@ from gradclip.record import History
 from gradclip.record.events import Event, find
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.text import Text
 
 EXAMPLE = "gradclip watch run.db"
@@ -45,47 +46,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Follow the record."""
-    once = args.once or args.json
-    if not once and not sys.stdout.isatty():
+    if args.json:
+        print_json(plain(_latest(args.file)))
+        return 0
+    if not args.once and not sys.stdout.isatty():
         raise CliError("watch draws on a terminal, and the output is none; add --once or --json")
-    if console() is None and not args.json:
+    out = console()
+    if out is None:
         raise need_extra("rich")
-    if once:
-        _show_once(args)
+    if args.once:
+        for line in _styled(lines(_latest(args.file), min(out.width, 100), time.time())):
+            out.print(line, soft_wrap=True)
         return 0
     try:
-        _follow(args.file)
+        _follow(args.file, out)
     except KeyboardInterrupt:  # how it is ended
         return 0
     return 0
 
 
-def _show_once(args: argparse.Namespace) -> None:
-    with open_record(args.file) as history:
+def _latest(path: Path) -> View:
+    with open_record(path) as history:
         if not len(history):
-            raise CliError(f"{args.file} has no steps yet; nothing was recorded")
-        view = look(args.file.name, recent(history, int(history.steps[-1])))
-    if args.json:
-        print_json(plain(view))
-        return
-    out = console()
-    assert out is not None
-    for line in _styled(lines(view, min(out.width, 100), time.time())):
-        out.print(line, soft_wrap=True)
+            raise CliError(f"{path} has no steps yet; nothing was recorded")
+        return look(path.name, recent(history, int(history.steps[-1])))
 
 
-def _follow(path: Path) -> None:
+def _follow(path: Path, out: Console) -> None:
     from rich.console import Group
     from rich.live import Live
 
-    out = console()
     with _awaited(path) as history, Live(console=out, auto_refresh=False) as live:
         latest = int(history.steps[-1])
         watched = _Watched(path.name)
         while True:
             now = recent(history, latest)
             latest = int(now.steps[-1])
-            width = live.console.width
+            width = out.width
             shown = lines(watched.look(now), width, time.time())
             live.update(Group(*_styled(shown)), refresh=True)
             time.sleep(_PAUSE)

@@ -25,7 +25,7 @@ QUARTERS = 1.349  # the quarters of a normal distribution are this many deviatio
 def logarithms(norms: npt.NDArray[np.floating]) -> Logs:
     """The logarithms, NaN for what has none: 0, NaN and inf."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        logs = np.log(norms).astype(np.float32)
+        logs: Logs = np.log(norms).astype(np.float32)
     logs[np.isinf(logs)] = np.nan
     return logs
 

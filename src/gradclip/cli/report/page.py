@@ -39,28 +39,31 @@ def page(facts: Facts, run: Run, events: Sequence[Event], heat: Heat) -> str:
     script, places = components(drawn)
     bokeh = "\n".join(Resources(mode="inline", components=["bokeh"]).js_raw)
     figures = dict(_figures(drawn, places, facts, heat))
-    title = f"Gradients of {printable(facts.name)}"
+    parts = (_head(facts), figures.pop("norm"), *_events(events, facts), *figures.values())
+    scripts = (bokeh, script.strip(), SCRIPT.replace("BORDER", str(BORDER)))
+    return _document(facts, "".join(parts), *scripts)
+
+
+def _document(facts: Facts, body: str, bokeh: str, plots: str, script: str) -> str:
+    title = escape(f"Gradients of {printable(facts.name)}")
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(title)}</title>
+<title>{title}</title>
 <style>{STYLE}</style>
 <script>{bokeh}</script>
-{script.strip().replace(' type="text/javascript"', "")}
+{plots}
 </head>
 <body>
 <main>
-<h1>{escape(title)}</h1>
-{_head(facts)}
-{figures.pop("norm")}
-{"".join(_events(events, facts))}
-{"".join(figures.values())}
+<h1>{title}</h1>
+{body}
 <footer class="quiet">Written by gradclip {escape(gradclip.__version__)}. All norms are those
 before clipping.</footer>
 </main>
-<script>{SCRIPT.replace("BORDER", str(BORDER))}</script>
+<script>{script}</script>
 </body>
 </html>
 """
@@ -78,7 +81,7 @@ def _head(facts: Facts) -> str:
             ("NaN or inf", f"{facts.nonfinite:,}", facts.nonfinite > 0),
         )
     )
-    return f'<p class="quiet">{escape(facts.when)}</p>\n<dl class="tiles">{tiles}</dl>'
+    return f'<p class="quiet">{escape(facts.when)}</p>\n<dl class="tiles">{tiles}</dl>\n'
 
 
 def _alarming(alarm: bool) -> str:

@@ -23,12 +23,11 @@ p, figure { margin: 0; } a { color: var(--link); }
   padding: 8px 12px; }
 .tiles dt { color: var(--quiet); font-size: 13px; }
 .tiles dd { margin: 0; font-size: 20px; font-variant-numeric: tabular-nums; }
-.events { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 500px), 1fr));
-  gap: 10px; align-items: start; margin: 8px 0 0; }
+.events { columns: 500px; column-gap: 10px; margin: 8px 0 0; }
 button { font: inherit; font-size: 13px; color: var(--link); background: none; border: 0;
   padding: 4px 0 0; cursor: pointer; text-align: left; }
 .event { background: var(--card); border: 1px solid var(--rule); border-radius: 8px;
-  min-width: 0; border-left: 4px solid var(--quiet); }
+  break-inside: avoid; margin: 0 0 10px; border-left: 4px solid var(--quiet); }
 .event.NaN, .event.inf { border-left-color: var(--alarm); }
 .event.spike { border-left-color: var(--warm); } .event.skip { border-left-color: var(--cool); }
 .event.drift { border-left-color: var(--link); }
