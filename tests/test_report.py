@@ -419,3 +419,55 @@ def test_the_page_opens_in_a_browser_without_a_word(tmp_path: Path, width: int) 
     found = json.loads(title[1])
     assert (found["plots"], found["idle"]) == (4, True)
     assert found["wide"] <= found["window"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="there is no Chromium")
+def test_pointer_finger_buttons_and_the_dark(tmp_path: Path) -> None:
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    norms = planted(2000)
+    page_of(write(tmp_path / "run.db", norms))
+    errors: list[Any] = []
+    with api.sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        context = browser.new_context(viewport={"width": 1300, "height": 900}, has_touch=True)
+        page = context.new_page()
+        page.on("pageerror", lambda error: errors.append(error))  # noqa: PLW0108
+        page.goto((tmp_path / "page.html").as_uri())
+        page.wait_for_function("Bokeh.documents.length && Bokeh.documents[0].is_idle")
+        first = "Bokeh.documents[0].roots()[0]"
+
+        heat = page.locator("figure").last
+        heat.scroll_into_view_if_needed()
+        box = heat.bounding_box()
+        assert box is not None
+        page.mouse.move(box["x"] + 700, box["y"] + 100)
+        page.wait_for_function(f"({TOOLTIP})().includes('tensor')")
+        shown = page.evaluate(f"({TOOLTIP})()")
+        found = re.search(r"tensor: (\S+) step: ([\d,]+) \u2013 ([\d,]+) norm: (\S+)", shown)
+        assert found, shown
+        row = NAMES.index(found[1])
+        start, stop = (int(found[place].replace(",", "")) for place in (2, 3))
+        assert float(found[4]) == pytest.approx(norms[start : stop + 1, row].max(), rel=0.01)
+
+        page.touchscreen.tap(box["x"] + 700, box["y"] + 100)
+        page.wait_for_function("document.getElementById('told').textContent")
+        told = f"{found[1]}, step {found[2]} \u2013 {found[3]}: {found[4]}"
+        assert page.locator("#told").inner_text() == told
+
+        page.locator("button[data-first='500']").click()
+        assert page.evaluate(f"[{first}.x_range.start, {first}.x_range.end]") == [436, 567]
+        for scheme, color in (("light", "#5c6775"), ("dark", "#9aa5b3")):
+            page.emulate_media(color_scheme=scheme)
+            page.wait_for_function(f"{first}.left[0].major_label_text_color === '{color}'")
+        browser.close()
+    assert errors == []
+
+
+# The text of what Bokeh shows beside the pointer, which lies in a tree of its own.
+TOOLTIP = """() => {
+  const within = (root) => [...root.querySelectorAll("*")].map((each) => each.shadowRoot
+    ? (each.classList.contains("bk-Tooltip") ? each.shadowRoot.textContent : "")
+      + within(each.shadowRoot) : "").join("");
+  return within(document);
+}"""

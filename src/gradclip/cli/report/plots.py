@@ -313,7 +313,7 @@ def _shared(parts: list[list[str]], most: int) -> int:
 
 def _tell_cells(plot: Figure, drawn: Any, of: dict[str, Any]) -> None:
     """Tell tensor, steps and norm under the pointer, and below the plot where it is tapped."""
-    seen = _CELL.replace("(y)", "(special_vars.data_y)").replace("(x ", "(special_vars.data_x ")
+    seen = f"const x = special_vars.x, y = special_vars.y; {_CELL}"
     told = {"$y": "name", "$x": "steps", "@image": "digits(value)"}
     formats = {
         field: CustomJSHover(args=of, code=f"{seen} return {what};") for field, what in told.items()
