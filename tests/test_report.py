@@ -153,6 +153,43 @@ def test_tensors_that_come_and_go(tmp_path: Path) -> None:
     assert {jump.name for jump in spike.jumps} == {"e", "f"}
 
 
+# ---- whatever is in a record ----
+
+
+def anything(path: Path, seed: int) -> Path:
+    """A record of one to three runs, each of other tensors, some of whose norms are odd."""
+    draw = np.random.default_rng(seed)
+    first = 0
+    for run in range(1, int(draw.integers(1, 4)) + 1):
+        tensors, steps = int(draw.integers(1, 12)), int(draw.choice([1, 5, 40, 300, 2500]))
+        norms = quiet(steps, tensors, seed)
+        odd = draw.choice([0, np.nan, np.inf, 1e-310, 1e300])
+        norms[draw.random(norms.shape) < draw.choice([0, 0.01, 0.6])] = odd
+        norms *= np.exp(np.linspace(0, draw.choice([0, 0, 10, -10]), steps))[:, None]
+        norms[: steps // 2, 0] *= draw.choice([0, 1, 1])
+        write(
+            path,
+            norms,
+            limit=draw.choice([None, 1e-3, 1, 100]),
+            every=int(draw.choice([0, 1, 7, 100])),
+            skipped=draw.integers(0, 5000, 20) if draw.random() < 0.3 else (),
+            first=first,
+            run=run,
+            named=[f"t{place}" for place in draw.permutation(20)[:tensors]],
+        )
+        first = max(0, first + steps - int(draw.integers(0, steps + 1)))
+    return path
+
+
+def test_no_record_is_too_odd(tmp_path: Path, lists: int) -> None:
+    for seed in range(lists // 10):
+        path = anything(tmp_path / f"{seed}.db", seed)
+        shown = [("report", path, "--json"), ("watch", path, "--json"), ("watch", path, "--once")]
+        for arguments in [*shown, *([("report", path)] if seed < 5 else [])]:
+            status, _, err = run_main(*arguments)
+            assert (status, err) == (0, ""), f"seed {seed}"
+
+
 # ---- the page ----
 
 
