@@ -163,10 +163,10 @@ def anything(path: Path, seed: int) -> Path:
     for run in range(1, int(draw.integers(1, 4)) + 1):
         tensors, steps = int(draw.integers(1, 12)), int(draw.choice([1, 5, 40, 300, 2500]))
         norms = quiet(steps, tensors, seed)
-        odd = draw.choice([0, np.nan, np.inf, 1e-310, 1e300])
-        norms[draw.random(norms.shape) < draw.choice([0, 0.01, 0.6])] = odd
         norms *= np.exp(np.linspace(0, draw.choice([0, 0, 10, -10]), steps))[:, None]
         norms[: steps // 2, 0] *= draw.choice([0, 1, 1])
+        odd = draw.choice([0, np.nan, np.inf, 1e-310, 1e300])
+        norms[draw.random(norms.shape) < draw.choice([0, 0.01, 0.6])] = odd
         write(
             path,
             norms,
