@@ -181,8 +181,9 @@ def anything(path: Path, seed: int) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_no_record_is_too_odd(tmp_path: Path, lists: int) -> None:
-    for seed in range(lists // 10):
+    for seed in range(lists // 20):
         path = anything(tmp_path / f"{seed}.db", seed)
         shown = [("report", path, "--json"), ("watch", path, "--json"), ("watch", path, "--once")]
         for arguments in [*shown, *([("report", path)] if seed < 5 else [])]:
@@ -463,7 +464,8 @@ def test_the_page_opens_in_a_browser_without_a_word(tmp_path: Path, width: int) 
 def test_pointer_finger_buttons_and_the_dark(tmp_path: Path) -> None:
     api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     norms = planted(2000)
-    page_of(write(tmp_path / "run.db", norms))
+    named = [*NAMES[:EXPLODES], "x" * 200, *NAMES[EXPLODES + 1 :]]
+    page_of(write(tmp_path / "run.db", norms, named=named))
     errors: list[Any] = []
     with api.sync_playwright() as play:
         browser = play.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
@@ -483,7 +485,7 @@ def test_pointer_finger_buttons_and_the_dark(tmp_path: Path) -> None:
         shown = page.evaluate(f"({TOOLTIP})()")
         found = re.search(r"tensor: (\S+) step: ([\d,]+) \u2013 ([\d,]+) norm: (\S+)", shown)
         assert found, shown
-        row = NAMES.index(found[1])
+        row = named.index(found[1])
         start, stop = (int(found[place].replace(",", "")) for place in (2, 3))
         assert float(found[4]) == pytest.approx(norms[start : stop + 1, row].max(), rel=0.01)
 
@@ -497,6 +499,9 @@ def test_pointer_finger_buttons_and_the_dark(tmp_path: Path) -> None:
         for scheme, color in (("light", "#5c6775"), ("dark", "#9aa5b3")):
             page.emulate_media(color_scheme=scheme)
             page.wait_for_function(f"{first}.left[0].major_label_text_color === '{color}'")
+        page.set_viewport_size({"width": 390, "height": 844})
+        page.wait_for_function(f"{first}.min_border_left < 100")
+        assert page.evaluate("document.documentElement.scrollWidth") == 390
         browser.close()
     assert errors == []
 
