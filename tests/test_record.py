@@ -433,10 +433,15 @@ def test_a_state_of_optax_that_is_donated(optax: Any, path: Path) -> None:
     optimizer = optax.chain(door.clip_by_global_norm(2.5), optax.adam(1e-3))
     params = {"a": jax.numpy.array([3.0]), "b": jax.numpy.array([4.0])}
     state = optimizer.init(params)
-    update = jax.jit(lambda updates, state: optimizer.update(updates, state)[1], donate_argnums=1)
+    update = jax.jit(
+        lambda updates, state: optimizer.update(updates, state)[1],
+        donate_argnums=1,
+        keep_unused=True,
+    )
     with gradclip.Record(path) as record:
         for step, size in enumerate([0.1, 1.0, NAN]):
-            state = update(jax.tree.map(lambda x, size=size: x * size, params), state)
+            before, state = state, update(jax.tree.map(lambda x, n=size: x * n, params), state)
+            assert before[0].global_norm.is_deleted()
             record.record(step, gradclip.Record.of_state(state), limit=2.5)
     assert rows(path) == [
         (0, 0.5, 2.5, 1.0, "keep", 0, 0),

@@ -461,6 +461,21 @@ def test_a_record_that_is_dropped_ends_its_thread(path: Path) -> None:
     assert len(rows(path)) == 1
 
 
+def test_a_record_that_its_own_thread_drops(path: Path) -> None:
+    held: list[Any] = []
+
+    def log(values: dict[str, float], step: int) -> None:
+        del values, step
+        held.clear()
+
+    held.append(gradclip.Record(path, log=log))
+    (thread,) = (each for each in threading.enumerate() if each.name == "gradclip.Record")
+    held[0].record(0, 1.0)
+    thread.join(10)
+    assert not thread.is_alive()
+    assert len(rows(path)) == 1
+
+
 def test_a_thread_that_is_stuck_holds_the_training_up_once(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -149,6 +149,8 @@ class Record:
         if reading is not None:
             writer.put(Entry(step, time.time(), reading, mark_of(reading.norm)))
 
+    __call__ = record
+
     def _open(self) -> Writer:
         if self._writer is None:
             raise ValueError(f"the record {self._path} has been closed")
@@ -230,6 +232,19 @@ class Record:
             ValueError: there is no such state in it, or more than one.
         """
         return states.reading_of(state, names)
+
+
+def as_record(record: Any, options: dict[str, Any]) -> Record:
+    """A record, opened where it is a path.
+
+    Raises:
+        TypeError: there are options for one that is open.
+    """
+    if not isinstance(record, Record):
+        return Record(record, **options)
+    if options:
+        raise TypeError(f"{', '.join(options)} are options of Record: {record!r} is open already")
+    return record
 
 
 def _completed_reading(reading: Reading, limit: Any, factor: Any, skipped: Any) -> Reading:
