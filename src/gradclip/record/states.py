@@ -38,7 +38,8 @@ def reading_of(state: Any, names: Any) -> Reading:
         )
     (found,) = every
     clip = found.clip
-    told = (clip.global_norm, clip.factor, clip.count, getattr(clip, "limit", None), *found[1:])
+    count = None if found.skipped_count is None else clip.count
+    told = (clip.global_norm, clip.factor, count, getattr(clip, "limit", None), *found[1:])
     copies = iter(copied([each for each in told if each is not None]))
     norm, factor, count, limit, skipped, values = (
         None if each is None else next(copies) for each in told
