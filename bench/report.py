@@ -43,7 +43,7 @@ def record(path: Path, steps: int, tensors: int) -> None:
                 values[5] *= 1e4
             if step == steps // 3:
                 values[7] = np.nan
-            run.record(step, Norms(values, np.linalg.norm(values), names), limit=30.0)
+            run(step, Norms(values, np.linalg.norm(values), names), limit=30.0)
             if step % 1000 == 0:
                 run.flush()
 

@@ -274,7 +274,7 @@ def test_a_real_record(tmp_path: Path) -> None:
     with gradclip.Record(tmp_path / "run.db", per_tensor_every=1) as record:
         for step in range(60):
             norms = gradclip.norms({"a": np.full(4, 1e6 if step == 50 else 1.0), "b": np.ones(9)})
-            record.record(step, norms, limit=2.0)
+            record(step, norms, limit=2.0)
     found = json.loads(run_main("report", tmp_path / "run.db", "--json")[1])
     (event,) = found["events"]
     assert (event["kind"], event["first"], event["tensors"][0]["name"]) == ("spike", 50, "a")

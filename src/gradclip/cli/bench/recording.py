@@ -18,7 +18,7 @@ _TENSORS = 148  # as many as GPT-2 has
 
 
 def in_a_step() -> Turns:
-    """`gradclip.Record.record` after a step of a clipped optimizer, with each tensor's norm."""
+    """`gradclip.Record` after a step of a clipped optimizer, with each tensor's norm."""
     return Turns(f"record of a step, {_TENSORS} tensors", Bar(0.03, "ms"), _steps)
 
 
@@ -42,6 +42,6 @@ def _steps(shrink: int) -> Iterator[dict[str, float]]:
             for _ in range(100 // shrink or 1):
                 optimizer.step()
                 started = perf_counter()
-                record.record(next(steps), clipper)
+                record(next(steps), clipper)
                 taken.append(perf_counter() - started)
             yield {"gradclip": float(np.median(taken))}
