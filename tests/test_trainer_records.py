@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import math
 import sqlite3
@@ -22,6 +23,7 @@ import gradclip
 import gradclip.torch as gtorch
 from gradclip import limits
 from gradclip.record import History
+from host import run_script
 from test_torch_trainers import (
     MAX_NORM,
     STEPS,
@@ -261,3 +263,151 @@ def test_a_training_in_which_nothing_was_seen_is_an_error(tmp_path: Path) -> Non
     with pytest.raises(RuntimeError, match="GradientRecord has seen no clip in this training"):
         transformers_fit(model, sgd(model), [record, Hidden()])
     assert nn.utils.clip_grad_norm_ is own
+
+
+# ---- trainings that end early, follow each other, have several optimizers, or processes ----
+
+
+def test_the_step_in_which_lightning_fails_is_told_and_the_next_training_is_whole(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "run.db"
+    record = callback("lightning", path, per_tensor_every=1)
+    model = new_model("lightning")
+    with pytest.raises(FloatingPointError):
+        lightning_fit(model, failing(model), [record], gradient_clip_val=MAX_NORM)
+    with History.open(path) as history:
+        assert history.steps.tolist() == [1, 2]
+    model = new_model("lightning")
+    with gtorch.patch():
+        lightning_fit(model, sgd(model), [record], gradient_clip_val=MAX_NORM)
+    assert read(path) == by_hand("lightning", MAX_NORM, PREFIX["lightning"])
+
+
+def failing(model: nn.Module) -> torch.optim.Optimizer:
+    """An optimizer whose second step fails."""
+
+    class Failing(torch.optim.SGD):
+        taken = 0
+
+        def step(self, closure: Any = None) -> Any:
+            found = super().step(closure)
+            self.taken += 1
+            if self.taken == 2:
+                raise FloatingPointError
+            return found
+
+    return Failing(model.parameters(), 0.1)
+
+
+def test_a_training_of_transformers_that_fails_leaves_pytorch_as_it_was(tmp_path: Path) -> None:
+    path, own = tmp_path / "run.db", nn.utils.clip_grad_norm_
+    model = new_model("transformers")
+    record = callback("transformers", path, per_tensor_every=1)
+    with pytest.raises(FloatingPointError):
+        transformers_fit(model, failing(model), [record])
+    assert nn.utils.clip_grad_norm_ is not own  # no trainer tells that it has failed
+    model = new_model("transformers")
+    transformers_fit(model, sgd(model), [record], max_grad_norm=MAX_NORM)
+    assert nn.utils.clip_grad_norm_ is own
+    with History.open(path) as history:
+        assert history.steps.tolist() == list(range(1, STEPS + 1))
+        assert history.limit.tolist() == [MAX_NORM] * STEPS
+    with pytest.raises(FloatingPointError):
+        transformers_fit(model, failing(model), [record])
+    del record
+    gc.collect()
+    assert nn.utils.clip_grad_norm_ is own
+    gradclip.Record(path).close()
+
+
+def test_after_a_training_that_failed_a_patch_stays_in_force(tmp_path: Path) -> None:
+    path = tmp_path / "run.db"
+    model = new_model("transformers")
+    record = callback("transformers", path, per_tensor_every=1)
+    with pytest.raises(FloatingPointError):
+        transformers_fit(model, failing(model), [record])
+    model = new_model("transformers")
+    with gtorch.patch():
+        transformers_fit(model, sgd(model), [record], max_grad_norm=MAX_NORM)
+        assert nn.utils.clip_grad_norm_ is gtorch.clip_grad_norm_
+    assert read(path) == by_hand("transformers", MAX_NORM)
+
+
+def test_clipping_by_value_has_no_limit_of_the_norm(tmp_path: Path) -> None:
+    model, path = new_model("lightning"), tmp_path / "run.db"
+    options = {"gradient_clip_val": 1e-3, "gradient_clip_algorithm": "value"}
+    lightning_fit(model, sgd(model), [callback("lightning", path)], **options)
+    check_columns(path, None)
+
+
+def test_two_optimizers_step_by_hand_in_lightning(tmp_path: Path) -> None:
+    lightning = load("lightning")
+
+    class Module(lightning.LightningModule):  # type: ignore[misc, name-defined]
+        automatic_optimization = False
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(2, 1), nn.Linear(2, 1)
+
+        def configure_optimizers(self) -> Any:
+            return [torch.optim.SGD(each.parameters(), 0.1) for each in (self.one, self.two)]
+
+        def training_step(self, *_: Any) -> None:
+            for model, optimizer in zip((self.one, self.two), self.optimizers(), strict=True):
+                optimizer.zero_grad()
+                self.manual_backward(model(torch.ones(2)).sum())
+                optimizer.step()
+
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+    record = callback("lightning", tmp_path / "run.db", per_tensor_every=1)
+    lightning.Trainer(
+        accelerator="cpu", max_epochs=1, enable_checkpointing=False, callbacks=[record], **quiet
+    ).fit(Module(), range(STEPS))
+    with History.open(tmp_path / "run.db") as history:
+        assert history.steps.tolist() == [1, 2, 3, 4, 5, 6]
+        assert history.names == ("one.weight", "one.bias", "two.weight", "two.bias")
+        assert history.tensor_norms().present[:, 0].tolist() == [True, False] * 3
+
+
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("ddp_spawn", marks=pytest.mark.long)])
+def test_lightning_begins_other_processes(strategy: str, tmp_path: Path) -> None:
+    """The callback is there before a process has its rank."""
+    load("lightning")
+    path = tmp_path / "run.db"
+    script = tmp_path / "train.py"
+    script.write_text(_SCRIPT)
+    done = run_script(script, tmp_path, str(path), strategy)
+    assert "Error" not in done.stderr, done.stderr
+    with History.open(path) as history:
+        assert history.steps.tolist() == [1, 2, 3]
+
+
+_SCRIPT = """
+import sys
+import lightning, torch
+from gradclip.lightning import GradientRecord
+
+
+class Module(lightning.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.model = torch.nn.Linear(2, 1)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+    def training_step(self, batch, _):
+        return self.model(batch).sum()
+
+
+if __name__ == "__main__":
+    _, path, strategy = sys.argv
+    options = {"accelerator": "cpu", "devices": 2, "strategy": strategy, "max_steps": 3}
+    options |= dict.fromkeys(
+        ("enable_progress_bar", "enable_model_summary", "logger", "enable_checkpointing"), False
+    )
+    trainer = lightning.Trainer(callbacks=[GradientRecord(path)], **options)
+    trainer.fit(Module(), torch.utils.data.DataLoader(torch.ones(8, 2)))
+"""

@@ -17,7 +17,7 @@ import importlib.util
 import os
 from typing import Any
 
-from gradclip.record import Record, as_record
+from gradclip.record import Lent, Record
 from gradclip.torch.observing import limit_in_force, measured
 
 __all__ = ["GradientRecord"]
@@ -48,27 +48,39 @@ class GradientRecord(_Callback):  # type: ignore[misc]
     """
 
     def __init__(self, record: Record | str | os.PathLike[str], **options: Any) -> None:
-        self._record = as_record(record, options)
+        self._lent = Lent(record, options)
         self._waiting: list[tuple[int, Any, Any]] = []  # steps, norms, limits
         self._batches = self._steps = 0
 
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:  # noqa: ARG002, D102
+        self._record = self._lent.open()
+        self._waiting.clear()
+        self._batches = self._steps = 0
+
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:  # noqa: D102
-        step = trainer.global_step + len(self._waiting) + 1
         known = {id(each) for group in optimizer.param_groups for each in group["params"]}
         named = {name: x for name, x in pl_module.named_parameters() if id(x) in known}
-        by_value = str(trainer.gradient_clip_algorithm or "norm").endswith("value")
+        by_value = trainer.gradient_clip_algorithm == "value"
         limit = None if by_value else trainer.gradient_clip_val
-        self._waiting.append((step, measured(named), limit))
+        self._waiting.append((trainer.global_step + 1, measured(named), limit))
 
-    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:  # noqa: ARG002, D102
+    def on_train_batch_end(self, *_: Any) -> None:  # noqa: D102
+        self._tell()
+        self._batches += 1
+
+    def _tell(self) -> None:
+        """Record what the trainer has clipped by now."""
         for step, norms, limit in self._waiting:
             self._record(step, norms, limit=None if limit is None else limit_in_force(limit))
-        self._batches += 1
         self._steps += len(self._waiting)
         self._waiting.clear()
 
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:  # noqa: ARG002, D102
-        self._record.flush()
+    def on_exception(self, *_: Any) -> None:  # noqa: D102
+        self._tell()  # what has failed may be the clip
+        self._lent.close()
+
+    def on_train_end(self, *_: Any) -> None:  # noqa: D102
+        self._lent.close()
         if self._batches and not self._steps:
             raise RuntimeError(
                 "gradclip.lightning.GradientRecord has seen no step in this training: what steps "

@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor
 from transformers import TrainerCallback
 
-from gradclip.record import Record, as_record
+from gradclip.record import Lent, Record
 from gradclip.torch.observing import Observed, Seen
 
 __all__ = ["GradientRecord"]
@@ -45,15 +45,17 @@ class GradientRecord(TrainerCallback):
     """
 
     def __init__(self, record: Record | str | os.PathLike[str], **options: Any) -> None:
-        self._record = as_record(record, options)
+        self._lent = Lent(record, options)
         self._observed: Observed | None = None
         self._names: dict[int, str] = {}
         self._seen: Seen | None = None
         self._steps = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:  # noqa: ARG002, D102
+        self._record = self._lent.open()
         self._model = given["model"]
         self._names, self._seen, self._steps = {}, None, 0
+        self._look_away()  # the training before may have ended by an exception
         self._observed = Observed(self._keep, self._names_of)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:  # noqa: ARG002, D102
@@ -63,14 +65,18 @@ class GradientRecord(TrainerCallback):
             self._steps += 1
 
     def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:  # noqa: ARG002, D102
-        if self._observed is not None:
-            self._observed.undo()
-        self._record.flush()
+        self._look_away()
+        self._lent.close()
         if state.global_step and not self._steps:
             raise RuntimeError(
                 "gradclip.transformers.GradientRecord has seen no clip in this training: gradients "
                 "were not clipped by torch.nn.utils.clip_grad_norm_, as under DeepSpeed"
             )
+
+    def _look_away(self) -> None:
+        if self._observed is not None:
+            self._observed.undo()
+            self._observed = None
 
     def _keep(self, seen: Seen) -> None:
         self._seen = seen

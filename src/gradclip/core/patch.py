@@ -39,7 +39,12 @@ class Patch:
     @classmethod
     def _put(cls, module: Any, name: str, function: Any) -> None:
         old = getattr(module, name)
-        cls._undo.append(lambda: setattr(module, name, old))
+
+        def put_back() -> None:
+            if getattr(module, name) is function:  # else another has replaced it since
+                setattr(module, name, old)
+
+        cls._undo.append(put_back)
         setattr(module, name, function)
 
     def undo(self) -> None:

@@ -4,9 +4,9 @@
 """
 
 from gradclip.record.reading import History, TensorNorms
-from gradclip.record.recording import Record, as_record
+from gradclip.record.recording import Lent, Record
 
-__all__ = ["History", "Record", "TensorNorms", "as_record"]
+__all__ = ["History", "Lent", "Record", "TensorNorms"]
 
 History.__module__ = TensorNorms.__module__ = __name__
 Record.__module__ = "gradclip"

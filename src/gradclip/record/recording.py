@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 import os
 import time
@@ -15,7 +16,7 @@ from gradclip.record import states
 from gradclip.record.judging import Entry, Judge, Log
 from gradclip.record.ranks import rank_of
 from gradclip.record.store import Store
-from gradclip.record.values import kept, mark_of
+from gradclip.record.values import kept, kept_norms, mark_of
 from gradclip.record.writing import Writer
 
 
@@ -233,17 +234,45 @@ class Record:
         return states.reading_of(state, names)
 
 
-def as_record(record: Any, options: dict[str, Any]) -> Record:
-    """A record, opened where it is a path.
+class Lent:
+    """The record of a trainer's callback: one that is open, or one opened for each training.
+
+    Which rank a process has is known once a training has begun, and a callback may have come to it
+    from another process by then. Closed at the end, a file is free for the next training.
+
+    Args:
+        record: a record, or the path of one.
+        options: of `Record`, where it is a path.
 
     Raises:
-        TypeError: there are options for one that is open.
+        TypeError: there are options for one that is open, or unknown ones.
     """
-    if not isinstance(record, Record):
-        return Record(record, **options)
-    if options:
-        raise TypeError(f"{', '.join(options)} are options of Record: {record!r} is open already")
-    return record
+
+    def __init__(self, record: Record | str | os.PathLike[str], options: dict[str, Any]) -> None:
+        if isinstance(record, Record) and options:
+            raise TypeError(
+                f"{', '.join(options)} are options of Record: {record!r} is open already"
+            )
+        inspect.signature(Record).bind(record, **options)
+        self._given, self._options = record, options
+        self._record: Record | None = None
+
+    def open(self) -> Record:
+        """The record, for a training that begins."""
+        self.close()  # which a training that an exception ended has not done
+        given = self._given
+        self._record = given if isinstance(given, Record) else Record(given, **self._options)
+        return self._record
+
+    def close(self) -> None:
+        """Have all written, and close what was opened here."""
+        record, self._record = self._record, None
+        if record is None:
+            return
+        if record is self._given:
+            record.flush()
+        else:
+            record.close()
 
 
 def _completed_reading(reading: Reading, limit: Any, factor: Any, skipped: Any) -> Reading:
@@ -267,7 +296,7 @@ def _completed(source: Any, limit: Any, factor: Any, skipped: Any) -> Reading:
         kept(source.global_norm if is_norms else source, "norm"),
         None if limit is None else kept(limit, "limit", of_each=True),
         None if factor is None else kept(factor, "factor", of_each=True),
-        [source] if is_norms else (),
+        [kept_norms(source)] if is_norms else (),
         taken=not skipped,
     )
 

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from typing import Any
 
+from gradclip.core.norms import Norms
+
 Floats = list[float]
 
 
@@ -36,6 +38,13 @@ def kept(value: Any, called: str, *, of_each: bool = False) -> Any:
     if keep is not None:
         return keep(value)
     return value.tolist() if hasattr(value, "tolist") else float(value)
+
+
+def kept_norms(norms: Norms) -> Norms:
+    """Norms that no later step changes."""
+    values = norms.values
+    keep = _COPYING.get(root_of(values))
+    return Norms(values if keep is None else keep(values), norms.global_norm, norms._names)
 
 
 def root_of(value: Any) -> str:
@@ -106,6 +115,16 @@ _KEEPING: dict[str, Callable[[Any], Any]] = {
     "jaxlib": lambda array: copied([array])[0],
     "cupy": lambda array: array.copy(),
     "tensorflow": _of_tensorflow,
+}
+
+
+# Nobody writes to those of TensorFlow.
+_COPYING: dict[str, Callable[[Any], Any]] = {
+    "numpy": lambda array: array.copy(),
+    "torch": lambda tensor: tensor.detach().clone(),
+    "jax": _KEEPING["jax"],
+    "jaxlib": _KEEPING["jaxlib"],
+    "cupy": _KEEPING["cupy"],
 }
 
 

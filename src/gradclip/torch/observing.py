@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, NamedTuple
 
@@ -54,8 +55,9 @@ class Observed(Patch):
     Whoever clips keeps doing it: PyTorch, or gradclip, which then tells norms from its own pass.
 
     Args:
-        tell: what is called with `Seen` after each clip.
-        names: what gives the name of each parameter.
+        tell: a method that is called with `Seen` after each clip. Its object is not kept alive:
+            with it all ends, as a trainer tells nobody that an exception has ended a training.
+        names: a method that gives the name of each parameter.
     """
 
     _tells: ClassVar[list[Observed]] = []
@@ -63,7 +65,8 @@ class Observed(Patch):
     def __init__(
         self, tell: Callable[[Seen], None], names: Callable[[list[Tensor]], list[str]]
     ) -> None:
-        self._tell, self._names = tell, names
+        self._tell = weakref.WeakMethod(tell, lambda _: self.undo())
+        self._names = weakref.WeakMethod(names)
         super().__init__()
         self._tells.append(self)
 
@@ -73,16 +76,23 @@ class Observed(Patch):
             self._tells.remove(self)
         super().undo()
 
-    def _named(self, norms: Any, parameters: list[Any]) -> Any:
-        """Norms by the names of parameters, if they came without."""
-        if not isinstance(norms, Norms) or any(isinstance(each, tuple) for each in parameters[:1]):
-            return norms
-        names = self._names(parameters)
-        return Norms(norms.values, norms.global_norm, [names[int(place)] for place in norms.paths])
+    def told(self, norms: Any, parameters: list[Any], limit: Any) -> None:
+        """Parameters have been clipped."""
+        tell, names = self._tell(), self._names()
+        if tell is not None and names is not None:
+            tell(Seen(_named(norms, parameters, names), limit))
 
     def _install(self) -> None:
         for module in (utils, utils.clip_grad):
             self._put(module, "clip_grad_norm_", _observed(module.clip_grad_norm_))
+
+
+def _named(norms: Any, parameters: list[Any], names: Callable[[list[Tensor]], list[str]]) -> Any:
+    """Norms by the names of parameters, if they came without."""
+    if not isinstance(norms, Norms) or any(isinstance(each, tuple) for each in parameters[:1]):
+        return norms
+    found = names(parameters)
+    return Norms(norms.values, norms.global_norm, [found[int(place)] for place in norms.paths])
 
 
 def _observed(clip: Callable[..., Any]) -> Callable[..., Any]:
@@ -97,6 +107,8 @@ def _observed(clip: Callable[..., Any]) -> Callable[..., Any]:
         *args: Any,
         **options: Any,
     ) -> Any:
+        if not Observed._tells:  # another has replaced it since, and called it
+            return clip(parameters, max_norm, norm_type, *args, **options)
         every = [parameters] if isinstance(parameters, Tensor) else list(parameters)
         is_of_order_2 = float(norm_type) == 2.0
         if is_ours and is_of_order_2:
@@ -107,7 +119,7 @@ def _observed(clip: Callable[..., Any]) -> Callable[..., Any]:
             total_norm = clip(every, max_norm, norm_type, *args, **options)
         limit = limit_in_force(max_norm) if is_of_order_2 else None
         for observer in list(Observed._tells):
-            observer._tell(Seen(observer._named(found, every), limit))
+            observer.told(found, every, limit)
         return total_norm
 
     return observed
