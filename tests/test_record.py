@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import threading
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 import gradclip
+from conftest import version
 from gradclip import limits
 from gradclip.record import History
 from host import run_python
@@ -235,6 +237,37 @@ def test_a_step_that_is_told_again_has_the_later_norms(path: Path) -> None:
     with History.open(path) as history:
         assert history.tensor_steps.tolist() == [0]
         assert history.tensor_norms().values.tolist() == [[2]]
+
+
+def test_norms_that_a_step_no_longer_has_are_not_written_with_an_event(path: Path) -> None:
+    with gradclip.Record(path, per_tensor_every=0) as record:
+        record(4, norms(1.0))
+        record(5, norms(3.0))
+        record(5, 1.0)
+        record(6, norms(30.0), limit=1.0)
+    assert tensor_steps(path) == [4, 6]
+
+
+def test_norms_may_change_afterwards(path: Path) -> None:
+    every: list[Any] = [np.array]
+    if version("torch"):
+        import torch
+
+        every.append(torch.tensor)
+    with gradclip.Record(path, per_tensor_every=1) as record:
+        for step, make in enumerate(every):
+            found = gradclip.norms([make([3.0]), make([4.0])])
+            record(step, found)
+            found.values[:] = 7
+    with History.open(path) as history:
+        assert history.tensor_norms().values.tolist() == [[3.0, 4.0]] * len(every)
+
+
+def test_the_largest_step(path: Path) -> None:
+    with gradclip.Record(path) as record:
+        record(2**63 - 1, 1.0)
+    with History.open(path) as history:
+        assert history.steps.tolist() == [2**63 - 1]
 
 
 # ---- clippers of PyTorch ----
@@ -558,3 +591,12 @@ def test_a_logger_that_fails_is_told_once(path: Path) -> None:
             record.flush()
         record(1, 1.0)
     assert len(rows(path)) == 2
+
+
+def test_a_logger_that_ends_its_thread_ends_no_record(path: Path) -> None:
+    record = gradclip.Record(path, log=lambda *_: sys.exit(1))
+    record(0, 1.0)
+    record(1, 2.0)
+    with pytest.warns(RuntimeWarning, match="log failed in step 0: SystemExit"):
+        record.close()
+    assert rows(path, "step") == [(0,), (1,)]

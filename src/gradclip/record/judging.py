@@ -98,11 +98,13 @@ class Judge:
 
     def _judge(self, entry: Entry, numbers: _Numbers) -> Judged:
         row, norms = self._row(entry, numbers), entry.reading.norms
+        if self._ring and self._ring[-1][:2] == (row.run, row.step):
+            self._ring.pop()  # the step is told again
         clipped_hard = row.factor is not None and row.factor < self._hard
         is_event = row.skipped or row.nonfinite or clipped_hard
         vectors: list[Vector] = []
         if is_event:
-            vectors = [self._vector(each) for each in self._ring if each.step != row.step]
+            vectors = list(map(self._vector, self._ring))
             self._ring.clear()
         if not norms or not numbers.are_measured:
             return Judged(row, vectors, None)

@@ -22,7 +22,7 @@ WITH firsts AS (SELECT run, (SELECT min(step) FROM steps WHERE run = runs.run) A
 ends AS (
     SELECT run, coalesce(
         (SELECT min(later.first) FROM firsts AS later WHERE later.run > firsts.run),
-        9223372036854775807
+        1e19
     ) AS stop FROM firsts
 )
 """

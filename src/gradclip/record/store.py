@@ -107,7 +107,7 @@ class Store:
             layout = layouts[vector.names] = max(layouts.values(), default=-1) + 1
             self._file.executemany(
                 "INSERT INTO tensors VALUES (?, ?, ?)",
-                ((layout, place, name) for place, name in enumerate(vector.names)),
+                ((layout, place, _text(name)) for place, name in enumerate(vector.names)),
             )
         self._file.execute(
             "INSERT OR REPLACE INTO norms VALUES (?, ?, ?, ?)",
@@ -129,3 +129,8 @@ class Store:
         # written: nothing is lost.
         with contextlib.suppress(sqlite3.OperationalError):
             self._file.execute("PRAGMA journal_mode = DELETE")
+
+
+def _text(name: str) -> str:
+    """A name as SQLite can have it: of half a surrogate pair, which is no text, its escape."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")

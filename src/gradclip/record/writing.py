@@ -159,7 +159,7 @@ class Writer:
         for row, _, own in judged:
             try:
                 self._log(log_of(row, own), row.step)
-            except Exception as error:  # the user's, which is not to end the training
+            except BaseException as error:  # the user's: SystemExit too would end the thread
                 self._report("log", f"{self._path}: log failed in step {row.step}: {error!r}")
 
     def _keep(self, judged: Sequence[Judged]) -> None:
