@@ -14,12 +14,15 @@ import torch
 from torch import Tensor
 
 from gradclip.core.decide import ScaleEach, Write, at_most
-from gradclip.core.exact import Scaled
+from gradclip.core.exact import Scaled, ScaledArray
 from gradclip.core.held import Clip
 from gradclip.core.memory import Lesson, told
+from gradclip.core.norms import Norms
 from gradclip.core.opening import taking_part
 from gradclip.kernels.cpu.arithmetic import ieee_arithmetic
-from gradclip.torch.gradients import Gradients
+from gradclip.torch.elements import vector
+from gradclip.torch.gradients import Decided, Gradients
+from gradclip.torch.overlap import at_every_place, first_of_each
 from gradclip.torch.step import (
     Outcome,
     StandIn,
@@ -71,13 +74,23 @@ class _Counts:
 class Here(_Counts):
     """Books that the host keeps: steps are counted when they have been taken."""
 
-    __slots__ = ("factors", "limits", "norms", "wide")
+    __slots__ = ("_each", "factors", "limits", "norms", "wide")
 
     device = None
 
     def __init__(self, known: Known) -> None:
         super().__init__(known)
         self.norms, self.factors, self.limits, self.wide = known[:4]
+        self._each: list[_Each] = []
+
+    def each(self) -> list[Norms]:
+        """The norm of each gradient in the latest step, for each list; none if it is not known."""
+        dtype = torch.float64 if self.wide else torch.float32
+        with ieee_arithmetic():
+            return [
+                Norms(found.vector(wide=self.wide), cpu_tensor(norm, dtype), found.names)
+                for found, norm in zip(self._each, self.norms, strict=bool(self._each))
+            ]
 
     def norm(self, *, per_group: bool) -> Tensor:
         """The global norm of the latest step; of each list, if ``per_group``."""
@@ -119,10 +132,11 @@ class Here(_Counts):
         if step.part is None and step.found_inf:
             return Outcome()
         limits, scale = step.limits(), step.scale()
-        norms, actions = zip(*_decided(step, limits, scale), strict=True)
+        norms, actions, each = zip(*_decided(step, limits, scale), strict=True)
         self.norms = list(map(float, norms))
         self.limits = list(map(_in_force, limits))
-        self.wide = any(each.wide for each in step.lists)
+        self.wide = any(gradients.wide for gradients in step.lists)
+        self._each = list(map(_Each, each, step.lists)) if step.wants_each else []
         finite = [math.isfinite(norm.significand) for norm in norms]
         if (step.on_nonfinite == "skip" and not all(finite)) or any(
             map(_stands_out, limits, finite)
@@ -149,6 +163,23 @@ class Here(_Counts):
         )
 
 
+class _Each:
+    """The norms of gradients, each by its name, and what it takes to make a tensor of them."""
+
+    __slots__ = ("again", "names", "norms")
+
+    def __init__(self, norms: ScaledArray, gradients: Gradients) -> None:
+        self.names = tuple(gradients.names)
+        self.norms = norms
+        # Of one that is listed again no norm of its own has been found.
+        self.again = first_of_each(gradients.tensors) if gradients.repeated else None
+
+    def vector(self, *, wide: bool) -> Tensor:
+        """The norms in a tensor."""
+        found = vector(self.norms, "cpu", wide=wide)
+        return found if self.again is None else found[torch.tensor(self.again)]
+
+
 def _in_force(limit: float | Lesson) -> Any:
     return limit.in_force if isinstance(limit, Lesson) else limit
 
@@ -167,9 +198,7 @@ def _is_clipped(norm: Scaled, limit: float | Lesson, action: Write) -> bool:
     return not at_most(norm, _in_force(limit))
 
 
-def _decided(
-    step: Step, limits: Sequence[float | Lesson], scale: float
-) -> list[tuple[Scaled, Write]]:
+def _decided(step: Step, limits: Sequence[float | Lesson], scale: float) -> list[Decided]:
     """The norm of each list of gradients, and what is to be done to them."""
     part = step.part
     if part is not None:
@@ -177,10 +206,11 @@ def _decided(
             max_norm=list(map(told, limits)), on_nonfinite=step.on_nonfinite, grad_scale=scale
         )
     policy: Any = "keep" if step.on_nonfinite == "skip" else step.on_nonfinite
-    found = [step.lists[0].decided(limits[0], policy, scale, part)]
+    wants_each = step.wants_each
+    found = [step.lists[0].decided(limits[0], policy, scale, part, wants_each=wants_each)]
     for each, limit in zip(step.lists[1:], limits[1:], strict=True):
         with taking_part(None if part is None else part.workers) as another:
-            found.append(each.decided(limit, policy, scale, another))
+            found.append(each.decided(limit, policy, scale, another, wants_each=wants_each))
     return found
 
 
@@ -201,12 +231,22 @@ _WORD = {"steps": _STEPS, "clipped_steps": _CLIPPED, "skipped_steps": _SKIPPED}
 class There(_Counts):
     """Books that a device keeps: it counts a step when it clips."""
 
-    __slots__ = ("_factors", "_is_open", "_limits", "_memory", "_norms", "_numbers", "_words")
+    __slots__ = (
+        "_each",
+        "_factors",
+        "_is_open",
+        "_limits",
+        "_memory",
+        "_norms",
+        "_numbers",
+        "_words",
+    )
 
     def __init__(self, memory: Any, known: Known) -> None:
         super().__init__(known)
         lists = len(known.norms)
         self._memory = memory
+        self._each: list[Norms] = []
         self._words: Tensor = memory.zeros(_WORDS)
         pairs = memory.zeros(2 * lists).view(torch.float64).view(lists, 2)
         self._factors: list[Tensor] = list(pairs[:, 0].fill_(1.0))
@@ -223,6 +263,10 @@ class There(_Counts):
     def norm(self, *, per_group: bool) -> Tensor:
         """The global norm of the latest step; of each list, if ``per_group``."""
         return _told(self._norms, per_group=per_group)
+
+    def each(self) -> list[Norms]:
+        """The norm of each gradient in the latest step, for each list; none if it is not known."""
+        return list(self._each)
 
     def factor(self, *, per_group: bool) -> Tensor:
         """What gradients were multiplied by in it."""
@@ -260,6 +304,7 @@ class There(_Counts):
         folds = folds and not any(lesson.per_tensor for lesson in step.lessons)
         _check_once(step)
         self._is_open = True
+        self._each = []
         for number, limit in enumerate(limits):
             self._clip(step, number, limit, folds=folds)
         told: dict[str, Tensor] = {}
@@ -288,7 +333,12 @@ class There(_Counts):
             found_inf=_address(step.found_inf),
         )
         into = {"norm": self._norms[number], "ledger": ledger}
-        held.clip_(_Noted(gradients, limit, step.on_nonfinite, into))
+        clip = _Noted(gradients, limit, step.on_nonfinite, into, wants_each=step.wants_each)
+        held.clip_(clip)
+        if clip.each is not None:
+            values, every = clip.each, gradients.tensors
+            values = at_every_place(values, every) if len(values) < len(every) else values
+            self._each.append(Norms(values, self._norms[number].clone(), tuple(gradients.names)))
         learns = isinstance(limit, Lesson)
         self._limits[number] = limit.in_force if learns else self._numbers[number]
 
@@ -311,9 +361,17 @@ class _Noted(Clip):
     __slots__ = ("into",)
 
     def __init__(
-        self, gradients: Gradients, limit: Any, on_nonfinite: str, into: Mapping[str, Any]
+        self,
+        gradients: Gradients,
+        limit: Any,
+        on_nonfinite: str,
+        into: Mapping[str, Any],
+        *,
+        wants_each: bool,
     ) -> None:
-        super().__init__(gradients.tensors, gradients.path, limit, None, on_nonfinite)
+        super().__init__(
+            gradients.tensors, gradients.path, limit, None, on_nonfinite, wants_each=wants_each
+        )
         self.into = into
 
 

@@ -77,6 +77,8 @@ class Clipper(hooks.Hooked):
             what GradScaler finds to be inf has to be made known to all before, or they do not step
             alike.
 
+        per_tensor: if ``norms`` is to tell that of each gradient, too, found in the same pass.
+
     On a GPU gradients are clipped before the step, by two launches for which the host does not
     wait, or three with `gradclip.limits.PerTensor`; a fused optimizer divides by the factor only
     where it divides by GradScaler's scale. It also skips by itself, if it has one limit; for others
@@ -114,6 +116,7 @@ class Clipper(hooks.Hooked):
         "_limits",
         "_on_nonfinite",
         "_outcome",
+        "_per_tensor",
         "_places",
         "_thread",
     )
@@ -131,6 +134,7 @@ class Clipper(hooks.Hooked):
         *,
         on_nonfinite: OnNonfiniteStep = "nan",
         group: Any = None,
+        per_tensor: bool = False,
     ) -> None:
         workers = None if group is None else workers_among([], group)
         with taking_part(workers) as part:
@@ -148,6 +152,7 @@ class Clipper(hooks.Hooked):
                 part.meet()
         self._on_nonfinite: OnNonfiniteStep = on_nonfinite
         self._group = group
+        self._per_tensor = per_tensor
         self._claim(self._limits)
         self._begin(books.Known.nothing(len(self._limits.every)))
         self._hook_on(skips=self._may_skip)
@@ -223,6 +228,25 @@ class Clipper(hooks.Hooked):
     def norm(self) -> Tensor:
         """The global norm of the latest step, as it was before clipping."""
         return self._books.norm(per_group=self._limits.per_group)
+
+    @property
+    def norms(self) -> Any:
+        """The norm of each gradient in the latest step, and the global one: a `gradclip.Norms`.
+
+        As they were before clipping, by the parameters' names where the optimizer has them. A tuple
+        of them if each parameter group has a limit; None before the first step.
+
+        Raises:
+            AttributeError: the clipper was attached without ``per_tensor=True``.
+        """
+        if not self._per_tensor:
+            raise AttributeError(
+                "norms are told by a clipper that was attached with per_tensor=True"
+            )
+        found = self._books.each()
+        if self._limits.per_group:
+            return tuple(found) or None
+        return found[0] if found else None
 
     @property
     def limit(self) -> Any:
@@ -405,12 +429,13 @@ class Clipper(hooks.Hooked):
                 begun=self._books.counts["begun"],
                 part=part,
                 device=everyone[0].device if everyone else None,
+                wants_each=self._per_tensor,
             )
             self._books = books.kept_for(step, self._books)
             return self._books.clip(step)
 
 
-_KEPT = ("_optimizer", "_limits", "_on_nonfinite", "_group")
+_KEPT = ("_optimizer", "_limits", "_on_nonfinite", "_group", "_per_tensor")
 
 
 def clipper_of(optimizer: torch.optim.Optimizer) -> Clipper | None:

@@ -33,7 +33,7 @@ from gradclip.torch.following import (
 )
 from gradclip.torch.library import number, operand, scalar_like
 from gradclip.torch.orders import norm_of_order, powers_of_order
-from gradclip.torch.overlap import distinct
+from gradclip.torch.overlap import at_every_place, distinct
 from gradclip.torch.unread import ByOperation, Unread, is_without_numbers
 
 
@@ -70,8 +70,11 @@ class GradClip(ByOperation):
         order: float = 2.0,
         error_if_nonfinite: bool = False,
         part: Joint | None = None,
+        wants_each: bool = False,
     ) -> None:
-        super().__init__(leaves, path, max_norm, total_norm, on_nonfinite, part=part)
+        super().__init__(
+            leaves, path, max_norm, total_norm, on_nonfinite, part=part, wants_each=wants_each
+        )
         self.order = order
         self.error_if_nonfinite = error_if_nonfinite
 
@@ -156,6 +159,8 @@ class GradClip(ByOperation):
     def clip_unread_(self, held: Unread, leaves: Sequence[Tensor]) -> Tensor | None:
         """Clip such tensors where they are; the norm, if it was not given."""
         check_not_functionalized()
+        if self.wants_each:
+            held.measure_each()  # which says why not
         limit, given = self.limits(held)
         max_norm = operand(self.limit_name, limit)
         if given is not None:
@@ -210,11 +215,18 @@ def clip_(
     error_if_nonfinite: bool,
     workers: Workers | None = None,
     keys: Sequence[Any] = (),
-) -> Tensor:
-    """Clip gradients where they lie; the norm before.
+    *,
+    wants_each: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Clip gradients where they lie; the norm before, and that of each, if it is wanted.
 
     Where a limit learns, ``keys`` tells them apart from step to step.
+
+    Raises:
+        NotImplementedError: the norm of each is wanted, and they have no numbers.
     """
+    if wants_each and order != 2:
+        raise ValueError(f"norm_type is {order}; tensor by tensor there are norms of order 2")
     with torch.no_grad(), ieee_arithmetic(), taking_part(workers) as part:
         if on_nonfinite is not None:
             _clip.check_policy(on_nonfinite)
@@ -230,10 +242,20 @@ def clip_(
             order=order,
             error_if_nonfinite=error_if_nonfinite,
             part=part,
+            wants_each=wants_each,
         )
         found: Tensor = held.clip_(clip)
-    _clip.learn(max_norm)
-    return found
+        _clip.learn(max_norm)
+        each: Tensor | None = clip.each
+        if each is not None and _may_lack(each, grads, part):
+            each = at_every_place(each, grads)
+    return found, each
+
+
+def _may_lack(each: Tensor, grads: Sequence[Tensor], part: Joint | None) -> bool:
+    """If norms of gradients that are listed twice may be missing, or 0 where the host measures."""
+    here = part is not None or each.device.type == "cpu"
+    return len(each) < len(grads) or (here and not each.all())
 
 
 @looked_away_from
@@ -265,7 +287,7 @@ def _clip_grads_op(
 ) -> Tensor:
     policy: Any = on_nonfinite or None
     path = "gradients[{}]".format
-    return clip_(grads, path, number(max_norm), norm_type, policy, error_if_nonfinite)
+    return clip_(grads, path, number(max_norm), norm_type, policy, error_if_nonfinite)[0]
 
 
 @torch.library.custom_op("gradclip::clip_grads_with_norm_", mutates_args=("grads",))
