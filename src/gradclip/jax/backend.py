@@ -142,12 +142,15 @@ def _parts_with_keys(norms: Norms) -> tuple[Any, tuple[str, ...]]:
     return pairs, norms.paths
 
 
+def _norms(paths: tuple[str, ...], parts: Iterable[Any]) -> Norms:
+    values, global_norm = parts
+    return Norms(values, global_norm, paths)
+
+
 _FIELDS = "values", "global_norm"
 
 # By which jit and other transformations take it in and return it; names are a part of its type.
-jax.tree_util.register_pytree_with_keys(
-    Norms, _parts_with_keys, lambda paths, parts: Norms(*parts, paths), _parts
-)
+jax.tree_util.register_pytree_with_keys(Norms, _parts_with_keys, _norms, _parts)
 
 
 # ---- new arrays ----

@@ -218,9 +218,7 @@ def _recorded(
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _measured(
-    axes: Any, wants_each: bool, values: list[Any], rows: list[Any]
-) -> tuple[Any, Any]:
+def _measured(axes: Any, wants_each: bool, values: list[Any], rows: list[Any]) -> tuple[Any, Any]:
     """The norm of each, where they are wanted, and of all; XLA leaves out the new values."""
     asked = axes, "keep", None, wants_each
     found, _ = clip_values(*asked, jnp.float64(math.inf), None, values, rows)
@@ -240,7 +238,8 @@ def clip_values(
 ) -> tuple[Found, list[Any]]:
     """What is found, and new values; of a ``kind`` that learns, the limit is its state."""
     with jax.enable_x64(True):
-        wide, each = norms.is_wide(_OPS, [(x, None) for x in values]), None
+        wide = norms.is_wide(_OPS, [(x, None) for x in values])
+        each: Any = None
         per_tensor = kind is not None and kind.per_tensor
         if per_tensor or wants_each:
             number, each = _norms(axes, values, rows, wide=wide)
@@ -328,7 +327,8 @@ def _clip_jvp(
         # A limit that learns is a constant here, as what it has learnt is.
         d_limit = tangents[0] if kind is None else still.limit
         primals, tangents = (found.limit, *primals[1:]), (d_limit, *tangents[1:])
-        d_each = change_of_each(axes, found.each, *primals[2:], tangents[2]) if wants_each else None
+        _, _, values, rows = primals
+        d_each = change_of_each(axes, found.each, values, rows, tangents[2]) if wants_each else None
         if found.ruling is not None and kind.per_tensor:
             own = found.ruling.learnt
             held = found.wide, found.against, found.limit, own

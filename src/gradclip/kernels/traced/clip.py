@@ -30,6 +30,16 @@ def clip(
     return _carried_out(ops, leaves, norm, [decided] * len(leaves), policy)
 
 
+def norms_of_each(ops: Operations, leaves: Sequence[tuple[Any, Any]]) -> Any:
+    """The norm of each leaf, a vector of the dtype of the norm of all.
+
+    A compiler that makes one of equal operations makes no second pass of it, beside `clip`.
+    """
+    wide = is_wide(ops, leaves)
+    found = [rounded(ops, measured(ops, [leaf]), wide=wide) for leaf in leaves]
+    return ops.stack(found) if found else ops.zeros(0, "float64" if wide else "float32")
+
+
 def clip_learning(
     ops: Operations, leaves: Sequence[tuple[Any, Any]], lesson: Any, policy: str, place: Any
 ) -> list[Any]:
