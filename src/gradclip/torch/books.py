@@ -6,8 +6,9 @@ Whoever decides about a step keeps the books: the host, or a device, for which i
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -19,10 +20,11 @@ from gradclip.core.held import Clip
 from gradclip.core.memory import Lesson, told
 from gradclip.core.norms import Norms
 from gradclip.core.opening import taking_part
+from gradclip.core.reading import Reading
 from gradclip.kernels.cpu.arithmetic import ieee_arithmetic
 from gradclip.torch.elements import vector
 from gradclip.torch.gradients import Decided, Gradients
-from gradclip.torch.overlap import at_every_place, first_of_each
+from gradclip.torch.overlap import first_of_each
 from gradclip.torch.step import (
     Outcome,
     StandIn,
@@ -74,23 +76,42 @@ class _Counts:
 class Here(_Counts):
     """Books that the host keeps: steps are counted when they have been taken."""
 
-    __slots__ = ("_each", "factors", "limits", "norms", "wide")
+    __slots__ = ("_each", "factors", "latest", "limits", "norms", "wide")
 
     device = None
+    # What became of the latest step; one is unmeasured that GradScaler is to skip.
+    latest: Literal["taken", "skipped", "unmeasured"]
 
     def __init__(self, known: Known) -> None:
         super().__init__(known)
         self.norms, self.factors, self.limits, self.wide = known[:4]
+        self.latest = "taken"
         self._each: list[_Each] = []
+
+    def note(self, outcome: Outcome) -> None:
+        """A step has ended."""
+        super().note(outcome)
+        self.latest = "taken" if outcome.taken else "unmeasured"
+
+    def reading(self) -> Reading:
+        """All of the latest step, for which no tensor is made."""
+        begun = self.counts["begun"]
+        if self.latest == "unmeasured":
+            return Reading(None, taken=False, begun=begun)
+        taken = self.latest == "taken"
+        told = self.norms, self.limits, self.factors, self._later()
+        return Reading(*told, taken=taken, begun=begun)
 
     def each(self) -> list[Norms]:
         """The norm of each gradient in the latest step, for each list; none if it is not known."""
-        dtype = torch.float64 if self.wide else torch.float32
-        with ieee_arithmetic():
-            return [
-                Norms(found.vector(wide=self.wide), cpu_tensor(norm, dtype), found.names)
-                for found, norm in zip(self._each, self.norms, strict=bool(self._each))
-            ]
+        return [make() for make in self._later()]
+
+    def _later(self) -> list[Callable[[], Norms]]:
+        """What makes these, also when other steps have been taken since."""
+        return [
+            partial(found.told, norm, wide=self.wide)
+            for found, norm in zip(self._each, self.norms, strict=bool(self._each))
+        ]
 
     def norm(self, *, per_group: bool) -> Tensor:
         """The global norm of the latest step; of each list, if ``per_group``."""
@@ -153,6 +174,7 @@ class Here(_Counts):
         )
 
     def _skip(self) -> NoReturn:
+        self.latest = "skipped"
         self.factors = [1.0] * len(self.norms)
         self.counts["begun"] += 1
         self.counts["skipped_steps"] += 1
@@ -174,10 +196,13 @@ class _Each:
         # Of one that is listed again no norm of its own has been found.
         self.again = first_of_each(gradients.tensors) if gradients.repeated else None
 
-    def vector(self, *, wide: bool) -> Tensor:
-        """The norms in a tensor."""
-        found = vector(self.norms, "cpu", wide=wide)
-        return found if self.again is None else found[torch.tensor(self.again)]
+    def told(self, norm: float, *, wide: bool) -> Norms:
+        """The norms in a tensor, beside the global one."""
+        with ieee_arithmetic():
+            found = vector(self.norms, "cpu", wide=wide)
+            values = found if self.again is None else found[torch.tensor(self.again)]
+            whole = cpu_tensor(norm, torch.float64 if wide else torch.float32)
+        return Norms(values, whole, self.names)
 
 
 def _in_force(limit: float | Lesson) -> Any:
@@ -276,6 +301,16 @@ class There(_Counts):
         """What was in force in it."""
         return _limits_told([each.clone() for each in self._limits], per_group=per_group)
 
+    def reading(self) -> Reading:
+        """All of the latest step, in copies that later steps leave alone."""
+        norms, limits, factors = (
+            [scalar.clone() for scalar in each]
+            for each in (self._norms, self._limits, self._factors)
+        )
+        now, before = self._words[_STEPS : _SKIPPED + 1 : _SKIPPED], self._words[_BEFORE::3]
+        told = norms, limits, factors, self.each()
+        return Reading(*told, taken=now != before, begun=self.counts["begun"])
+
     def count(self, name: str) -> Tensor:
         """One of the counts, int64."""
         return self._words[_WORD[name]] + self.counts[name]
@@ -321,7 +356,7 @@ class There(_Counts):
         from gradclip.kernels.gpu.runs import Ledger  # of which nobody has need without a device
 
         gradients = step.lists[number]
-        held = gradients.held()
+        held: Any = gradients.held()
         if held.wide != (self._norms[number].dtype is torch.float64):
             self._norms[number] = self._memory.scalar(wide=held.wide).zero_()
         ledger = Ledger(
@@ -336,8 +371,7 @@ class There(_Counts):
         clip = _Noted(gradients, limit, step.on_nonfinite, into, wants_each=step.wants_each)
         held.clip_(clip)
         if clip.each is not None:
-            values, every = clip.each, gradients.tensors
-            values = at_every_place(values, every) if len(values) < len(every) else values
+            values = held.at_every_place(clip.each, gradients.tensors)
             self._each.append(Norms(values, self._norms[number].clone(), tuple(gradients.names)))
         learns = isinstance(limit, Lesson)
         self._limits[number] = limit.in_force if learns else self._numbers[number]

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gradclip.core.decide import OnNonfiniteStep, check_on_nonfinite
 from gradclip.core.opening import Opening, taking_part
+from gradclip.core.reading import Reading
 from gradclip.kernels.cpu.arithmetic import ieee_arithmetic
 from gradclip.torch import books, hooks
 from gradclip.torch.backend import workers as workers_among
@@ -276,6 +277,10 @@ class Clipper(hooks.Hooked):
     def skipped_steps(self) -> Tensor:
         """How many were not taken, with ``on_nonfinite="skip"``, int64."""
         return self._settled().count("skipped_steps")
+
+    def _reading(self) -> Reading:
+        """What `gradclip.Record` writes of the latest step."""
+        return self._settled().reading()
 
     def state_dict(self) -> dict[str, Any]:
         """The counts, and under ``"limits"`` what limits have learnt, to be saved.

@@ -75,6 +75,10 @@ class Leaves(gpu.Leaves, Tensors):
         """Norms that the host knows, on the device."""
         return vector(norms, self.leaves[0].device, wide=wide or self.wide)
 
+    def lacks(self, norms: Tensor, leaves: Sequence[Any]) -> bool:
+        """If one is listed again, by what the host knows: nobody waits for the norms."""
+        return len(norms) < len(leaves) or self._runs.any_empty
+
     def duplicated(self) -> list[Any]:
         """New tensors of the same bits, each in one run of memory."""
         return list(map(copy, self.leaves))

@@ -33,7 +33,7 @@ from gradclip.torch.following import (
 )
 from gradclip.torch.library import number, operand, scalar_like
 from gradclip.torch.orders import norm_of_order, powers_of_order
-from gradclip.torch.overlap import at_every_place, distinct
+from gradclip.torch.overlap import distinct
 from gradclip.torch.unread import ByOperation, Unread, is_without_numbers
 
 
@@ -245,17 +245,8 @@ def clip_(
             wants_each=wants_each,
         )
         found: Tensor = held.clip_(clip)
-        _clip.learn(max_norm)
-        each: Tensor | None = clip.each
-        if each is not None and _may_lack(each, grads, part):
-            each = at_every_place(each, grads)
-    return found, each
-
-
-def _may_lack(each: Tensor, grads: Sequence[Tensor], part: Joint | None) -> bool:
-    """If norms of gradients that are listed twice may be missing, or 0 where the host measures."""
-    here = part is not None or each.device.type == "cpu"
-    return len(each) < len(grads) or (here and not each.all())
+    _clip.learn(max_norm)
+    return found, None if clip.each is None else held.at_every_place(clip.each, grads)
 
 
 @looked_away_from

@@ -139,6 +139,11 @@ class Runs(NamedTuple):
         """How many there are."""
         return len(self.spans) // (8 * _SPAN)
 
+    @property
+    def any_empty(self) -> bool:
+        """If one of them has no element, as where one is listed again."""
+        return not np.frombuffer(self.spans, np.int64)[1::_SPAN].all()
+
     def clip_each_(
         self,
         limit: Lesson,
