@@ -205,7 +205,8 @@ class Clipping:
         norms = _no_norms(like, inner) if known is None else known.norms
         if each is not None:  # there was something to clip
             _check_norms(norms, each)
-            norms = each.astype(norms.dtype)
+            with jax.enable_x64(True):
+                norms = each.astype(norms.dtype)
         return clipped, ClipPerLeafState(norms, inner), skip
 
     def _step(self, updates: Any, state: Any) -> tuple[Any, Inner, Any, Any]:
