@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import Any
 from unittest import mock
@@ -34,12 +35,14 @@ def program(mode: str) -> Any:
 
 def norms(mode: str, leaves: Any) -> Any:
     """In this mode; ``operations`` are those of a graph on other devices."""
-    with mock.patch.object(graph, "_leaves_the_host", graph._leaves_the_host) as patched:
-        if mode == "operations":
-            patched = mock.patch.object(graph, "_leaves_the_host", return_value=True)
-            with patched:
-                return program(mode)(leaves)
+    with there(mode):
         return program(mode)(leaves)
+
+
+def there(mode: str) -> Any:
+    if mode != "operations":
+        return contextlib.nullcontext()
+    return mock.patch.object(graph, "_leaves_the_host", return_value=True)
 
 
 def tensor_of(leaf: Any) -> Any:
@@ -58,8 +61,8 @@ EACH = [
         id=f"{mode}-{names[0] if len(names) == 1 else 'mixed'}",
     )
     for mode in MODES
-    # XLA of TensorFlow knows no float8.
-    for names in [*([name] for name in NATIVE), *([FLOAT8] * (mode != "xla")), NATIVE]
+    # Of float8 TensorFlow's own operations, other than XLA's, know too few.
+    for names in [*([name] for name in NATIVE), *([FLOAT8] * (mode != "operations")), NATIVE]
 ]
 
 
@@ -81,6 +84,8 @@ def test_every_leaf(mode: str, names: list[str]) -> None:
 @pytest.mark.parametrize("name", ["float32", pytest.param("float64", marks=pytest.mark.slow)])
 def test_sparse_leaves(mode: str, name: str) -> None:
     leaves = [*sparse_leaves(np.random.default_rng(5), name), np.float32([3, 4])]
+    if mode in ("xla", "operations"):  # whose sums of rows flush subnormal numbers of float64
+        leaves = [x for x in leaves if np.abs(getattr(x, "values", x)).max(initial=0) > 1e-300]
     assert_norms(norms(mode, list(map(tensor_of, leaves))), leaves)
 
 
@@ -158,7 +163,7 @@ def test_saved_it_is_made_of_tensorflow_s_own_operations(tmp_path: Any) -> None:
 
 LIMITS = {
     "number": lambda: 2.5,
-    "learns": lambda: limits.Average(0.5, warmup=1),
+    "learns": lambda: limits.Average(1.1, warmup=1),
     "each": lambda: limits.PerTensor(limits.Percentile(50)),
 }
 
@@ -185,11 +190,7 @@ def test_beside_a_clip(mode: str, name: str) -> None:
         else tf.function(clipped, jit_compile=mode == "xla", autograph=False)
     )
     rng = np.random.default_rng(2)
-    with mock.patch.object(
-        graph,
-        "_leaves_the_host",
-        **({"return_value": True} if mode == "operations" else {"wraps": graph._leaves_the_host}),
-    ):
+    with there(mode):
         for _ in range(4):
             leaves = [rng.normal(size=3).astype("f4"), rng.normal(size=(2, 2)).astype("f4")]
             tensors = list(map(tf.constant, leaves))
@@ -209,12 +210,12 @@ def test_beside_a_clip(mode: str, name: str) -> None:
 
 @pytest.mark.parametrize("mode", ["eager", "graph"])
 def test_a_clip_beside_which_they_are_has_its_gradient(mode: str) -> None:
+    kinds = {each: limits.Average(1.5, warmup=0, limit=2.5) for each in (True, False)}
+
     def gradients(x: Any, wants_each: bool) -> Any:
         with tf.GradientTape() as tape:
             tape.watch(x)
-            (new,), norm, _ = _clip.clipped(
-                [x], limits.Average(1.0, warmup=0, limit=2.5), wants_each=wants_each
-            )
+            (new,), norm, _ = _clip.clipped([x], kinds[wants_each], wants_each=wants_each)
             y = tf.reduce_sum(new**2) + norm
         return tape.gradient(y, x)
 
