@@ -195,7 +195,10 @@ def test_slices() -> None:
     table, other = keras.Variable(np.zeros((5, 2)), dtype="float32"), zeros(1)
     optimizer = SGD(1.0, global_clipnorm=1.0)
     optimizer.watch_each()
-    grads = [tf.IndexedSlices(tf.ones((2, 2)), [3, 3], [5, 2]), tf.constant([4.0])]
+    grads = [
+        tf.IndexedSlices(tf.ones((2, 2)), tf.constant([3, 3]), tf.constant([5, 2])),
+        tf.constant([4.0]),
+    ]
     for apply in (optimizer.apply, tf.function(optimizer.apply)):
         apply(grads, [table, other])
         assert array(optimizer.last_norms.values).tolist() == [np.float32(8**0.5), 4]
