@@ -59,6 +59,8 @@ ARROWS = {
         "kernels.cpu._cpu",
         "limits",
         "optax",
+        "record",
+        "record.",
         "tensorflow",
         "torch",
         "cli.",

@@ -147,8 +147,6 @@ class Judge:
         """Begin another run where steps have gone back: to a checkpoint, within one process."""
         if self._latest is not None and step < self._latest:
             self._run += 1
-        if step == self._latest and self._ring and self._ring[-1].step == step:
-            self._ring.pop()  # told again
         self._latest = step
 
     def _has_skipped(self, counts: list[float]) -> bool:

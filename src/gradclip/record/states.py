@@ -21,7 +21,7 @@ def reading_of(state: Any, names: Any) -> Reading:
     Raises:
         TypeError, ValueError: see `gradclip.Record.of_state`.
     """
-    found = list(_clips_in(state, None))
+    found = list(_clips_in(state, None)) if isinstance(state, _CONTAINERS) else []
     if len(found) != 1:
         raise ValueError(
             f"there are {len(found)} states of gradclip.optax in the {type(state).__name__}; give "
@@ -53,8 +53,11 @@ def _clips_in(node: Any, skipped_count: Any) -> Iterator[tuple[Any, Any]]:
         yield from _clips_in(node.clip_state, node.skipped_count)
         yield from _clips_in(node.inner_state, None)
     else:
-        for each in node.values() if isinstance(node, dict) else node:
-            if isinstance(each, _CONTAINERS):
+        nodes = node.values() if isinstance(node, dict) else node
+        # One look per type: an optimizer has an array or two for each parameter.
+        kinds = {kind for kind in set(map(type, nodes)) if issubclass(kind, _CONTAINERS)}
+        for each in nodes if kinds else ():
+            if type(each) in kinds:
                 yield from _clips_in(each, None)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 import time
 from collections.abc import Iterable
@@ -114,25 +115,17 @@ class Store:
         )
 
     def close(self) -> None:
-        """Close the file, and let others write it.
-
-        Raises:
-            sqlite3.Error: it could not be closed in order; nothing that was written is lost.
-        """
+        """Close the file, and let others write it."""
         try:
-            if self._file.in_transaction:
-                self._file.execute("ROLLBACK")
             self._make_one_file()
-            self._file.close()
         finally:
+            self._file.close()
             self._lock.free()
 
     def _make_one_file(self) -> None:
         """Leave nothing beside it, so that it can be read where nothing may be written."""
         self._file.execute("PRAGMA busy_timeout = 0")
-        try:
+        # Where somebody reads, or the disk is full, two files stay beside it, as while it is
+        # written: nothing is lost.
+        with contextlib.suppress(sqlite3.OperationalError):
             self._file.execute("PRAGMA journal_mode = DELETE")
-        except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY:
-                raise
-            # Somebody reads: then two files stay beside it, as while it is written.
