@@ -28,6 +28,7 @@ import optax
 import gradclip.optax as door
 from gradclip import limits
 from gradclip.jax import xla
+from gradclip.record import History
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -305,6 +306,21 @@ def test_a_state_that_was_saved_without_goes_on_with_and_back(name: str, tmp_pat
     again = flax.from_bytes(clip.init(PARAMS), flax.to_bytes(state))
     same(pickle.loads(pickle.dumps(again)), state)
     same(plain.update(third, again)[1], plain.update(third, wanted)[1])
+
+
+@pytest.mark.parametrize("steps", [False, True])
+def test_a_record_has_them(steps: bool, tmp_path: Path) -> None:
+    if steps:
+        optimizer: Any = door.apply_clipped(optax.adam(1.0), 2.5, per_leaf=True)
+    else:
+        optimizer = optax.chain(door.clip_by_global_norm(2.5, per_leaf=True), optax.adam(1.0))
+    _, state = optimizer.update(PARAMS, optimizer.init(PARAMS))
+    names = door.norms_of(state, PARAMS).paths
+    with gradclip.Record(tmp_path / "run.db", per_tensor_every=1) as record:
+        record.record(0, gradclip.Record.of_state(state, names), limit=2.5)
+    history = History.open(tmp_path / "run.db")
+    assert tuple(history.names) == ("b", "w")
+    assert history.tensor_norms(0, 1).values.tolist() == [[4, 3]]
 
 
 def test_no_other_gradient_flows_than_through_the_norms() -> None:

@@ -12,6 +12,7 @@ from gradclip.record.values import copied
 
 _MODULE = "gradclip.optax"
 _CLIPS = ("ClipByGlobalNormState", "ClipByLimitState")
+_PER_LEAF = "ClipPerLeafState"
 _STEPS = "ApplyClippedState"
 
 
@@ -21,17 +22,16 @@ def reading_of(state: Any, names: Any) -> Reading:
     Raises:
         TypeError, ValueError: see `gradclip.Record.of_state`.
     """
-    found = list(_clips_in(state, None)) if isinstance(state, _CONTAINERS) else []
+    found = list(_clips_in(state)) if isinstance(state, _CONTAINERS) else []
     if len(found) != 1:
         raise ValueError(
             f"there are {len(found)} states of gradclip.optax in the {type(state).__name__}; give "
             "the state of an optimizer that clips with gradclip.optax, or the part of it that has "
             "one clip"
         )
-    ((clip, skipped_count),) = found
+    ((clip, norms, skipped_count),) = found
     told = {"norm": clip.global_norm, "factor": clip.factor, "count": clip.count}
-    told |= {"limit": getattr(clip, "limit", None), "values": getattr(clip, "norms", None)}
-    told |= {"skipped": skipped_count}
+    told |= {"limit": getattr(clip, "limit", None), "values": norms, "skipped": skipped_count}
     told = {name: each for name, each in told.items() if each is not None}
     copies = dict(zip(told, copied(list(told.values())), strict=True))
     values = copies.get("values")
@@ -44,21 +44,25 @@ def reading_of(state: Any, names: Any) -> Reading:
     )
 
 
-def _clips_in(node: Any, skipped_count: Any) -> Iterator[tuple[Any, Any]]:
-    """Each state of a clip, and how many steps were skipped by it."""
-    kind = type(node)
-    if kind.__module__ == _MODULE and kind.__name__ in _CLIPS:
-        yield node, skipped_count
-    elif kind.__module__ == _MODULE and kind.__name__ == _STEPS:
-        yield from _clips_in(node.clip_state, node.skipped_count)
-        yield from _clips_in(node.inner_state, None)
+def _clips_in(
+    node: Any, norms: Any = None, skipped_count: Any = None
+) -> Iterator[tuple[Any, Any, Any]]:
+    """Each state of a clip, the norms of its leaves, and how many steps were skipped by it."""
+    name = type(node).__name__ if type(node).__module__ == _MODULE else None
+    if name in _CLIPS:
+        yield node, norms, skipped_count
+    elif name == _PER_LEAF:
+        yield from _clips_in(node.clip_state, node.norms, skipped_count)
+    elif name == _STEPS:
+        yield from _clips_in(node.clip_state, None, node.skipped_count)
+        yield from _clips_in(node.inner_state)
     else:
         nodes = node.values() if isinstance(node, dict) else node
         # One look per type: an optimizer has an array or two for each parameter.
         kinds = {kind for kind in set(map(type, nodes)) if issubclass(kind, _CONTAINERS)}
         for each in nodes if kinds else ():
             if type(each) in kinds:
-                yield from _clips_in(each, None)
+                yield from _clips_in(each)
 
 
 _CONTAINERS = (tuple, list, dict)
