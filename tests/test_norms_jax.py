@@ -104,7 +104,7 @@ def test_every_leaf(way: str, names: list[str]) -> None:
 def test_sparse_leaves(way: str, name: str) -> None:
     """Beside dense ones, as slices and as BCOO."""
     rng = np.random.default_rng(5)
-    leaves = [*sparse_leaves(rng, name), np.float32([3, 4])]
+    leaves = [np.float32([3, 4]), *sparse_leaves(rng, name)]
     assert_norms(WAYS[way](list(map(jax_of, leaves))), leaves)
     dense = [np.float32([[1, 2], [2, 4]]), np.float32([12, 0])]
     found = WAYS[way]([_jax_bcoo(dense[0]), jnp.asarray(dense[1])])

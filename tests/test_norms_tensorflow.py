@@ -83,7 +83,7 @@ def test_every_leaf(mode: str, names: list[str]) -> None:
 )
 @pytest.mark.parametrize("name", ["float32", pytest.param("float64", marks=pytest.mark.slow)])
 def test_sparse_leaves(mode: str, name: str) -> None:
-    leaves = [*sparse_leaves(np.random.default_rng(5), name), np.float32([3, 4])]
+    leaves = [np.float32([3, 4]), *sparse_leaves(np.random.default_rng(5), name)]
     if mode in ("xla", "operations"):  # whose sums of rows flush subnormal numbers of float64
         leaves = [x for x in leaves if np.abs(getattr(x, "values", x)).max(initial=0) > 1e-300]
     assert_norms(norms(mode, list(map(tensor_of, leaves))), leaves)

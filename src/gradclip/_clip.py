@@ -252,7 +252,8 @@ def norms(t_list: Any, *, group: Any = None) -> Norms:
     Returns:
         `Norms`: a vector and a scalar, where the leaves are; the host waits for no device. A leaf
         that is listed twice counts twice. Under ``jax.jit`` and in a ``tf.function`` it is of
-        traced values; autograd sees nothing of it.
+        traced values, and both may return it. JAX differentiates it; PyTorch's autograd and
+        TensorFlow's tapes see nothing of the vector.
 
     Raises:
         TypeError, ValueError: as `global_norm`.
