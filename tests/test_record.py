@@ -474,6 +474,29 @@ def test_states_tell_steps_that_were_skipped(optax: Any, path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("max_norm", [2.5, limits.ZScore(), limits.PerTensor(limits.ZScore())])
+def test_a_state_with_the_norm_of_each_leaf(max_norm: Any, optax: Any, path: Path) -> None:
+    import jax
+
+    import gradclip.optax as door
+
+    optimizer = optax.chain(door.clip_by_global_norm(max_norm, per_leaf=True), optax.sgd(1.0))
+    params = {"layer": {"w": jax.numpy.array([3.0]), "b": jax.numpy.array([4.0])}}
+    state = optimizer.init(params)
+    with gradclip.Record(path, per_tensor_every=1) as record:
+        for step, names in enumerate([None, params, gradclip.norms(params).paths]):
+            updates = jax.tree.map(lambda x, step=step: x * (step + 1), params)
+            _, state = optimizer.update(updates, state)
+            record.record(step, gradclip.Record.of_state(state, names))
+    with pytest.raises(TypeError, match="names has 1 names; the state has norms of 2 tensors"):
+        gradclip.Record.of_state(state, ["w"])
+    with History.open(path) as history:
+        assert history.names == ("0", "1", "layer/b", "layer/w")
+        values, present = history.tensor_norms()
+        assert values[present].tolist() == [4, 3, 8, 6, 12, 9]
+        assert history.norm.tolist() == [5, 10, 15]
+
+
 def test_states_that_are_none(optax: Any, path: Path) -> None:
     import jax
 

@@ -27,6 +27,7 @@ import pytest
 import gradclip
 from gradclip.record import History
 from host import run_python
+from ranks import run_ranks
 from record_files import check_whole, query, raises, rows
 
 NAN = math.nan
@@ -224,26 +225,14 @@ def test_other_ranks_write_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.slow
-def test_the_rank_is_that_of_torch_distributed(tmp_path: Path) -> None:
-    pytest.importorskip("torch")
-    code = f"""
-    import sys, torch.distributed as dist, gradclip
-    rank = int(sys.argv[1])
-    dist.init_process_group("gloo", store=dist.FileStore({str(tmp_path / "store")!r}, 2),
-                            rank=rank, world_size=2)
-    with gradclip.Record({str(tmp_path / "run.db")!r}) as record:
-        record.record(rank, 1.0)
-    dist.barrier()
-    dist.destroy_process_group()
-    """
-    threads = [threading.Thread(target=lambda n=n: done.append(run_python(code, n))) for n in "01"]
-    done: list[Any] = []
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert [each.returncode for each in done] == [0, 0], [each.stderr for each in done]
-    assert rows(tmp_path / "run.db", "step") == [(0,)]
+@pytest.mark.parametrize(("name", "norm"), [("torch", 1.0), ("jax", 2.0)])
+def test_the_first_rank_writes(
+    name: str, norm: float, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("optax" if name == "jax" else name)
+    monkeypatch.setenv("RECORD", str(path))
+    run_ranks("record_ranks", [f"of_{name}"], 2)
+    assert rows(path, "step, norm") == [(0, norm)]
 
 
 @pytest.mark.slow
