@@ -240,6 +240,7 @@ def test_the_state_has_the_norms_and_is_else_what_it_is_without(name: str) -> No
     same(last, eager)
 
 
+@pytest.mark.slow
 def test_under_multi_steps_vmap_and_in_an_optimizer_that_skips() -> None:
     steps = optax.MultiSteps(door.clip_by_global_norm(1.0, per_leaf=True), 2)
     state = steps.init(PARAMS)
