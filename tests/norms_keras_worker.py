@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from each_norm import expected
-from gradclip import limits
+from gradclip import Record, limits
 from gradclip.keras import GlobalNorm
+from gradclip.record import History
 from keras_worker import (
     BACKEND,
     SGD,
@@ -206,3 +207,42 @@ def test_slices() -> None:
     for step in (apply, tf.function(apply, autograph=False)):
         step(grads)
         assert array(optimizer.last_norms.values).tolist() == [np.float32(8**0.5), 4]
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_a_record_is_told_of_each_update(name: str, tmp_path: Path) -> None:
+    x = rows(12, 4)
+    x[7] *= 1000
+    x[9, 2] = np.nan
+    model = linear(4, SGD(1.0, global_clipnorm=LIMITS[name]()))
+    told: list[int] = []
+    with Record(
+        tmp_path / "run.db", per_tensor_every=1, log=lambda _, step: told.append(step)
+    ) as record:
+        fit(model, x, GlobalNorm(per_tensor=True, record=record))
+        fit(model, x[:3], GlobalNorm(per_tensor=True, record=record))
+    assert told == list(range(1, 16))
+    with History.open(tmp_path / "run.db") as history:
+        assert history.steps.tolist() == told
+        assert ["grad_norm/" + each for each in history.names] == paths_of(model)
+        wanted = np.stack([norms_of(row) for row in (*x, *x[:3])])
+        np.testing.assert_array_equal(history.tensor_norms(0, 15).values, wanted)
+        assert np.isnan(history.norm[9])
+        assert history.nonfinite.tolist() == [0] * 9 + [2] + [0] * 5
+        assert bool(history.skipped[7]) == (name == "skips")
+        if name == "number":
+            assert history.limit.tolist() == [1.5] * 15
+            factor = np.minimum(1, 1.5 / history.norm)
+            np.testing.assert_allclose(history.factor[factor < 1], factor[factor < 1], rtol=1e-6)
+        assert np.isnan(history.limit).all() == (name == "measures")
+
+
+def test_a_record_of_what_is_accumulated_and_of_the_global_norm_alone(tmp_path: Path) -> None:
+    x = rows(8, 4)
+    optimizer = SGD(1.0, global_clipnorm=1.5, gradient_accumulation_steps=2)
+    callback = GlobalNorm(record=tmp_path / "run.db")
+    fit(linear(4, optimizer), x, callback)
+    with History.open(tmp_path / "run.db") as history:
+        assert history.steps.tolist() == [1, 2, 3, 4]
+        assert len(history.tensor_steps) == 0
+        assert history.norm[-1] == float(optimizer.last_global_norm)

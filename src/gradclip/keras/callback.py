@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import sys
 from typing import Any
 
 import keras
 import numpy as np
 
+from gradclip.core.limits import Limit
 from gradclip.keras.clipping import by_global_norm
 from gradclip.keras.optimizer import DOOR, ExactGlobalNorm
+from gradclip.record import Record, as_record
 
 
 class GlobalNorm(keras.callbacks.Callback):  # type: ignore[misc]
@@ -35,6 +38,11 @@ class GlobalNorm(keras.callbacks.Callback):  # type: ignore[misc]
 
     Args:
         per_tensor: log the norm of each variable's gradient too.
+        record: a `gradclip.Record`, or the path of one to open, which is told of each update: its
+            norm, that of each variable with ``per_tensor``, the limit, and if a limit skipped it.
+            Steps are the optimizer's ``iterations``, of which the first is 1, and those that a limit
+            has skipped; with ``steps_per_execution`` the last of each execution is told. For it the
+            host waits after each batch, as Keras does for the loss.
 
     Raises:
         TypeError: at the start of ``fit``, if the model's optimizer is none of `exact`, has no
@@ -51,9 +59,13 @@ class GlobalNorm(keras.callbacks.Callback):  # type: ignore[misc]
 
     __module__ = DOOR
 
-    def __init__(self, *, per_tensor: bool = False) -> None:
+    def __init__(
+        self, *, per_tensor: bool = False, record: Record | str | os.PathLike[str] | None = None
+    ) -> None:
         super().__init__()
         self._per_tensor = per_tensor
+        self._record = None if record is None else as_record(record, {})
+        self._told, self._skipped = 0, 0
 
     def set_model(self, model: Any) -> None:
         """Take the model, and the first place among the callbacks."""
@@ -75,6 +87,38 @@ class GlobalNorm(keras.callbacks.Callback):  # type: ignore[misc]
     def on_train_begin(self, logs: Any = None) -> None:  # noqa: ARG002
         """Find the optimizer."""
         self._optimizer = _optimizer_of(self.model)
+        if self._optimizer.built and self._record is not None:
+            self._skipped = self._skips()
+            self._told = int(self._optimizer.iterations) + self._skipped
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:  # noqa: ARG002
+        """Tell the record of the update, if there was one."""
+        if self._record is None:
+            return
+        _ = self.model  # at which Keras writes what JAX has computed into the variables
+        optimizer = self._optimizer
+        before, self._skipped = self._skipped, self._skips()
+        step = int(optimizer.iterations) + self._skipped
+        if step == self._told:
+            return  # left out by a loss scale, or added to others
+        self._told = step
+        limit = optimizer.global_clipnorm
+        if isinstance(limit, Limit):
+            limit = optimizer.last_limit
+        elif math.isinf(limit):
+            limit = None
+        source = optimizer.last_norms if self._per_tensor else optimizer.last_global_norm
+        self._record(step, source, limit=limit, skipped=self._skipped > before)
+
+    def _skips(self) -> int:
+        """How many updates a limit that learns has left out."""
+        limit = self._optimizer.global_clipnorm
+        return self._optimizer.skipped_steps if isinstance(limit, Limit) else 0
+
+    def on_train_end(self, logs: Any = None) -> None:  # noqa: ARG002
+        """Have the record written."""
+        if self._record is not None:
+            self._record.flush()
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:  # noqa: ARG002
         """Start to count anew."""
