@@ -40,9 +40,9 @@ class GlobalNorm(keras.callbacks.Callback):  # type: ignore[misc]
         per_tensor: log the norm of each variable's gradient too.
         record: a `gradclip.Record`, or the path of one to open, which is told of each update: its
             norm, that of each variable with ``per_tensor``, the limit, and if a limit skipped it.
-            Steps are the optimizer's ``iterations``, of which the first is 1, and those that a limit
-            has skipped; with ``steps_per_execution`` the last of each execution is told. For it the
-            host waits after each batch, as Keras does for the loss.
+            Steps are the optimizer's ``iterations``, of which the first is 1, and those that a
+            limit has skipped; with ``steps_per_execution`` the last of each execution is told. For
+            it the host waits after each batch, as Keras does for the loss.
 
     Raises:
         TypeError: at the start of ``fit``, if the model's optimizer is none of `exact`, has no
