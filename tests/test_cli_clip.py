@@ -231,6 +231,7 @@ def test_what_it_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_the_report(tmp_path: Path) -> None:
     source = save(tmp_path / "a.npz", {"a": np.float32([3, 4]), "step": np.array(7)})
     assert clip(source, tmp_path / "o.npz", 2) == {
+        "version": 1,
         "file": str(source),
         "output": str(tmp_path / "o.npz"),
         "norm": 5.0,
@@ -420,7 +421,7 @@ def test_a_dtype_that_cannot_be_clipped(tmp_path: Path) -> None:
 def test_a_wrong_limit(tmp_path: Path, limit: str, message: str) -> None:
     source = save(tmp_path / "a.npy", {"a": np.ones(1)})
     done = run_main("clip", source, "--clip-norm", limit, "-o", tmp_path / "o.npy")
-    expected = f"gradclip: argument --clip-norm: {message}; see gradclip clip --help\n"
+    expected = f"gradclip: argument --clip-norm/--max-norm: {message}; see gradclip clip --help\n"
     assert done == (2, "", expected)
 
 
