@@ -178,7 +178,7 @@ def _zipped(stream: IO[bytes], archive: zipfile.ZipFile) -> tuple[Any, dict[str,
 
     if f"{folder}byteorder" in places and read(f"{folder}byteorder") != b"little":
         raise ValueError("was written on a big-endian machine, which gradclip does not read")
-    held = unpickled(io.BytesIO(read(f"{folder}data.pkl")))
+    held = unpickled(io.BytesIO(read(f"{folder}data.pkl"))).held
     data = f"{folder}data/"
     return held, {
         name.removeprefix(data): at for name, at in places.items() if name.startswith(data)
@@ -215,20 +215,17 @@ def _members(
 
 def _in_sequence(stream: IO[bytes]) -> tuple[Any, dict[str, Place]]:
     """The format before PyTorch 1.6: pickles one after the other, then the storages."""
-    if unpickled(stream) != _MAGIC:
+    if unpickled(stream).held != _MAGIC:
         raise ValueError("is a pickle that torch.save has not written")
     unpickled(stream)  # the version of the format, which has had one
-    system = unpickled(stream)
+    system = unpickled(stream).held
     if not isinstance(system, dict) or not system.get("little_endian"):
         raise ValueError("was written on a big-endian machine, which gradclip does not read")
-    held = unpickled(stream)
-    lying = [each for _, each in tensors_in(held) if isinstance(each, Strided)]
-    storages = {each.storage.key: each.storage for each in lying}
+    held, storages = unpickled(stream)
     places = {}
-    for key in unpickled(stream):
-        storage = storages.get(key)
+    for key in unpickled(stream).held:
         (count,) = struct.unpack("<Q", stream.read(8))
-        itemsize = storage.dtype.itemsize if storage else 1
+        itemsize = storages[key].dtype.itemsize
         places[key] = Place(stream.tell(), count * itemsize)
         stream.seek(count * itemsize, 1)
     return held, places

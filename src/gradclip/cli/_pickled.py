@@ -76,13 +76,21 @@ class Other(NamedTuple):
 Found = Strided | Other
 
 
-def unpickled(stream: IO[bytes]) -> Any:
-    """The object that the next pickle of a stream holds, every tensor as `Strided` or `Other`.
+class Unpickled(NamedTuple):
+    """The object in a pickle, each tensor as `Strided` or `Other`, and the storages it names."""
+
+    held: Any
+    storages: dict[str, Storage]
+
+
+def unpickled(stream: IO[bytes]) -> Unpickled:
+    """What the next pickle of a stream holds.
 
     Raises:
         Exception: it holds anything but tensors, numbers, text and containers, or is damaged.
     """
-    return _Inert(stream, encoding="utf-8").load()
+    reader = _Inert(stream)
+    return Unpickled(reader.load(), reader.storages)
 
 
 def tensors_in(
@@ -213,6 +221,10 @@ _Reader: Any = vars(pickle)["_Unpickler"]
 class _Inert(_Reader):  # type: ignore[misc]
     """A reader of pickles that makes containers, text, numbers and `Found`, and nothing else."""
 
+    def __init__(self, stream: IO[bytes]) -> None:
+        super().__init__(stream, encoding="utf-8")  # as PyTorch reads what Python 2 has written
+        self.storages: dict[str, Storage] = {}
+
     def find_class(self, module: str, name: str) -> Any:
         """What a name stands for."""
         full = f"{module}.{name}".replace("__builtin__.", "builtins.")
@@ -233,7 +245,10 @@ class _Inert(_Reader):  # type: ignore[misc]
         if kind != "storage" or type(count) is not int or count < 0 or any(view):
             raise ValueError("has a storage of an unknown kind")
         dtype = Dtype(_STORAGES.get(str(of).removesuffix("Storage"), "bytes"))
-        return Storage(str(key), dtype, count * dtype.itemsize)
+        storage = Storage(str(key), dtype, count * dtype.itemsize)
+        if self.storages.setdefault(storage.key, storage) != storage:
+            raise ValueError(f"has two storages {storage.key}")
+        return storage
 
     def set_state(self) -> None:
         """Drop the state of an object, which says nothing of its tensors."""

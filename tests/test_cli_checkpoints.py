@@ -1,0 +1,448 @@
+"""What torch.save has written: both its formats, measured and clipped without PyTorch."""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+import pickle
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import cli_files
+import gradclip
+from cli_files import run_main
+from gradclip.cli._pickled import Dtype, unpickled
+from test_cli_main import run_bare
+
+FLOATS = ["float16", "bfloat16", "float32", "float64", "complex64", "complex128"]
+CODES = ["float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz"]
+INTEGERS = ["uint8", "int8", "int16", "int32", "int64", "bool", "uint16", "uint32", "uint64"]
+
+
+@pytest.fixture
+def torch(framework: Any) -> Any:
+    return framework("torch")
+
+
+@pytest.fixture(params=[True, False], ids=["zip", "legacy"])
+def save(request: pytest.FixtureRequest, torch: Any) -> Any:
+    """Write an object in one of the formats."""
+
+    def write(path: Path, held: Any) -> Path:
+        torch.save(held, path, _use_new_zipfile_serialization=request.param)
+        return path
+
+    return write
+
+
+def report(*arguments: Any) -> dict[str, Any]:
+    status, out, err = run_main("norm", "--json", *arguments)
+    assert (status, err) == (0, "")
+    found: dict[str, Any] = json.loads(out)
+    return found
+
+
+def tensors_of(held: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Every tensor of nested dicts and lists, by the names that gradclip gives them."""
+    if isinstance(held, dict | list | tuple):
+        for key, item in held.items() if isinstance(held, dict) else enumerate(held):
+            yield from tensors_of(item, f"{name}.{key}".lstrip("."))
+    elif hasattr(held, "data_ptr"):
+        yield name, held
+
+
+def random(torch: Any, dtype: str, *shape: int, seed: int = 0) -> Any:
+    generator = torch.Generator().manual_seed(seed)
+    kind = torch.complex128 if dtype.startswith("complex") else torch.float64
+    return torch.randn(*shape, dtype=kind, generator=generator).to(getattr(torch, dtype))
+
+
+def check(path: Path, held: Any) -> None:
+    """Hold every figure of a file against the tensors in it."""
+    tensors = dict(tensors_of(held))
+    found = report(path)
+    counted = {t["name"]: t for t in found["tensors"] if t["counted"]}
+    floating = {k: v for k, v in tensors.items() if v.dtype.is_floating_point or v.is_complex()}
+    assert counted.keys() == floating.keys()
+    assert {t["name"] for t in found["tensors"]} == tensors.keys()
+    assert found["norm"] == float(gradclip.global_norm([*floating.values()]))
+    for name, tensor in floating.items():
+        assert counted[name]["norm"] == float(gradclip.global_norm(tensor))
+        assert counted[name]["shape"] == list(tensor.shape)
+        assert f"torch.{counted[name]['dtype']}" == str(tensor.dtype)
+
+
+@pytest.mark.usefixtures("_pieces")
+@pytest.mark.parametrize("dtype", FLOATS + CODES)
+def test_every_dtype(tmp_path: Path, torch: Any, save: Any, dtype: str) -> None:
+    held = {"a": random(torch, dtype, 17, 31), "b": random(torch, dtype, 5, seed=1)}
+    check(save(tmp_path / "a.pt", held), held)
+
+
+def test_dtypes_that_are_carried_over(tmp_path: Path, torch: Any, save: Any) -> None:
+    held = {name: torch.ones(3, dtype=getattr(torch, name)) for name in INTEGERS}
+    held["w"] = torch.tensor([3.0, 4.0])
+    path = save(tmp_path / "a.pt", held)
+    check(path, held)
+    assert clip(path, tmp_path / "o.pt")["carried_over"] == len(INTEGERS)
+
+
+def test_the_sizes_of_elements_are_those_of_pytorch(torch: Any) -> None:
+    for name in dir(torch):
+        dtype = getattr(torch, name)
+        if isinstance(dtype, torch.dtype):
+            assert Dtype(str(dtype).removeprefix("torch.")).itemsize == dtype.itemsize
+
+
+def checkpoint(torch: Any) -> dict[str, Any]:
+    """What a training saves: a model, its optimizer after a step, and numbers."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 3), torch.nn.BatchNorm1d(3))
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.randn(4, 5)).square().sum().backward()
+    optimizer.step()
+    attributed = torch.nn.Parameter(torch.ones(2))
+    attributed.tag = 1
+    tagged = torch.ones(3)
+    tagged.tag = {"of": "mine"}
+    return {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "parameter": model[0].weight,
+        "attributed": [attributed, (tagged,)],
+        "epoch": 3,
+        "best": {"loss": 0.5, "at": None, "complex": 1j, "raw": b"\xff\0"},
+        "shape": torch.Size([1, 2]),
+        "dtype": torch.bfloat16,
+        "device": torch.device("cpu"),
+        "done": {1, 2},
+        "counter": collections.Counter("abca"),
+    }
+
+
+def test_a_checkpoint_of_a_training(tmp_path: Path, torch: Any, save: Any) -> None:
+    held = checkpoint(torch)
+    path = save(tmp_path / "a.pth", held)
+    check(path, held)
+    names = [t["name"] for t in report(path)["tensors"]]
+    assert "model.0.weight" in names
+    assert "optimizer.state.0.exp_avg" in names
+    assert "attributed.1.0" in names
+
+
+def views(torch: Any) -> dict[str, Any]:
+    base = random(torch, "float32", 40, 30)
+    return {
+        "base": base,
+        "transposed": base.t(),
+        "of its own": random(torch, "float64", 7, 5, 3, seed=1).permute(2, 0, 1),
+        "column": base[:, 3],
+        "rows": base[5:9],
+        "steps": base[::3, 1::2],
+        "expanded": torch.tensor([[2.0], [3.0]]).expand(2, 9),
+        "scalar": torch.tensor(7.0),
+        "empty": torch.empty(0, 4),
+        "none of it": base[:, 3:3],
+        "one": base[3:4, 2:3],
+    }
+
+
+@pytest.mark.usefixtures("_pieces")
+def test_views_with_any_strides(tmp_path: Path, torch: Any, save: Any) -> None:
+    held = views(torch)
+    check(save(tmp_path / "a.pt", held), held)
+
+
+def test_a_lone_tensor_has_the_name_of_its_file(tmp_path: Path, torch: Any, save: Any) -> None:
+    path = save(tmp_path / "a.pt", torch.tensor([3.0, 4.0]))
+    found = report(path)
+    assert (found["norm"], found["tensors"][0]["name"]) == (5, str(path))
+
+
+def test_tied_tensors_count_each(tmp_path: Path, torch: Any, save: Any) -> None:
+    weight = torch.tensor([3.0])
+    path = save(tmp_path / "a.pt", {"a": weight, "b": weight.view(1, 1), "c": torch.tensor([4.0])})
+    assert report(path)["norm"] == float(np.sqrt(np.float32(34)))
+
+
+def test_kinds_that_are_not_read_are_listed(tmp_path: Path, torch: Any, save: Any) -> None:
+    held = {
+        "w": torch.tensor([3.0, 4.0]),
+        "coo": torch.sparse_coo_tensor([[0, 2]], [1.0, 2.0], (3,)),
+        "meta": torch.ones(3, device="meta"),
+        "conj": torch.ones(2, dtype=torch.complex64).conj(),
+    }
+    path = save(tmp_path / "a.pt", held)
+    found = report(path)
+    assert {t["name"]: (t["dtype"], t["shape"]) for t in found["tensors"]} == {
+        "w": ("float32", [2]),
+        "coo": ("sparse_coo", [3]),
+        "meta": ("meta float32", [3]),
+        "conj": ("lazily changed complex64", [2]),
+    }
+    assert found["norm"] == 5
+    message = f"gradclip: {path}: coo is sparse_coo, which gradclip cannot clip\n"
+    del held["conj"], held["meta"]
+    save(path, held)
+    assert run_main("clip", path, "--clip-norm", 1, "-o", tmp_path / "o.pt") == (2, "", message)
+
+
+# ---- clipping ----
+
+
+def clip(source: Path, out: Path, limit: float = 1.0, *options: str) -> dict[str, Any]:
+    status, text, err = run_main("clip", source, "--max-norm", limit, "-o", out, "--json", *options)
+    assert (status, err) == (0, "")
+    found: dict[str, Any] = json.loads(text)
+    return found
+
+
+def same(torch: Any, ours: Any, theirs: Any) -> bool:
+    """If two tensors have the same bits, in whatever order they lie."""
+    if ours.dtype != theirs.dtype or ours.shape != theirs.shape:
+        return False
+    return (
+        ours.reshape(-1).contiguous().numpy(force=True).tobytes()
+        == theirs.reshape(-1).contiguous().numpy(force=True).tobytes()
+    )
+
+
+@pytest.mark.usefixtures("_pieces")
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_clipped_bits(tmp_path: Path, torch: Any, save: Any, dtype: str) -> None:
+    if dtype == "bfloat16":
+        pytest.skip("NumPy has no bfloat16 to compare with; see test_all_else_stays")
+    held = {"a": random(torch, dtype, 17, 31), "b": {"c": random(torch, dtype, 5, seed=1).t()}}
+    source, out = save(tmp_path / "a.pt", held), tmp_path / "o.pt"
+    clip(source, out)
+    expected, _ = gradclip.clip_by_global_norm(held, 1.0)
+    found = torch.load(out, weights_only=True)
+    for name, tensor in tensors_of(found):
+        assert same(torch, tensor, dict(tensors_of(expected))[name]), name
+
+
+def test_all_else_stays(tmp_path: Path, torch: Any, save: Any) -> None:
+    held = checkpoint(torch)
+    held["bf16"], held["f8"] = (random(torch, name, 99) for name in ("bfloat16", "float8_e5m2"))
+    source, out = save(tmp_path / "a.pt", held), tmp_path / "o.pt"
+    clip(source, out)
+    assert os.path.getsize(out) == os.path.getsize(source)
+    floating = {
+        name: each.detach() for name, each in tensors_of(held) if each.dtype.is_floating_point
+    }
+    expected, _ = gradclip.clip_by_global_norm(floating, 1.0)
+    options = [{}, {"mmap": True}] if zipfile.is_zipfile(source) else [{}]
+    for option in options:
+        found = torch.load(out, weights_only=True, **option)
+        assert found.keys() == held.keys()
+        assert found["best"] == held["best"]
+        assert found["optimizer"]["param_groups"] == held["optimizer"]["param_groups"]
+        for name, tensor in tensors_of(found):
+            right = expected.get(name, dict(tensors_of(held))[name])
+            assert torch.equal(tensor.double(), right.double()), name
+    if zipfile.is_zipfile(source):
+        with zipfile.ZipFile(out) as archive:
+            assert archive.testzip() is None
+
+
+def test_views_of_one_memory_are_scaled_once(tmp_path: Path, torch: Any, save: Any) -> None:
+    held = views(torch)
+    source, out = save(tmp_path / "a.pt", held), tmp_path / "o.pt"
+    factor = clip(source, out)["factor"]
+    found = torch.load(out, weights_only=True)
+    for name, tensor in held.items():
+        assert torch.allclose(found[name].double(), tensor.double() * factor, rtol=1e-6), name
+        assert found[name].stride() == tensor.stride()
+    assert found["base"].data_ptr() == found["transposed"].data_ptr()
+
+
+def test_with_nothing_to_clip_not_a_byte_changes(tmp_path: Path, torch: Any, save: Any) -> None:
+    source, out = save(tmp_path / "a.pt", views(torch)), tmp_path / "o.pt"
+    assert clip(source, out, 1e6)["action"] == "keep"
+    assert out.read_bytes() == source.read_bytes()
+
+
+def test_an_archive_without_checksums(tmp_path: Path, torch: Any) -> None:
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"w": torch.tensor([3.0, 4.0])}, tmp_path / "a.pt")
+    finally:
+        torch.serialization.set_crc32_options(before)
+    clip(tmp_path / "a.pt", tmp_path / "o.pt", 2.5)
+    assert torch.load(tmp_path / "o.pt", weights_only=True)["w"].tolist() == [1.5, 2]
+
+
+def test_tensors_of_two_dtypes_in_one_memory(tmp_path: Path, torch: Any) -> None:
+    class Pair:
+        def __init__(self, storage: Any, dtype: Any) -> None:
+            self.arguments = (storage, 0, (2,), (1,), False, {}, dtype)
+
+        def __reduce__(self) -> Any:
+            return torch._utils._rebuild_tensor_v3, self.arguments
+
+    storage = torch.ones(2).untyped_storage()
+    path = tmp_path / "a.pt"
+    torch.save([Pair(storage, torch.float32), Pair(storage, torch.float16)], path)
+    assert report(path)["norm"] > 0
+    message = f"gradclip: {path}: has tensors of float16 and float32 in the same bytes\n"
+    assert run_main("clip", path, "--clip-norm", 0.1, "-o", tmp_path / "o.pt") == (2, "", message)
+
+
+# ---- shards ----
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin.index.json", "m.pt.index.json"])
+def test_an_index_of_shards(tmp_path: Path, torch: Any, save: Any, name: str) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    suffix = name.split(".")[1]
+    places = {}
+    for shard, key in enumerate("ab"):
+        save(folder / f"m-{shard}.{suffix}", {key: torch.tensor([3.0 + shard])})
+        places[key] = f"m-{shard}.{suffix}"
+    (folder / name).write_text(json.dumps({"weight_map": places}))
+    assert report(folder)["norm"] == report(folder / name)["norm"] == 5
+    found = clip(folder, tmp_path / "out", 2.5)
+    assert (found["norm"], report(tmp_path / "out" / name)["norm"]) == (5, 2.5)
+    (folder / name).write_text(json.dumps({"weight_map": {"a": "m-0.safetensors"}}))
+    message = f"names 'm-0.safetensors', which is no .{suffix} file beside it"
+    assert run_main("norm", folder / name) == (2, "", f"gradclip: {folder / name}: {message}\n")
+
+
+# ---- what is refused ----
+
+
+class Evil:
+    """An object whose pickle would make a file where it is loaded."""
+
+    def __init__(self, made: Path) -> None:
+        self.made = made
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.made),)
+
+
+def test_objects_are_refused_and_never_made(tmp_path: Path, torch: Any, save: Any) -> None:
+    ending = (
+        "which is no tensor, number, text or container of them, and gradclip loads no other "
+        "Python objects; save the tensors alone, as model.state_dict() has them"
+    )
+    made = tmp_path / "made"
+    for held, name in {
+        np.float64(1): "numpy._core.multiarray.scalar",
+        torch.nn.Linear(2, 2): "torch.nn.modules.linear.Linear",
+        Evil(made): "posix.mkdir",
+        os.path.join: "posixpath.join",
+    }.items():
+        path = save(tmp_path / "a.pt", {"w": torch.ones(2), "held": held})
+        message = f"gradclip: {path}: holds {name}, {ending}\n"
+        for command in (("norm", path), ("compare", path, path)):
+            assert run_main(*command) == (2, "", message)
+        done = run_main("clip", path, "--clip-norm", 1, "-o", tmp_path / "o.pt")
+        assert done == (2, "", message)
+    assert not made.exists()
+
+
+def test_files_that_torch_save_has_not_written(tmp_path: Path, torch: Any) -> None:
+    path = tmp_path / "a.pt"
+    torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2)).save(path)
+    script = path.read_bytes()
+    torch.save({"w": torch.ones(9)}, path)
+    good = path.read_bytes()
+    members = zipfile.ZipFile(path)
+    for raw, message in {
+        script: "is a TorchScript archive; save its state_dict() with torch.save",
+        b"": "is no file that torch.save has written",
+        b"\x7fELF" + bytes(99): "is no file that torch.save has written",
+        pickle.dumps({"w": 1}, 2): "is a pickle that torch.save has not written",
+        good.replace(b"little", b"biggie"): "was written on a big-endian machine, which gradclip "
+        "does not read",
+        good.replace(b"K\tt", b"K\x08t"): "has 36 bytes for its storage 0, which takes 32",
+        good.replace(b"K\t\x85", b"K\n\x85"): "has a tensor that ends beyond its storage 0",
+    }.items():
+        path.write_bytes(raw)
+        assert run_main("norm", path) == (2, "", f"gradclip: {path}: {message}\n")
+    for method, names, message in (
+        (
+            zipfile.ZIP_DEFLATED,
+            members.namelist(),
+            "has compressed members; torch.save writes none",
+        ),
+        (
+            zipfile.ZIP_STORED,
+            ["a/version"],
+            "is a zip file with no data.pkl in it, which torch.save has not written",
+        ),
+    ):
+        with zipfile.ZipFile(path, "w", method) as archive:
+            for name in names:
+                archive.writestr(name, members.read(name))
+        assert run_main("norm", path) == (2, "", f"gradclip: {path}: {message}\n")
+
+
+def test_a_container_that_holds_itself(tmp_path: Path, torch: Any, save: Any) -> None:
+    held: dict[str, Any] = {"w": torch.ones(1)}
+    held["me"] = {"again": held}
+    path = save(tmp_path / "a.pt", held)
+    message = f"gradclip: {path}: has a container that holds itself at 'me.again'\n"
+    assert run_main("norm", path) == (2, "", message)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"r\xff\xff\xff\xff.",  # an index of the memo that would take 64 GB
+        b"\x96\xff\xff\xff\xff\xff\0\0\0.",  # a bytearray of 1 TB
+        b"(cos\nsystem\ni",
+        b"cos\nsystem\n)\x81.",
+        b"\x82\x01.",
+        b"}b.",
+    ],
+)
+def test_pickles_that_run_something_or_take_memory(raw: bytes) -> None:
+    import io
+
+    with pytest.raises(Exception):  # noqa: B017, PT011  (whichever: none of them is loaded)
+        unpickled(io.BytesIO(b"\x80\x02" + raw))
+
+
+# ---- without PyTorch, while others write, larger than memory ----
+
+
+@pytest.mark.slow
+def test_they_need_no_pytorch(tmp_path: Path, torch: Any, save: Any) -> None:
+    path = save(tmp_path / "a.pt", {"a": torch.tensor([3.0, 4.0]), "n": torch.tensor(7)})
+    for arguments in (("norm", path), ("compare", path, path, "--json")):
+        done = run_bare(*arguments)
+        assert (done.returncode, done.stdout, done.stderr) == run_main(*arguments)
+        assert done.returncode == 0
+
+
+@pytest.mark.slow
+def test_a_file_that_is_cut_off_meanwhile(tmp_path: Path, torch: Any, save: Any) -> None:
+    from test_cli_norm import CUTS_OFF
+
+    path = save(tmp_path / "a.pt", {"w": random(torch, "float32", 10**6)})
+    done = cli_files.run([sys.executable, "-c", CUTS_OFF, path])
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"gradclip: {path}: ")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/status tells the peak")
+def test_a_large_file_takes_little_memory(tmp_path: Path, torch: Any, save: Any) -> None:
+    path = save(tmp_path / "a.pt", {"w": torch.full((2**27,), 2.0)})
+    out = tmp_path / "o.pt"
+    assert cli_files.peak_memory("norm", path) < 200e6
+    assert cli_files.peak_memory("compare", path, path) < 200e6
+    assert cli_files.peak_memory("clip", path, "--clip-norm", 1, "-o", out) < 200e6
+    assert torch.load(out, weights_only=True)["w"][0] == 2.0**-13.5
