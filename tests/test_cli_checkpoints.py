@@ -55,7 +55,7 @@ def tensors_of(held: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         for key, item in held.items() if isinstance(held, dict) else enumerate(held):
             yield from tensors_of(item, f"{name}.{key}".lstrip("."))
     elif hasattr(held, "data_ptr"):
-        yield name, held
+        yield name, held.detach()
 
 
 def random(torch: Any, dtype: str, *shape: int, seed: int = 0) -> Any:
@@ -175,7 +175,7 @@ def test_tied_tensors_count_each(tmp_path: Path, torch: Any, save: Any) -> None:
 def test_kinds_that_are_not_read_are_listed(tmp_path: Path, torch: Any, save: Any) -> None:
     held = {
         "w": torch.tensor([3.0, 4.0]),
-        "coo": torch.sparse_coo_tensor([[0, 2]], [1.0, 2.0], (3,)),
+        "coo": torch.sparse_coo_tensor([[0, 2]], [1.0, 2.0], (3,), check_invariants=True),
         "meta": torch.ones(3, device="meta"),
         "conj": torch.ones(2, dtype=torch.complex64).conj(),
     }
@@ -204,7 +204,7 @@ def clip(source: Path, out: Path, limit: float = 1.0, *options: str) -> dict[str
     return found
 
 
-def same(torch: Any, ours: Any, theirs: Any) -> bool:
+def same(ours: Any, theirs: Any) -> bool:
     """If two tensors have the same bits, in whatever order they lie."""
     if ours.dtype != theirs.dtype or ours.shape != theirs.shape:
         return False
@@ -215,28 +215,27 @@ def same(torch: Any, ours: Any, theirs: Any) -> bool:
 
 
 @pytest.mark.usefixtures("_pieces")
-@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("dtype", [name for name in FLOATS if name != "bfloat16"])
 def test_clipped_bits(tmp_path: Path, torch: Any, save: Any, dtype: str) -> None:
-    if dtype == "bfloat16":
-        pytest.skip("NumPy has no bfloat16 to compare with; see test_all_else_stays")
     held = {"a": random(torch, dtype, 17, 31), "b": {"c": random(torch, dtype, 5, seed=1).t()}}
     source, out = save(tmp_path / "a.pt", held), tmp_path / "o.pt"
     clip(source, out)
     expected, _ = gradclip.clip_by_global_norm(held, 1.0)
     found = torch.load(out, weights_only=True)
     for name, tensor in tensors_of(found):
-        assert same(torch, tensor, dict(tensors_of(expected))[name]), name
+        assert same(tensor, dict(tensors_of(expected))[name]), name
 
 
 def test_all_else_stays(tmp_path: Path, torch: Any, save: Any) -> None:
     held = checkpoint(torch)
-    held["bf16"], held["f8"] = (random(torch, name, 99) for name in ("bfloat16", "float8_e5m2"))
+    held["bf16"] = random(torch, "bfloat16", 99)
     source, out = save(tmp_path / "a.pt", held), tmp_path / "o.pt"
+    if zipfile.is_zipfile(source):  # PyTorch reads codes from no others
+        held["f8"] = random(torch, "float8_e5m2", 99)
+        save(source, held)
     clip(source, out)
     assert os.path.getsize(out) == os.path.getsize(source)
-    floating = {
-        name: each.detach() for name, each in tensors_of(held) if each.dtype.is_floating_point
-    }
+    floating = {name: each for name, each in tensors_of(held) if each.dtype.is_floating_point}
     expected, _ = gradclip.clip_by_global_norm(floating, 1.0)
     options = [{}, {"mmap": True}] if zipfile.is_zipfile(source) else [{}]
     for option in options:
@@ -353,7 +352,8 @@ def test_objects_are_refused_and_never_made(tmp_path: Path, torch: Any, save: An
 
 def test_files_that_torch_save_has_not_written(tmp_path: Path, torch: Any) -> None:
     path = tmp_path / "a.pt"
-    torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2)).save(path)
+    with pytest.warns(DeprecationWarning, match="torch.jit.script"):
+        torch.jit.script(torch.nn.ReLU()).save(path)
     script = path.read_bytes()
     torch.save({"w": torch.ones(9)}, path)
     good = path.read_bytes()
@@ -365,7 +365,7 @@ def test_files_that_torch_save_has_not_written(tmp_path: Path, torch: Any) -> No
         pickle.dumps({"w": 1}, 2): "is a pickle that torch.save has not written",
         good.replace(b"little", b"biggie"): "was written on a big-endian machine, which gradclip "
         "does not read",
-        good.replace(b"K\tt", b"K\x08t"): "has 36 bytes for its storage 0, which takes 32",
+        good.replace(b"K\tt", b"K\nt"): "has 36 bytes for its storage 0, which takes 40",
         good.replace(b"K\t\x85", b"K\n\x85"): "has a tensor that ends beyond its storage 0",
     }.items():
         path.write_bytes(raw)

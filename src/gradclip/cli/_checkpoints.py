@@ -163,14 +163,14 @@ def _opened(stream: IO[bytes]) -> tuple[Any, dict[str, Place]]:
 
 def _zipped(stream: IO[bytes], archive: zipfile.ZipFile) -> tuple[Any, dict[str, Place]]:
     members = archive.infolist()
+    if any(member.filename.endswith("/constants.pkl") for member in members):
+        raise ValueError("is a TorchScript archive; save its state_dict() with torch.save")
     if any(member.compress_type != zipfile.ZIP_STORED for member in members):
         raise ValueError("has compressed members; torch.save writes none")
     places = dict(_members(stream, members, archive.start_dir))
     folder = next((name[: -len("data.pkl")] for name in places if _is_pickle(name)), None)
     if folder is None:
         raise ValueError("is a zip file with no data.pkl in it, which torch.save has not written")
-    if f"{folder}constants.pkl" in places:
-        raise ValueError("is a TorchScript archive; save its state_dict() with torch.save")
 
     def read(name: str) -> bytes:
         stream.seek(places[name].offset)
