@@ -194,9 +194,9 @@ def _members(
 ) -> Iterator[tuple[str, Place]]:
     """Each member's place, ``entry`` being where the directory of a zip file starts."""
     for member in members:
-        stream.seek(member.header_offset)
+        stream.seek(max(member.header_offset, 0))
         header = stream.read(_LOCAL)
-        if len(header) < _LOCAL or not header.startswith(b"PK\x03\x04"):
+        if member.header_offset < 0 or len(header) < _LOCAL or not header.startswith(b"PK\x03\x04"):
             raise ValueError(f"has no member {member.filename!r} where its directory says")
         offset = member.header_offset + _LOCAL + sum(struct.unpack("<HH", header[26:]))
         end = offset + member.file_size
@@ -224,8 +224,10 @@ def _in_sequence(stream: IO[bytes]) -> tuple[Any, dict[str, Place]]:
     held, storages = unpickled(stream)
     places = {}
     for key in unpickled(stream).held:
-        (count,) = struct.unpack("<Q", stream.read(8))
-        itemsize = storages[key].dtype.itemsize
+        length = stream.read(8)
+        if key not in storages or len(length) < 8:
+            raise ValueError(f"ends before its storage {key}, or has none of that name")
+        count, itemsize = int.from_bytes(length, "little"), storages[key].dtype.itemsize
         places[key] = Place(stream.tell(), count * itemsize)
         stream.seek(count * itemsize, 1)
     return held, places

@@ -90,7 +90,12 @@ def unpickled(stream: IO[bytes]) -> Unpickled:
         Exception: it holds anything but tensors, numbers, text and containers, or is damaged.
     """
     reader = _Inert(stream)
-    return Unpickled(reader.load(), reader.storages)
+    try:
+        return Unpickled(reader.load(), reader.storages)
+    except _RefusedError:
+        raise
+    except Exception as error:
+        raise ValueError(f"has a damaged pickle ({type(error).__name__}: {error})") from None
 
 
 def tensors_in(
@@ -112,6 +117,10 @@ def tensors_in(
         items = held.items() if isinstance(held, dict) else enumerate(held)
         for key, item in items:
             yield from tensors_in(item, f"{name}.{key}" if name else f"{key}", (*around, id(held)))
+
+
+class _RefusedError(ValueError):
+    """A pickle that holds what is not loaded."""
 
 
 # ---- what names in a pickle stand for ----
@@ -152,13 +161,13 @@ def _placed(
     storage: Storage, dtype: Dtype, offset: int, shape: Any, strides: Any, metadata: Any
 ) -> Found:
     if not isinstance(storage, Storage) or not isinstance(dtype, Dtype):
-        raise ValueError("has a tensor without a storage or dtype")
+        raise _RefusedError("has a tensor without a storage or dtype")
     numbers = (offset, *shape, *strides)
     if len(shape) != len(strides) or not all(type(n) is int and n >= 0 for n in numbers):
-        raise ValueError(f"has a tensor of shape {shape}, strides {strides}, offset {offset}")
+        raise _RefusedError(f"has a tensor of shape {shape}, strides {strides}, offset {offset}")
     last = offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
     if 0 not in shape and (last + 1) * dtype.itemsize > storage.nbytes:
-        raise ValueError(f"has a tensor that ends beyond its storage {storage.key}")
+        raise _RefusedError(f"has a tensor that ends beyond its storage {storage.key}")
     if metadata:
         return Other(f"lazily changed {dtype}", tuple(shape))
     return Strided(storage, dtype, offset, tuple(shape), tuple(strides))
@@ -210,7 +219,7 @@ _DTYPE = re.compile(r"torch\.((?:b?float|complex|q?u?int|bits)\d+\w*|bool)")
 
 
 def _refuse(_unpickler: Any) -> None:
-    raise ValueError("holds pickled Python objects, which gradclip does not load")
+    raise _RefusedError("holds pickled Python objects, which gradclip does not load")
 
 
 # Of the two readers of the standard library that of Python: the other takes as much memory as a
@@ -234,7 +243,7 @@ class _Inert(_Reader):  # type: ignore[misc]
             return Dtype(dtype[1])
         if _MARKS.fullmatch(full):
             return _Mark(name)
-        raise ValueError(
+        raise _RefusedError(
             f"holds {full}, which is no tensor, number, text or container of them, and gradclip "
             "loads no other Python objects; save the tensors alone, as model.state_dict() has them"
         )
@@ -243,11 +252,11 @@ class _Inert(_Reader):  # type: ignore[misc]
         """The storage that a pickle names."""
         kind, of, key, _location, count, *view = pid
         if kind != "storage" or type(count) is not int or count < 0 or any(view):
-            raise ValueError("has a storage of an unknown kind")
+            raise _RefusedError("has a storage of an unknown kind")
         dtype = Dtype(_STORAGES.get(str(of).removesuffix("Storage"), "bytes"))
         storage = Storage(str(key), dtype, count * dtype.itemsize)
         if self.storages.setdefault(storage.key, storage) != storage:
-            raise ValueError(f"has two storages {storage.key}")
+            raise _RefusedError(f"has two storages {storage.key}")
         return storage
 
     def set_state(self) -> None:
