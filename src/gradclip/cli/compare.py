@@ -206,12 +206,21 @@ def _difference(
     one_dtype = first.number == second.number and first.dtype == second.dtype
     parts = [_nothing(first, same=one_dtype)]
     for a, b in _pairs(of_first, of_second, _itemsize(first), _itemsize(second)):
-        same = one_dtype and bool(np.array_equal(a, b))
-        if first.number is None or second.number is None:
-            parts.append(_ZERO_PART._replace(differing=_unequal(a, b, first), same=same))
+        if one_dtype and np.array_equal(a, b):
+            parts.append(_same(a, first))
+        elif first.number is None or second.number is None:
+            parts.append(Difference(_ZERO, _ZERO, _unequal(a, b, first), 0, same=False))
         else:
-            parts.append(_apart(a.view(first.number), b.view(second.number))._replace(same=same))
+            parts.append(_apart(a.view(first.number), b.view(second.number)))
     return _together(parts)
+
+
+def _same(piece: Bytes, tensor: Tensor) -> Difference:
+    """What is found where bits are the same, with no need to take them apart."""
+    if tensor.number is None:
+        return _nothing(tensor, same=True)
+    found = measured_piece(piece.view(tensor.number))
+    return Difference(found, _ZERO, 0, found.nans + found.infs, same=True)
 
 
 def _nothing(tensor: Tensor, *, same: bool) -> Difference:
@@ -242,8 +251,6 @@ def _pairs(
 
 def _unequal(a: Bytes, b: Bytes, tensor: Tensor) -> int:
     """How many elements have other bits."""
-    if np.array_equal(a, b):
-        return 0
     return int((a != b).reshape(-1, _itemsize(tensor)).any(axis=1).sum())
 
 
@@ -259,9 +266,6 @@ def _apart(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> Difference:
     return Difference(
         measured_piece(a), measured_piece(difference), differing, int(both.sum()), same=False
     )
-
-
-_ZERO_PART = Difference(_ZERO, _ZERO, 0, 0, same=True)
 
 
 def _together(parts: Sequence[Difference]) -> Difference:
