@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import collections
+import io
 import json
 import os
 import pickle
+import re
 import sys
 import zipfile
 from collections.abc import Iterator
@@ -158,6 +160,13 @@ def views(torch: Any) -> dict[str, Any]:
 def test_views_with_any_strides(tmp_path: Path, torch: Any, save: Any) -> None:
     held = views(torch)
     check(save(tmp_path / "a.pt", held), held)
+
+
+@pytest.mark.parametrize("protocol", [3, 4, 5])
+def test_later_protocols_of_pickle(tmp_path: Path, torch: Any, protocol: int) -> None:
+    held = checkpoint(torch)
+    torch.save(held, tmp_path / "a.pt", pickle_protocol=protocol)
+    check(tmp_path / "a.pt", held)
 
 
 def test_a_lone_tensor_has_the_name_of_its_file(tmp_path: Path, torch: Any, save: Any) -> None:
@@ -397,6 +406,36 @@ def test_a_container_that_holds_itself(tmp_path: Path, torch: Any, save: Any) ->
     assert run_main("norm", path) == (2, "", message)
 
 
+def rebuilt(offset: int, shape: Any, strides: Any) -> bytes:
+    """A pickle of a tensor in a storage of four float32."""
+    storage = b"(X\7\0\0\0storagectorch\nFloatStorage\nX\1\0\0\0000X\3\0\0\0cpuK\4tQ"
+    parts = [pickle.dumps(each, 2)[2:-1] for each in (offset, shape, strides)]
+    return b"ctorch._utils\n_rebuild_tensor\n(" + storage + b"".join(parts) + b"tR."
+
+
+@pytest.mark.parametrize(
+    ("offset", "shape", "strides", "message"),
+    [
+        (0, (4,), (1,), ""),
+        (3, (10**6,), (0,), ""),
+        (1, (4,), (1,), "has a tensor that ends beyond its storage 0"),
+        (0, (-4,), (1,), "has a tensor of shape (-4,), strides (1,), offset 0"),
+        (0, (4,), (-1,), "has a tensor of shape (4,), strides (-1,), offset 0"),
+        (0, (4,), (1, 1), "has a tensor of shape (4,), strides (1, 1), offset 0"),
+        (0, (2.0,), (1,), "has a tensor of shape (2.0,), strides (1,), offset 0"),
+        (0, (2**62, 2), (0, 0), f"has a tensor of shape {2**62, 2}, which no array can have"),
+        (0, 65 * (1,), 65 * (1,), f"has a tensor of shape {65 * (1,)}, which no array can have"),
+    ],
+)  # fmt: skip
+def test_tensors_that_cannot_be(offset: int, shape: Any, strides: Any, message: str) -> None:
+    stream = io.BytesIO(b"\x80\2" + rebuilt(offset, shape, strides))
+    if not message:
+        assert unpickled(stream).held.shape == shape
+        return
+    with pytest.raises(ValueError, match="^" + re.escape(message) + "$"):
+        unpickled(stream)
+
+
 @pytest.mark.parametrize(
     "raw",
     [
@@ -409,8 +448,6 @@ def test_a_container_that_holds_itself(tmp_path: Path, torch: Any, save: Any) ->
     ],
 )
 def test_pickles_that_run_something_or_take_memory(raw: bytes) -> None:
-    import io
-
     with pytest.raises(Exception):  # noqa: B017, PT011  (whichever: none of them is loaded)
         unpickled(io.BytesIO(b"\x80\x02" + raw))
 

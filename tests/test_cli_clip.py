@@ -373,6 +373,24 @@ def test_a_folder_becomes_a_folder(tmp_path: Path, name: str) -> None:
     assert load(out) == expected
 
 
+def test_a_folder_of_several_files_is_clipped_as_one(tmp_path: Path) -> None:
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    save(folder / "a.npz", {"w": np.float32([3])})
+    save(folder / "b.npy", {"w": np.float32([4])})
+    status, _, err = run_main("clip", folder, "--max-norm", 2.5, "-o", out)
+    assert (status, err.count("\n")) == (0, 1)
+    assert (load(out / "a.npz")["w"], np.load(out / "b.npy")) == ([1.5], [2])
+    (folder / "c.npz").write_bytes(b"damaged")
+    shutil.rmtree(out)
+    status, _, err = run_main("clip", folder, "--max-norm", 2.5, "-o", out)
+    assert (status, err.splitlines()[-1]) == (
+        2,
+        f"gradclip: {folder / 'c.npz'}: File is not a zip file",
+    )
+    assert not out.exists()
+
+
 def test_a_file_that_changes_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for label in ("measuring", "writing"):
         source = save(tmp_path / "a.npy", {"a": random("f4", 1000)})

@@ -578,7 +578,7 @@ def test_wrong_usage_takes_one_line(arguments: list[str]) -> None:
     assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", ["norm", "clip", "env"])
+@pytest.mark.parametrize("name", ["norm", "clip", "compare", "env"])
 def test_help_has_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         run_main_help(name)

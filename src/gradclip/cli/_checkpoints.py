@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import re
 import struct
 import zipfile
@@ -120,7 +121,7 @@ def _tensor(name: str, found: Found, places: dict[str, Place]) -> Tensor:
     if isinstance(found, Other):
         return Tensor(name, found.kind, found.shape, None, False, 0, 0)
     dtype, shape = found.dtype, found.shape
-    count = int(np.prod(shape, dtype=object))
+    count = math.prod(shape)
     exempt = re.fullmatch(r"bool|u?int\d+", dtype) is not None
     offset = places[found.storage.key].offset + found.offset * dtype.itemsize
     nbytes = count * dtype.itemsize
@@ -139,7 +140,7 @@ def _lies_in_order(found: Strided) -> bool:
 
 def _span(tensor: Tensor) -> int:
     """The bytes from the first element of a tensor to the end of its last one."""
-    count = int(np.prod(tensor.shape, dtype=object))
+    count = math.prod(tensor.shape)
     if not count:
         return 0
     steps = zip(tensor.shape, tensor.strides or (), strict=True)

@@ -33,7 +33,7 @@ from gradclip.cli._regular import State, open_regular, state
 
 SUFFIXES = (".npy", ".npz", ".safetensors", *_checkpoints.SUFFIXES)
 
-_INDEX = re.compile(r"(\.safetensors|\.bin|\.pth?)\.index(\..+)?\.json")
+_INDEX = re.compile(r"(\.safetensors|\.bin|\.pth?)\.index(\..+)?\.json$")
 
 
 class Again(NamedTuple):
@@ -70,7 +70,7 @@ def natural(name: str) -> list[tuple[int, str]]:
 
 def is_index(path: Path) -> bool:
     """If it is an index of the shards of a large model."""
-    return _INDEX.search(path.name) is not None and path.name.endswith(".json")
+    return _INDEX.search(path.name) is not None
 
 
 def located(path: Path) -> list[Path]:

@@ -7,6 +7,7 @@ Storages stay where they are; of tensors the pickle says where in one they lie.
 
 from __future__ import annotations
 
+import math
 import pickle
 import re
 from collections.abc import Callable, Iterator
@@ -31,6 +32,7 @@ _STORAGES = {
     "QUInt4x2": "quint4x2",
     "QUInt2x4": "quint2x4",
 }
+_MOST_AXES = 64  # of an array of NumPy
 _ITEMSIZES = {"bool": 1, "bytes": 1, "complex32": 4}
 
 
@@ -165,6 +167,8 @@ def _placed(
     numbers = (offset, *shape, *strides)
     if len(shape) != len(strides) or not all(type(n) is int and n >= 0 for n in numbers):
         raise _RefusedError(f"has a tensor of shape {shape}, strides {strides}, offset {offset}")
+    if len(shape) > _MOST_AXES or math.prod(shape) * dtype.itemsize >= 2**63:
+        raise _RefusedError(f"has a tensor of shape {shape}, which no array can have")
     last = offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
     if 0 not in shape and (last + 1) * dtype.itemsize > storage.nbytes:
         raise _RefusedError(f"has a tensor that ends beyond its storage {storage.key}")

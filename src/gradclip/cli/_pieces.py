@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -142,7 +143,7 @@ def in_order(tensor: Tensor, found: Iterator[Bytes]) -> Iterator[Bytes]:
 
 def gathered(tensor: Tensor, span: Bytes) -> Iterator[Bytes]:
     """The elements, in order, of a tensor with strides, from the bytes between its ends."""
-    count = int(np.prod(tensor.shape, dtype=object))
+    count = math.prod(tensor.shape)
     if not count:
         return
     itemsize = tensor.nbytes // count
