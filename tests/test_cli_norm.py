@@ -410,12 +410,28 @@ def test_a_folder_without_an_index_is_all_files_in_it(tmp_path: Path) -> None:
     save(tmp_path / "w10.npy", {"a": np.float32([12])})
     assert run_main("norm", tmp_path) == run_main("norm", tmp_path / "w10.npy")
     save(tmp_path / "w2.npz", {"b": np.float32([3])})
-    save(tmp_path / "W.safetensors", {"a": np.float32([4])})
+    save(tmp_path / "W.npz", {"a": np.float32([4])})
     (tmp_path / "config.json").touch()
     status, out, err = run_main("norm", tmp_path, "--json")
-    read = "W.safetensors, w2.npz, w10.npy in it are read"
-    assert (status, err) == (0, f"gradclip: {tmp_path} has no index: all of {read}\n")
+    note = f"gradclip: {tmp_path} has no index; read in it: W.npz, w2.npz, w10.npy"
+    assert (status, err) == (0, f"{note}\n")
     assert json.loads(out)["norm"] == 13
+    (tmp_path / "w1.npz").touch()
+    status, _, err = run_main("norm", tmp_path, "--json")
+    note = note.replace("w2.npz, w10.npy", "w1.npz, w2.npz and 1 more")
+    bad = f"gradclip: {tmp_path / 'w1.npz'}: File is not a zip file"
+    assert (status, err) == (1, f"{note}\n{bad}\n")
+
+
+def test_beside_safetensors_nothing_else_of_a_folder_is_read(tmp_path: Path) -> None:
+    for name, number in (("m2", 4), ("m1", 3)):
+        save(tmp_path / f"{name}.safetensors", {name: np.float32([number])})
+    for name in ("optimizer.pt", "training_args.bin"):
+        (tmp_path / name).touch()
+    status, out, err = run_main("norm", tmp_path, "--json")
+    read = "read in it: m1.safetensors, m2.safetensors; left out: optimizer.pt, training_args.bin"
+    assert (status, err) == (0, f"gradclip: {tmp_path} has no index; {read}\n")
+    assert json.loads(out)["norm"] == 5
 
 
 def test_a_folder_of_two_formats_has_its_safetensors_read(tmp_path: Path) -> None:

@@ -74,7 +74,10 @@ def is_index(path: Path) -> bool:
 
 
 def located(path: Path) -> list[Path]:
-    """The path itself; for a folder the index in it, or else all files of tensors in it.
+    """The path itself; for a folder the index in it, or else the files of tensors in it.
+
+    Those are the .safetensors files, for beside a model in one lie the same in another format, the
+    state of its optimizer and what has no tensors; where there is none, all of every format.
 
     Which one of several is read, and which files, is noted on stderr.
 
@@ -91,9 +94,12 @@ def located(path: Path) -> list[Path]:
         found = [file for file in inside if file.suffix.lower() in SUFFIXES]
         if not found:
             raise ValueError(f"is a folder with no index and none of {', '.join(SUFFIXES)} in it")
+    chosen = [file for file in found if file.suffix.lower() == ".safetensors"] or found
     if len(found) > 1:
-        note(f"{path} has no index: all of {_listed(found)} in it are read")
-    return found
+        left = [file for file in found if file not in chosen]
+        others = f"; left out: {_listed(left)}" if left else ""
+        note(f"{path} has no index; read in it: {_listed(chosen)}{others}")
+    return chosen
 
 
 def _only_index(folder: Path, indexes: list[Path]) -> Path:
@@ -109,9 +115,8 @@ def _only_index(folder: Path, indexes: list[Path]) -> Path:
 
 
 def _listed(files: list[Path]) -> str:
-    return ", ".join(file.name for file in files[:3]) + (
-        f" and {len(files) - 3} more" if files[3:] else ""
-    )
+    names = ", ".join(file.name for file in files[:3])
+    return names + (f" and {len(files) - 3} more" if files[3:] else "")
 
 
 def open_files(path: Path) -> list[TensorFile]:

@@ -1,11 +1,11 @@
 """Write a copy of a file, its tensors scaled down to have at most a given global norm together.
 
 FILE is .npy, .npz, .safetensors, what torch.save has written (.pt, .pth, .bin), the index of a
-model in several such files, or a folder: its index, or else all such files in it. Of a folder or
-index OUT is a new folder, of the index and its files alone. Names, dtypes, shapes, metadata and all
-else in a file stay as they are; integers and text are carried over; with nothing to clip OUT is
-byte for byte FILE. A NaN or inf is an error that names the tensors, with status 1, unless
---on-nonfinite says otherwise.
+model in several such files, or a folder: its index, or else the .safetensors files in it, or else
+all such files. Of a folder or index OUT is a new folder, of the index and its files alone. Names,
+dtypes, shapes, metadata and all else in a file stay as they are; integers and text are carried
+over; with nothing to clip OUT is byte for byte FILE. A NaN or inf is an error that names the
+tensors, with status 1, unless --on-nonfinite says otherwise.
 
 Tensors of a checkpoint that share memory, as tied weights do, each count in the norm and are scaled
 once, whatever else lies in that memory with them.

@@ -1,13 +1,14 @@
 """Print the norm of each tensor in some files, and the global norm of all of them together.
 
 FILE is .npy, .npz, .safetensors, what torch.save has written (.pt, .pth, .bin), the index of a
-model in several such files, or a folder: its index, or else all such files in it. Each is read
-once, whatever its names, and in pieces, so it may be larger than memory. Norms are correctly
-rounded: to float64 if a tensor is float64 or complex128, else to float32. "share" is a tensor's
-part of the square of the global norm, "largest" the largest finite |x|. Tensors of integers or
-text are listed but not counted; nor are sparse and quantised ones, nor |V2, as which NumPy saves
-bfloat16 to .npy and .npz. Tensors in dicts and lists of a checkpoint are named by the keys that
-lead to them, joined by dots, and those that share memory, as tied weights do, count each.
+model in several such files, or a folder: its index, or else the .safetensors files in it, or else
+all such files. Each is read once, whatever its names, and in pieces, so it may be larger than
+memory. Norms are correctly rounded: to float64 if a tensor is float64 or complex128, else to
+float32. "share" is a tensor's part of the square of the global norm, "largest" the largest finite
+|x|. Tensors of integers or text are listed but not counted; nor are sparse and quantised ones, nor
+|V2, as which NumPy saves bfloat16 to .npy and .npz. Tensors in dicts and lists of a checkpoint are
+named by the keys that lead to them, joined by dots, and those that share memory, as tied weights
+do, count each.
 
 A file that cannot be read is named on stderr, the others are measured, and the status is 1.
 """
