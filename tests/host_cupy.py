@@ -125,6 +125,9 @@ class Memory(words.Memory):
     def scalar(self, *, wide: bool) -> Any:
         return self.kept(array(np.empty((), np.float64 if wide else np.float32), kind=Array))
 
+    def vector(self, count: int, *, wide: bool) -> Any:
+        return self.kept(array(np.empty(count, np.float64 if wide else np.float32), kind=Array))
+
     def launch(self, kernel: Any, programs: int, args: tuple[int, ...], **constants: int) -> None:
         with np.errstate(all="ignore"):  # the interpreter calculates by NumPy
             super().launch(kernel, programs, args, **constants)

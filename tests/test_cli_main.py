@@ -70,7 +70,7 @@ def test_the_version_imports_no_command() -> None:
 # Runs the command line where nothing but what gradclip requires can be imported.
 BARE = """
 import sys
-for name in ("rich safetensors ml_dtypes matplotlib scipy torch triton tensorflow keras jax "
+for name in ("rich safetensors ml_dtypes bokeh matplotlib scipy torch triton tensorflow keras jax "
              "jaxlib optax cupy").split():
     sys.modules[name] = None
 from gradclip.cli import main

@@ -24,11 +24,14 @@ ROOT = Path(__file__).parent.parent
 # Who may import what of ours. A name ending in "." stands for everything below it; the room of
 # NumPy is the model of a framework's.
 ARROWS = {
-    "gradclip": {"_clip", "core.sparse:IndexedSlices"},
+    "gradclip": {"_clip", "core.norms:Norms", "core.sparse:IndexedSlices", "record:Record"},
     "_clip": {"_compiler", "core.", "kernels.cpu.arithmetic", "kernels.cpu:kinds"},
     "_compiler": set(),
     "limits": {"core.limits"},
     "core.": {"core."},
+    "record.": {"core.", "record."},
+    "lightning": {"record", "torch", "torch.observing"},
+    "transformers": {"record", "torch.observing"},
     "kernels.": {"kernels.", "core.exact", "core.held", "core.workers"},
     "kernels.gpu.leaves": {"kernels.", "core.exact", "core.held", "core.memory", "core.workers"},
     "kernels.gpu.runs": {"kernels.", "core.exact", "core.memory"},
@@ -43,6 +46,7 @@ ARROWS = {
     "torch": {"_clip", "core.", "torch."},
     "torch.compiled": {"_clip", "core.", "torch."},
     "torch.library": {"_clip", "core.", "torch."},
+    "torch.observing": {"core.", "torch", "torch."},
     "torch.norms": {"_clip", "core.", "kernels.cpu.arithmetic", "torch."},
     "optax.": {"_clip", "core.", "jax.", "optax."},
     "keras.": {"_clip", "core.", "keras."},
@@ -55,6 +59,8 @@ ARROWS = {
         "kernels.cpu._cpu",
         "limits",
         "optax",
+        "record",
+        "record.",
         "tensorflow",
         "torch",
         "cli.",

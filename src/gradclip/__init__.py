@@ -8,11 +8,35 @@
 1.0
 """
 
-from gradclip._clip import clip_by_global_norm, clip_by_global_norm_, global_norm
+from typing import TYPE_CHECKING, Any
+
+from gradclip._clip import clip_by_global_norm, clip_by_global_norm_, global_norm, norms
+from gradclip.core.norms import Norms
 from gradclip.core.sparse import IndexedSlices
 
-# What is pickled is found by the name that users know, wherever the code stands.
-IndexedSlices.__module__ = __name__
+if TYPE_CHECKING:
+    from gradclip.record import Record
 
-__all__ = ["IndexedSlices", "clip_by_global_norm", "clip_by_global_norm_", "global_norm"]
+# What is pickled is found by the name that users know, wherever the code stands.
+IndexedSlices.__module__ = Norms.__module__ = __name__
+
+__all__ = [
+    "IndexedSlices",
+    "Norms",
+    "Record",
+    "clip_by_global_norm",
+    "clip_by_global_norm_",
+    "global_norm",
+    "norms",
+]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """What few need, loaded when it is asked for: SQLite comes with it."""
+    if name != "Record":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from gradclip.record import Record
+
+    globals()[name] = Record
+    return Record

@@ -18,6 +18,7 @@ from gradclip.core.exact import FLOAT32, FLOAT64, Scaled, Total, counts, merge, 
 from gradclip.core.held import Clip, Held
 from gradclip.core.limits import Limit
 from gradclip.core.memory import Lesson
+from gradclip.core.norms import Norms
 from gradclip.core.opening import Opening, taking_part
 from gradclip.core.protocol import Backend, Beside
 from gradclip.core.tree import Tree
@@ -227,7 +228,47 @@ def global_norm(
             return held.norm(clip)
 
 
-for _function in (clip_by_global_norm, clipped, clip_by_global_norm_, global_norm):
+def norms(t_list: Any, *, group: Any = None) -> Norms:
+    """The norm of each leaf, and the global norm, from one pass over the leaves.
+
+    Args:
+        t_list: as in `clip_by_global_norm`. Names in a dict, or attributes, become the leaves'
+            `Norms.paths`: ``{name: p.grad for name, p in model.named_parameters()}``.
+        group: as in `clip_by_global_norm`. The global norm is that of the parts of all workers. A
+            leaf's own is that of what this worker passes, of a DTensor that of the whole, and under
+            a JAX axis that of its parts along the axis.
+
+    Returns:
+        `Norms`: a vector and a scalar, where the leaves are; the host waits for no device. A leaf
+        that is listed twice counts twice. Under ``jax.jit`` and in a ``tf.function`` it is of
+        traced values; autograd sees nothing of it.
+
+    Raises:
+        TypeError, ValueError: as `global_norm`.
+        NotImplementedError: leaves are of a kind whose norms are not told apart: PyTorch's flat
+            parameters (FSDP1), and what ``torch.func`` and fake tensors follow.
+
+    >>> import numpy as np
+    >>> found = norms([np.float32([3.0]), np.float32([[4.0]])])
+    >>> print(found.values, found.global_norm)
+    [3. 4.] 5.0
+    """
+    if is_compiled(t_list):
+        found: Norms = _compiler.compiled.norms(t_list, group)
+        return found
+    with ieee_arithmetic():
+        with Opening(group) as opening:
+            tree, backend = opening.opened(t_list, kinds_of=kinds)
+        with taking_part(opening.workers) as part:
+            if part is not None:
+                part.asked(clip_norm=None, norms=True)
+            beside = Beside(group=group)
+            held = backend.hold(tree.leaves, tree.path, writable=False, beside=beside)
+            clip = Clip(tree.leaves, tree.path, part=part, places=tree.places, name="norms")
+            return Norms(*held.norms(clip), tree.names)
+
+
+for _function in (clip_by_global_norm, clipped, clip_by_global_norm_, global_norm, norms):
     # Where a tf.function calls them, AutoGraph is not to rewrite them: they tell graphs themselves.
     vars(_function)["autograph_info__"] = {}
 

@@ -22,6 +22,8 @@ COMMANDS = {
     "demo": "train a small network with and without clipping, and draw both",
     "check": "compare the norms of gradclip and of other libraries with exact arithmetic",
     "bench": "time gradclip against other libraries, side by side",
+    "report": "write what happened in a run as one HTML page",
+    "watch": "follow a run in the terminal while it goes on",
     "env": "show versions, processor, kernel, threads and backends",
 }
 

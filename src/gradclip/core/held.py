@@ -52,10 +52,13 @@ class Clip:
         part: this worker's part, where there are others.
         places: of each leaf among all that was passed.
         name: what a framework is to name its operations.
+        wants_each: if the norm of each leaf is to be left in ``each``, as `Held.vector` makes it;
+            no leaf is listed twice then.
     """
 
     __slots__ = (
         "clip_norm",
+        "each",
         "leaves",
         "name",
         "on_nonfinite",
@@ -63,6 +66,7 @@ class Clip:
         "path",
         "places",
         "use_norm",
+        "wants_each",
     )
 
     # What errors call the limits.
@@ -81,6 +85,7 @@ class Clip:
         part: Joint | None = None,
         places: Sequence[int] = (),
         name: Any = None,
+        wants_each: bool = False,
     ) -> None:
         self.leaves = leaves
         self.path = path
@@ -90,6 +95,8 @@ class Clip:
         self.part = part
         self.places = places
         self.name = name
+        self.wants_each = wants_each
+        self.each: Any = None
 
     # ---- on the host ----
 
@@ -131,7 +138,8 @@ class Clip:
             known = None if given is None else float(given)
             self.part.asked(**self.asked(told(limit), known))
         each = None
-        if isinstance(limit, Lesson) and limit.per_tensor:
+        per_tensor = isinstance(limit, Lesson) and limit.per_tensor
+        if per_tensor or self.wants_each:
             found, each = self.measured_each(held, limit)
         elif given is None:
             found = self.measured(held)
@@ -140,23 +148,31 @@ class Clip:
             if self.part is not None:
                 held.check_there()
                 self.part.meet()  # for an error of another, and for one that has not been given it
-        action = self.judged(found.norm, each, limit)
+        action = self.judged(found.norm, each if per_tensor else None, limit)
         if isinstance(action, Raise):
             self.refuse(held, float(found.norm))
         return found, action
 
-    def measured_each(self, held: Held, lesson: Lesson) -> tuple[Measured, ScaledArray]:
+    def measured_each(
+        self, held: Held, limit: float | Lesson = math.inf
+    ) -> tuple[Measured, ScaledArray]:
         """The global norm, and that of each leaf.
 
         Raises:
+            ValueError: one is listed twice, and the limit would clip it twice.
             RuntimeError: another worker has failed.
         """
+        lesson = limit if isinstance(limit, Lesson) and limit.per_tensor else None
         if self.part is not None:
-            found, each = held.measure_each_with(self.part, lesson.told_of)
+            told_of = _nothing_learnt if lesson is None else lesson.told_of
+            found, each = held.measure_each_with(self.part, told_of)
         else:
             norm, each = held.measure_each()
             found = Measured(norm)
-        self.check_once(len(each.exponent))
+        if lesson is not None:
+            self.check_once(len(each.exponent))
+        if self.wants_each:
+            self.each = held.vector(each, wide=found.wide)
         return found, each
 
     def check_once(self, count: int) -> None:
@@ -261,7 +277,13 @@ class Clip:
         return f"the global norm is {norm}: {on}" + "; ".join(found)
 
 
-_NO_TENSORS = "limits.PerTensor is not there for leaves of"
+def _nothing_learnt(places: Sequence[int]) -> str:
+    """What is known of leaves that are only measured."""
+    del places
+    return ""
+
+
+_NO_TENSORS = "norms and limits tensor by tensor are not there for leaves of"
 
 
 class Held:
@@ -337,6 +359,10 @@ class Held:
         """The norm as a 0-d value of the framework: float64 if ``wide`` or a leaf is."""
         raise NotImplementedError
 
+    def vector(self, norms: ScaledArray, *, wide: bool = False) -> Any:
+        """Norms as a vector of the framework, of the dtype that `scalar` gives."""
+        raise NotImplementedError(f"{_NO_TENSORS} {type(self).__module__}")
+
     def copied(self) -> list[Any]:
         """New leaves, bit for bit the old ones."""
         raise NotImplementedError
@@ -371,6 +397,11 @@ class Held:
         """The global norm, as a scalar of the framework."""
         found = clip.measured(self)
         return self.scalar(found.norm, wide=found.wide)
+
+    def norms(self, clip: Clip) -> tuple[Any, Any]:
+        """The norm of each leaf as a `vector`, and the global norm."""
+        found, each = clip.measured_each(self)
+        return self.vector(each, wide=found.wide), self.scalar(found.norm, wide=found.wide)
 
     def clip_(self, clip: Clip) -> Any:
         """Clip where the leaves lie; the norm before, as a scalar of the framework."""

@@ -56,8 +56,9 @@ class Backend(Protocol):
         """
 
 
-# The nodes of a nest that are no containers, the way back, and what a path calls each.
-Flat = tuple[list[Any], Callable[[list[Any]], Any], Callable[[int], str]]
+# The nodes of a nest that are no containers, the way back, what a path calls each, and the names of
+# all, by a function that keeps none of them alive.
+Flat = tuple[list[Any], Callable[[list[Any]], Any], Callable[[int], str], Callable[[], list[str]]]
 
 
 class Nests(Protocol):

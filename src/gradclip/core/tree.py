@@ -13,13 +13,14 @@ from gradclip.core.sparse import IndexedSlices
 
 
 class Tree(NamedTuple):
-    """The leaves of a nest, their types, the way back, paths and places."""
+    """The leaves of a nest, their types, the way back, paths, places and names."""
 
     leaves: list[Any]
     kinds: set[type]
     rebuild: Callable[[list[Any]], Any]
     path: Callable[[int], str]
     places: Sequence[int]  # of each leaf among all, with what is none
+    names: Callable[[], Sequence[str]]  # by which a log tells leaves apart; holds no leaf
 
 
 def flatten(
@@ -49,8 +50,12 @@ def flatten(
         kinds = kinds_of(t_list)
         if _are_leaves(kinds, t_list, trees):
             names = f"{called}[{{}}]".format if isinstance(called, str) else called
-            return Tree(t_list, kinds, list, names, range(len(t_list)))
-    every, unflatten, path_of = _flatten(t_list, called if isinstance(called, str) else "", trees)
+            named = str if isinstance(called, str) else called
+            count = range(len(t_list))
+            return Tree(t_list, kinds, list, names, count, lambda: list(map(named, count)))
+    every, unflatten, path_of, names_of = _flatten(
+        t_list, called if isinstance(called, str) else "", trees
+    )
     if not isinstance(called, str):
         path_of = called
     places = [place for place, leaf in enumerate(every) if not _is_nothing(leaf, trees)]
@@ -65,7 +70,28 @@ def flatten(
         return path_of(places[place])
 
     leaves = [every[place] for place in places]
-    return Tree(leaves, kinds_of(leaves), rebuild, path, places)
+    by_caller = None if isinstance(called, str) else called
+    return Tree(
+        leaves, kinds_of(leaves), rebuild, path, places, _named(names_of, by_caller, places)
+    )
+
+
+def _named(
+    names_of: Callable[[], list[str]],
+    called: Callable[[int], str] | None,
+    places: Sequence[int],
+) -> Callable[[], Sequence[str]]:
+    """What names the leaves at some places; it keeps none of them alive."""
+
+    def names() -> Sequence[str]:
+        every = names_of()
+        found = [every[place] if called is None else called(place) for place in places]
+        if len(set(found)) == len(found):
+            return found
+        # Keys that hold a "/" can make two names one.
+        return [f"{name} ({place})" for name, place in zip(found, places, strict=True)]
+
+    return names
 
 
 def _flatten(t_list: Any, called: str, trees: tuple[Nests, ...]) -> Flat:
@@ -80,7 +106,15 @@ def _flatten(t_list: Any, called: str, trees: tuple[Nests, ...]) -> Flat:
     def path(place: int) -> str:
         return str(optree.treespec_accessors(spec)[place].codify(called))
 
-    return every, lambda full: optree.tree_unflatten(spec, full), path
+    def names() -> list[str]:
+        return ["/".join(map(_key, each)) or called for each in optree.treespec_accessors(spec)]
+
+    return every, lambda full: optree.tree_unflatten(spec, full), path, names
+
+
+def _key(entry: Any) -> str:
+    """A step on the way to a leaf: a key, a place, or the name of an attribute."""
+    return str(getattr(entry, "field", None) or getattr(entry, "name", None) or entry.entry)
 
 
 def _are_leaves(kinds: set[type], items: list[Any], trees: tuple[Nests, ...]) -> bool:

@@ -154,6 +154,15 @@ class Leaves(gpu.Leaves):
             word.view(dtype)[0] = float(norm)
         return self.memory.sent(word, again=self.memory.is_capturing).view(dtype)[0]
 
+    def vector(self, norms: ScaledArray, *, wide: bool = False) -> Any:
+        """Norms that the host knows, on the device."""
+        with np.errstate(over="ignore", under="ignore"):
+            values = norms.floats().astype(np.float64 if wide or self.wide else np.float32)
+        words = np.zeros(-(-values.nbytes // 8), np.int64)
+        words.view(values.dtype)[: len(values)] = values
+        sent = self.memory.sent(words, again=self.memory.is_capturing)
+        return sent.view(values.dtype)[: len(values)]
+
     @contextmanager
     def runs(self) -> Iterator[Runs]:
         """The leaves in one run of memory each: where one is not, a copy, which is written back."""

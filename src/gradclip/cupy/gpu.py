@@ -95,6 +95,10 @@ class Memory(NamedTuple):
         with on(self.device):
             return self.kept(cupy.empty((), np.float64 if wide else np.float32))
 
+    def vector(self, count: int, *, wide: bool) -> Any:
+        with on(self.device):
+            return self.kept(cupy.empty(count, np.float64 if wide else np.float32))
+
     def locate(self, value: Any) -> tuple[bool, int] | None:
         ours = isinstance(value, cupy.ndarray) and value.shape == ()
         if not ours or value.data.device_id != self.device or value.dtype.char not in "fd":

@@ -39,11 +39,16 @@ def flatten(nest: Any, called: str, is_leaf: Callable[[Any], bool]) -> Flat:
     trees = sys.modules["jax.tree_util"]
     found, spec = trees.tree_flatten_with_path(nest, is_leaf=is_leaf)
 
+    keys = [key for key, _ in found]
+
     def path(place: int) -> str:
-        return f"{called}{trees.keystr(found[place][0])}"
+        return f"{called}{trees.keystr(keys[place])}"
+
+    def names() -> list[str]:
+        return [trees.keystr(key, simple=True, separator="/") for key in keys]
 
     every = [leaf for _, leaf in found]
-    return every, lambda full: trees.tree_unflatten(spec, full), path
+    return every, lambda full: trees.tree_unflatten(spec, full), path, names
 
 
 def _root(node: Any) -> str:

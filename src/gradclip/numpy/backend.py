@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from gradclip.core.exact import Scaled
+from gradclip.core.exact import Scaled, ScaledArray
 from gradclip.core.sparse import IndexedSlices, check_rows, merged_rows
 from gradclip.core.workers import Workers, nobody, workers_of
 from gradclip.kernels.cpu import leaves as host
@@ -62,6 +62,9 @@ class Leaves(host.Leaves):
 
     def scalar(self, norm: Scaled, *, wide: bool = False) -> np.floating[Any]:
         return self.norm_of_numpy(norm, wide=wide)
+
+    def vector(self, norms: ScaledArray, *, wide: bool = False) -> Array:
+        return self.vector_of_numpy(norms, wide=wide)
 
     def copied(self) -> list[Any]:
         return self.rewrapped([values.copy(order="K") for values in self.values])

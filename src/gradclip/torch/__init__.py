@@ -50,6 +50,7 @@ from torch.nn import utils
 from gradclip import _clip
 from gradclip.core.decide import OnNonfinite, check_clip_norm
 from gradclip.core.limits import Limit
+from gradclip.core.norms import Norms
 from gradclip.core.opening import Opening
 from gradclip.core.patch import Patch
 from gradclip.torch import backend
@@ -90,7 +91,8 @@ def clip_grad_norm_(
     *,
     on_nonfinite: OnNonfinite | None = None,
     group: Any = None,
-) -> Tensor:
+    norms: bool = False,
+) -> Any:
     """Scale the gradients of parameters down together so that their norm is at most ``max_norm``.
 
     ::
@@ -115,9 +117,13 @@ def clip_grad_norm_(
             same arguments but the parameters. None: those over whose meshes the DTensors among the
             parameters are spread, or with whom FullyShardedDataParallel has sharded them.
 
+        norms: if the norm of each gradient is to be told as well, from the same pass.
+
     Returns:
         total_norm before clipping, a scalar: float64 if a gradient is float64 or complex128, else
-        float32; 0 if there is no gradient.
+        float32; 0 if there is no gradient. With ``norms`` in its place a `gradclip.Norms`, which
+        has it as ``global_norm``, by the names of parameters that came with them, else their
+        places.
 
     Raises:
         TypeError, ValueError: a limit is no number or out of range, or a gradient is not of the
@@ -146,13 +152,14 @@ def clip_grad_norm_(
         order, error_if_nonfinite = check_order(norm_type), bool(error_if_nonfinite)
         grads = gradients_of(given)
     learns = isinstance(max_norm, Limit)
-    if workers is None and torch.compiler.is_compiling() and not learns:
+    if workers is None and torch.compiler.is_compiling() and not learns and not norms:
         if on_nonfinite is not None:
             _clip.check_policy(on_nonfinite)
         limit = operand("max_norm", max_norm)
         policy = (on_nonfinite or "", error_if_nonfinite)
         return torch.ops.gradclip.clip_grads_(grads, limit, order, *policy)
-    return clip_(
+    keys = keys_of_gradients(given, grads) if learns or norms else ()
+    total_norm, each = clip_(
         grads,
         partial(path_of_gradient, given),
         max_norm,
@@ -160,8 +167,10 @@ def clip_grad_norm_(
         on_nonfinite,
         error_if_nonfinite,
         workers,
-        keys_of_gradients(given, grads) if learns else (),
+        keys,
+        wants_each=norms,
     )
+    return Norms(each, total_norm, keys) if norms else total_norm
 
 
 def get_total_norm(

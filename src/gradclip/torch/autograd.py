@@ -14,8 +14,9 @@ from gradclip.core.decide import check_clip_norm, check_use_norm
 from gradclip.core.held import Clip, Held
 from gradclip.torch import library
 from gradclip.torch.derivative import pulled_back, pushed_forward, slope
-from gradclip.torch.following import check_operands, is_unread
+from gradclip.torch.following import check_operands, is_transformed, is_unread
 from gradclip.torch.plain import clipped_plainly
+from gradclip.torch.spread import Tensors
 from gradclip.torch.tensors import rows_of, values_of, with_values
 
 
@@ -37,6 +38,20 @@ class Followed(Held):
         limits = [_limit("clip_norm", clip.clip_norm), _limit("use_norm", clip.use_norm)]
         norm, _, *new = _Clip.apply(call, *limits, *tensors)
         return list(map(with_values, self._leaves, new)), norm
+
+    def norms(self, clip: Clip) -> tuple[Any, Any]:
+        """The norm of each leaf, and the global norm, of which autograd sees nothing.
+
+        Raises:
+            NotImplementedError: a transform of ``torch.func`` follows.
+        """
+        if is_transformed():
+            raise NotImplementedError(
+                "gradclip.norms under a transform of torch.func; gradclip.global_norm is followed"
+            )
+        leaves = [with_values(leaf, values_of(leaf).detach()) for leaf in self._leaves]
+        held: Held = Tensors.hold(leaves, self._path, writable=False)
+        return held.norms(clip)
 
     def norm(self, clip: Clip) -> Any:
         """The global norm."""

@@ -6,20 +6,25 @@ Whoever decides about a step keeps the books: the host, or a device, for which i
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from gradclip.core.decide import ScaleEach, Write, at_most
-from gradclip.core.exact import Scaled
+from gradclip.core.exact import Scaled, ScaledArray
 from gradclip.core.held import Clip
 from gradclip.core.memory import Lesson, told
+from gradclip.core.norms import Norms
 from gradclip.core.opening import taking_part
+from gradclip.core.reading import Reading
 from gradclip.kernels.cpu.arithmetic import ieee_arithmetic
-from gradclip.torch.gradients import Gradients
+from gradclip.torch.elements import vector
+from gradclip.torch.gradients import Decided, Gradients
+from gradclip.torch.overlap import first_of_each
 from gradclip.torch.step import (
     Outcome,
     StandIn,
@@ -71,13 +76,42 @@ class _Counts:
 class Here(_Counts):
     """Books that the host keeps: steps are counted when they have been taken."""
 
-    __slots__ = ("factors", "limits", "norms", "wide")
+    __slots__ = ("_each", "factors", "latest", "limits", "norms", "wide")
 
     device = None
+    # What became of the latest step; one is unmeasured that GradScaler is to skip.
+    latest: Literal["taken", "skipped", "unmeasured"]
 
     def __init__(self, known: Known) -> None:
         super().__init__(known)
         self.norms, self.factors, self.limits, self.wide = known[:4]
+        self.latest = "taken"
+        self._each: list[_Each] = []
+
+    def note(self, outcome: Outcome) -> None:
+        """A step has ended."""
+        super().note(outcome)
+        self.latest = "taken" if outcome.taken else "unmeasured"
+
+    def reading(self) -> Reading:
+        """All of the latest step, for which no tensor is made."""
+        begun = self.counts["begun"]
+        if self.latest == "unmeasured":
+            return Reading(None, taken=False, begun=begun)
+        taken = self.latest == "taken"
+        told = self.norms, self.limits, self.factors, self._later()
+        return Reading(*told, taken=taken, begun=begun)
+
+    def each(self) -> list[Norms]:
+        """The norm of each gradient in the latest step, for each list; none if it is not known."""
+        return [make() for make in self._later()]
+
+    def _later(self) -> list[Callable[[], Norms]]:
+        """What makes these, also when other steps have been taken since."""
+        return [
+            partial(found.told, norm, wide=self.wide)
+            for found, norm in zip(self._each, self.norms, strict=bool(self._each))
+        ]
 
     def norm(self, *, per_group: bool) -> Tensor:
         """The global norm of the latest step; of each list, if ``per_group``."""
@@ -119,10 +153,11 @@ class Here(_Counts):
         if step.part is None and step.found_inf:
             return Outcome()
         limits, scale = step.limits(), step.scale()
-        norms, actions = zip(*_decided(step, limits, scale), strict=True)
+        norms, actions, each = zip(*_decided(step, limits, scale), strict=True)
         self.norms = list(map(float, norms))
         self.limits = list(map(_in_force, limits))
-        self.wide = any(each.wide for each in step.lists)
+        self.wide = any(gradients.wide for gradients in step.lists)
+        self._each = list(map(_Each, each, step.lists)) if step.wants_each else []
         finite = [math.isfinite(norm.significand) for norm in norms]
         if (step.on_nonfinite == "skip" and not all(finite)) or any(
             map(_stands_out, limits, finite)
@@ -139,6 +174,7 @@ class Here(_Counts):
         )
 
     def _skip(self) -> NoReturn:
+        self.latest = "skipped"
         self.factors = [1.0] * len(self.norms)
         self.counts["begun"] += 1
         self.counts["skipped_steps"] += 1
@@ -147,6 +183,26 @@ class Here(_Counts):
             "skipped; but optimizer.step is no longer what attach has made of it: remove() the "
             "clipper, and attach again after whatever has replaced it"
         )
+
+
+class _Each:
+    """The norms of gradients, each by its name, and what it takes to make a tensor of them."""
+
+    __slots__ = ("again", "names", "norms")
+
+    def __init__(self, norms: ScaledArray, gradients: Gradients) -> None:
+        self.names = tuple(gradients.names)
+        self.norms = norms
+        # Of one that is listed again no norm of its own has been found.
+        self.again = first_of_each(gradients.tensors) if gradients.repeated else None
+
+    def told(self, norm: float, *, wide: bool) -> Norms:
+        """The norms in a tensor, beside the global one."""
+        with ieee_arithmetic():
+            found = vector(self.norms, "cpu", wide=wide)
+            values = found if self.again is None else found[torch.tensor(self.again)]
+            whole = cpu_tensor(norm, torch.float64 if wide else torch.float32)
+        return Norms(values, whole, self.names)
 
 
 def _in_force(limit: float | Lesson) -> Any:
@@ -167,9 +223,7 @@ def _is_clipped(norm: Scaled, limit: float | Lesson, action: Write) -> bool:
     return not at_most(norm, _in_force(limit))
 
 
-def _decided(
-    step: Step, limits: Sequence[float | Lesson], scale: float
-) -> list[tuple[Scaled, Write]]:
+def _decided(step: Step, limits: Sequence[float | Lesson], scale: float) -> list[Decided]:
     """The norm of each list of gradients, and what is to be done to them."""
     part = step.part
     if part is not None:
@@ -177,10 +231,11 @@ def _decided(
             max_norm=list(map(told, limits)), on_nonfinite=step.on_nonfinite, grad_scale=scale
         )
     policy: Any = "keep" if step.on_nonfinite == "skip" else step.on_nonfinite
-    found = [step.lists[0].decided(limits[0], policy, scale, part)]
+    wants_each = step.wants_each
+    found = [step.lists[0].decided(limits[0], policy, scale, part, wants_each=wants_each)]
     for each, limit in zip(step.lists[1:], limits[1:], strict=True):
         with taking_part(None if part is None else part.workers) as another:
-            found.append(each.decided(limit, policy, scale, another))
+            found.append(each.decided(limit, policy, scale, another, wants_each=wants_each))
     return found
 
 
@@ -201,12 +256,22 @@ _WORD = {"steps": _STEPS, "clipped_steps": _CLIPPED, "skipped_steps": _SKIPPED}
 class There(_Counts):
     """Books that a device keeps: it counts a step when it clips."""
 
-    __slots__ = ("_factors", "_is_open", "_limits", "_memory", "_norms", "_numbers", "_words")
+    __slots__ = (
+        "_each",
+        "_factors",
+        "_is_open",
+        "_limits",
+        "_memory",
+        "_norms",
+        "_numbers",
+        "_words",
+    )
 
     def __init__(self, memory: Any, known: Known) -> None:
         super().__init__(known)
         lists = len(known.norms)
         self._memory = memory
+        self._each: list[Norms] = []
         self._words: Tensor = memory.zeros(_WORDS)
         pairs = memory.zeros(2 * lists).view(torch.float64).view(lists, 2)
         self._factors: list[Tensor] = list(pairs[:, 0].fill_(1.0))
@@ -224,6 +289,10 @@ class There(_Counts):
         """The global norm of the latest step; of each list, if ``per_group``."""
         return _told(self._norms, per_group=per_group)
 
+    def each(self) -> list[Norms]:
+        """The norm of each gradient in the latest step, for each list; none if it is not known."""
+        return list(self._each)
+
     def factor(self, *, per_group: bool) -> Tensor:
         """What gradients were multiplied by in it."""
         return _told(self._factors, per_group=per_group)
@@ -231,6 +300,16 @@ class There(_Counts):
     def limit(self, *, per_group: bool) -> Any:
         """What was in force in it."""
         return _limits_told([each.clone() for each in self._limits], per_group=per_group)
+
+    def reading(self) -> Reading:
+        """All of the latest step, in copies that later steps leave alone."""
+        norms, limits, factors = (
+            [scalar.clone() for scalar in each]
+            for each in (self._norms, self._limits, self._factors)
+        )
+        now, before = self._words[_STEPS : _SKIPPED + 1 : _SKIPPED], self._words[_BEFORE::3]
+        told = norms, limits, factors, self.each()
+        return Reading(*told, taken=now != before, begun=self.counts["begun"])
 
     def count(self, name: str) -> Tensor:
         """One of the counts, int64."""
@@ -260,6 +339,7 @@ class There(_Counts):
         folds = folds and not any(lesson.per_tensor for lesson in step.lessons)
         _check_once(step)
         self._is_open = True
+        self._each = []
         for number, limit in enumerate(limits):
             self._clip(step, number, limit, folds=folds)
         told: dict[str, Tensor] = {}
@@ -276,7 +356,7 @@ class There(_Counts):
         from gradclip.kernels.gpu.runs import Ledger  # of which nobody has need without a device
 
         gradients = step.lists[number]
-        held = gradients.held()
+        held: Any = gradients.held()
         if held.wide != (self._norms[number].dtype is torch.float64):
             self._norms[number] = self._memory.scalar(wide=held.wide).zero_()
         ledger = Ledger(
@@ -288,7 +368,11 @@ class There(_Counts):
             found_inf=_address(step.found_inf),
         )
         into = {"norm": self._norms[number], "ledger": ledger}
-        held.clip_(_Noted(gradients, limit, step.on_nonfinite, into))
+        clip = _Noted(gradients, limit, step.on_nonfinite, into, wants_each=step.wants_each)
+        held.clip_(clip)
+        if clip.each is not None:
+            values = held.at_every_place(clip.each, gradients.tensors)
+            self._each.append(Norms(values, self._norms[number].clone(), tuple(gradients.names)))
         learns = isinstance(limit, Lesson)
         self._limits[number] = limit.in_force if learns else self._numbers[number]
 
@@ -311,9 +395,17 @@ class _Noted(Clip):
     __slots__ = ("into",)
 
     def __init__(
-        self, gradients: Gradients, limit: Any, on_nonfinite: str, into: Mapping[str, Any]
+        self,
+        gradients: Gradients,
+        limit: Any,
+        on_nonfinite: str,
+        into: Mapping[str, Any],
+        *,
+        wants_each: bool,
     ) -> None:
-        super().__init__(gradients.tensors, gradients.path, limit, None, on_nonfinite)
+        super().__init__(
+            gradients.tensors, gradients.path, limit, None, on_nonfinite, wants_each=wants_each
+        )
         self.into = into
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gradclip.core.decide import OnNonfiniteStep, check_on_nonfinite
 from gradclip.core.opening import Opening, taking_part
+from gradclip.core.reading import Reading
 from gradclip.kernels.cpu.arithmetic import ieee_arithmetic
 from gradclip.torch import books, hooks
 from gradclip.torch.backend import workers as workers_among
@@ -77,6 +78,8 @@ class Clipper(hooks.Hooked):
             what GradScaler finds to be inf has to be made known to all before, or they do not step
             alike.
 
+        per_tensor: if ``norms`` is to tell that of each gradient, too, found in the same pass.
+
     On a GPU gradients are clipped before the step, by two launches for which the host does not
     wait, or three with `gradclip.limits.PerTensor`; a fused optimizer divides by the factor only
     where it divides by GradScaler's scale. It also skips by itself, if it has one limit; for others
@@ -114,6 +117,7 @@ class Clipper(hooks.Hooked):
         "_limits",
         "_on_nonfinite",
         "_outcome",
+        "_per_tensor",
         "_places",
         "_thread",
     )
@@ -131,6 +135,7 @@ class Clipper(hooks.Hooked):
         *,
         on_nonfinite: OnNonfiniteStep = "nan",
         group: Any = None,
+        per_tensor: bool = False,
     ) -> None:
         workers = None if group is None else workers_among([], group)
         with taking_part(workers) as part:
@@ -148,6 +153,7 @@ class Clipper(hooks.Hooked):
                 part.meet()
         self._on_nonfinite: OnNonfiniteStep = on_nonfinite
         self._group = group
+        self._per_tensor = per_tensor
         self._claim(self._limits)
         self._begin(books.Known.nothing(len(self._limits.every)))
         self._hook_on(skips=self._may_skip)
@@ -225,6 +231,25 @@ class Clipper(hooks.Hooked):
         return self._books.norm(per_group=self._limits.per_group)
 
     @property
+    def norms(self) -> Any:
+        """The norm of each gradient in the latest step, and the global one: a `gradclip.Norms`.
+
+        As they were before clipping, by the parameters' names where the optimizer has them. A tuple
+        of them if each parameter group has a limit; None before the first step.
+
+        Raises:
+            AttributeError: the clipper was attached without ``per_tensor=True``.
+        """
+        if not self._per_tensor:
+            raise AttributeError(
+                "norms are told by a clipper that was attached with per_tensor=True"
+            )
+        found = self._books.each()
+        if self._limits.per_group:
+            return tuple(found) or None
+        return found[0] if found else None
+
+    @property
     def limit(self) -> Any:
         """The limit that was in force in the latest step, float64; NaN before the first.
 
@@ -252,6 +277,10 @@ class Clipper(hooks.Hooked):
     def skipped_steps(self) -> Tensor:
         """How many were not taken, with ``on_nonfinite="skip"``, int64."""
         return self._settled().count("skipped_steps")
+
+    def _reading(self) -> Reading:
+        """What `gradclip.Record` writes of the latest step."""
+        return self._settled().reading()
 
     def state_dict(self) -> dict[str, Any]:
         """The counts, and under ``"limits"`` what limits have learnt, to be saved.
@@ -405,12 +434,13 @@ class Clipper(hooks.Hooked):
                 begun=self._books.counts["begun"],
                 part=part,
                 device=everyone[0].device if everyone else None,
+                wants_each=self._per_tensor,
             )
             self._books = books.kept_for(step, self._books)
             return self._books.clip(step)
 
 
-_KEPT = ("_optimizer", "_limits", "_on_nonfinite", "_group")
+_KEPT = ("_optimizer", "_limits", "_on_nonfinite", "_group", "_per_tensor")
 
 
 def clipper_of(optimizer: torch.optim.Optimizer) -> Clipper | None:

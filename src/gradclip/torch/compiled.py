@@ -65,6 +65,11 @@ def global_norm(t_list: Any, group: Any) -> Any:
     return library.norm(tree.leaves, tree.path)
 
 
+def norms(t_list: Any, group: Any) -> Any:
+    """`gradclip.norms`, which no operation takes."""
+    return _outside(_clip.norms, t_list, group=group)
+
+
 def _read_once(t_list: Any) -> Any:
     return list(t_list) if isinstance(t_list, Iterator | ValuesView) else t_list
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from gradclip.core.exact import Scaled
+from gradclip.core.exact import Scaled, ScaledArray
 from gradclip.torch import mesh
 from gradclip.torch.tensors import FLOAT8, detached, values_of
 
@@ -27,6 +28,13 @@ def scalar(norm: Scaled, device: Any, *, wide: bool) -> Tensor:
     # Half the time, but it refuses a number that is too large for the dtype.
     make = torch.scalar_tensor if norm.exponent < 128 else torch.tensor
     return make(float(norm), dtype=dtype, device=device)
+
+
+def vector(norms: ScaledArray, device: Any, *, wide: bool) -> Tensor:
+    """Norms as a tensor of one dimension."""
+    with np.errstate(over="ignore", under="ignore"):
+        values = norms.floats().astype(np.float64 if wide else np.float32)
+    return torch.from_numpy(values).to(device)
 
 
 def fill_(tensors: Iterable[Tensor], value: float) -> None:

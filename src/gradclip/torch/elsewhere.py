@@ -15,7 +15,7 @@ from gradclip.core.workers import Joint
 from gradclip.kernels.traced import norms, scaling, squares
 from gradclip.kernels.traced.numbers import Number
 from gradclip.torch import host
-from gradclip.torch.elements import scalar
+from gradclip.torch.elements import scalar, vector
 from gradclip.torch.operations import Operations
 from gradclip.torch.spread import Tensors
 from gradclip.torch.tensors import WIDE, detached, rows_of, values_of
@@ -68,6 +68,9 @@ class Leaves(Tensors):
     def scalar(self, norm: Scaled, *, wide: bool = False) -> Tensor:
         """The norm as a 0-d tensor, where the first leaf is."""
         return scalar(norm, values_of(self.leaves[0]).device, wide=wide or self.wide)
+
+    def vector(self, norms: ScaledArray, *, wide: bool = False) -> Tensor:
+        return vector(norms, values_of(self.leaves[0]).device, wide=wide or self.wide)
 
     def scaled(self, factor: Scaled) -> list[Any]:
         return self.rewrapped([_scaled(detached(leaf), factor) for leaf in self.leaves])

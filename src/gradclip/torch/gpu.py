@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradclip.core.exact import Scaled
+from gradclip.core.exact import Scaled, ScaledArray
 from gradclip.core.workers import Joint
 from gradclip.kernels.cpu.leaves import check_apart
 from gradclip.kernels.gpu import leaves as gpu
 from gradclip.kernels.gpu.launch import OPTIONS, Reserve, is_run
 from gradclip.kernels.gpu.runs import Runs
 from gradclip.torch import host, mesh, pointers
-from gradclip.torch.elements import copy, scalar
+from gradclip.torch.elements import copy, scalar, vector
 from gradclip.torch.overlap import check_pairs, distinct
 from gradclip.torch.spread import Tensors
 from gradclip.torch.tensors import WIDE, needed
@@ -70,6 +70,14 @@ class Leaves(gpu.Leaves, Tensors):
     def scalar(self, norm: Scaled, *, wide: bool = False) -> Tensor:
         """The norm as a 0-d tensor on the device."""
         return scalar(norm, self.leaves[0].device, wide=wide or self.wide)
+
+    def vector(self, norms: ScaledArray, *, wide: bool = False) -> Tensor:
+        """Norms that the host knows, on the device."""
+        return vector(norms, self.leaves[0].device, wide=wide or self.wide)
+
+    def lacks(self, norms: Tensor, leaves: Sequence[Any]) -> bool:
+        """If one is listed again, by what the host knows: nobody waits for the norms."""
+        return len(norms) < len(leaves) or self._runs.any_empty
 
     def duplicated(self) -> list[Any]:
         """New tensors of the same bits, each in one run of memory."""
@@ -191,6 +199,10 @@ class Memory(NamedTuple):
     def scalar(self, *, wide: bool) -> Tensor:
         dtype = torch.float64 if wide else torch.float32
         return torch.empty((), dtype=dtype, device=self.device)
+
+    def vector(self, count: int, *, wide: bool) -> Tensor:
+        dtype = torch.float64 if wide else torch.float32
+        return torch.empty(count, dtype=dtype, device=self.device)
 
     def locate(self, value: Any) -> tuple[bool, int] | None:
         ours = isinstance(value, Tensor) and value.shape == () and value.device == self.device

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +19,14 @@ from gradclip.torch import host
 from gradclip.torch.backend import hold
 from gradclip.torch.tensors import WIDE
 from gradclip.torch.unread import is_without_numbers
+
+
+class Decided(NamedTuple):
+    """What is known of gradients before one of them is written."""
+
+    norm: Scaled
+    action: Write
+    each: ScaledArray | None  # the norm of each, if it was wanted
 
 
 class Gradients:
@@ -76,8 +84,14 @@ class Gradients:
         return f"{self.names[number]}.grad"
 
     def decided(
-        self, limit: float | Lesson, on_nonfinite: OnNonfinite, scale: float, part: Joint | None
-    ) -> tuple[Scaled, Write]:
+        self,
+        limit: float | Lesson,
+        on_nonfinite: OnNonfinite,
+        scale: float,
+        part: Joint | None,
+        *,
+        wants_each: bool = False,
+    ) -> Decided:
         """Their norm without GradScaler's ``scale``, and what is to be done to them.
 
         Raises:
@@ -85,7 +99,8 @@ class Gradients:
             RuntimeError: another worker has failed.
         """
         each = None
-        if isinstance(limit, Lesson) and limit.per_tensor:
+        per_tensor = isinstance(limit, Lesson) and limit.per_tensor
+        if per_tensor or wants_each:
             (norm, wide), each = self._norm_and_each(limit, part)
             each = _each_unscaled(each, scale, self.wide or wide)
         else:
@@ -93,12 +108,12 @@ class Gradients:
         self.wide = self.wide or wide
         norm = _unscaled(norm, scale, self.wide)
         clip = Clip(self.tensors, self.path, on_nonfinite=on_nonfinite, part=part)
-        action = clip.judged(norm, each, limit)
+        action = clip.judged(norm, each if per_tensor else None, limit)
         if isinstance(action, Raise):
             # To be read: also those that could not be written are named.
             held = hold(self.tensors, self.path, writable=False)
             clip.refuse(held, float(norm))
-        return norm, action
+        return Decided(norm, action, each)
 
     def _norm(self, part: Joint | None) -> Measured:
         """The global norm: by what was measured while it was warm, if that is all it takes."""
@@ -110,7 +125,9 @@ class Gradients:
                 return Measured(norm)
         return self._clip(part).measured(self.held())
 
-    def _norm_and_each(self, lesson: Lesson, part: Joint | None) -> tuple[Measured, ScaledArray]:
+    def _norm_and_each(
+        self, limit: float | Lesson, part: Joint | None
+    ) -> tuple[Measured, ScaledArray]:
         """The global norm, and each one's own."""
         if self.warm and self._may_use_warm(part):
             found = host.norms([self.tensors[number] for number in self.cold])
@@ -120,7 +137,7 @@ class Gradients:
                 norm = certified_norm([*parts, *found[1]])
                 if norm is not None:
                     return Measured(norm), self._in_order(warm, found[0])
-        return self._clip(part).measured_each(self.held(), lesson)
+        return self._clip(part).measured_each(self.held(), limit)
 
     def _in_order(self, warm: Sequence[Any], cold: ScaledArray) -> ScaledArray:
         """The norms of those that were measured and of the others, each in its place."""

@@ -65,6 +65,9 @@ class Leaves(Tensors, host.Leaves):
     def scalar(self, norm: Scaled, *, wide: bool = False) -> Tensor:
         return scalar(norm, "cpu", wide=wide or self.wide)
 
+    def vector(self, norms: ScaledArray, *, wide: bool = False) -> Tensor:
+        return torch.from_numpy(self.vector_of_numpy(norms, wide=wide))
+
     def scaled(self, factor: Scaled | ScaledArray) -> list[Any]:
         old = list(map(detached, self.leaves))
         new = list(map(torch.empty_like, old))

@@ -128,8 +128,9 @@ def _norm_op(leaves: list[Tensor], paths: str) -> Tensor:
 
 
 def _named(leaves: Sequence[Tensor], paths: str) -> Tree:
-    kinds, path = set(map(type, leaves)), paths.split("\n").__getitem__
-    return Tree(list(leaves), kinds, list, path, range(len(leaves)))
+    kinds, names = set(map(type, leaves)), paths.split("\n")
+    places = range(len(leaves))
+    return Tree(list(leaves), kinds, list, names.__getitem__, places, lambda: names)
 
 
 # ---- the derivative ----

@@ -70,8 +70,11 @@ class GradClip(ByOperation):
         order: float = 2.0,
         error_if_nonfinite: bool = False,
         part: Joint | None = None,
+        wants_each: bool = False,
     ) -> None:
-        super().__init__(leaves, path, max_norm, total_norm, on_nonfinite, part=part)
+        super().__init__(
+            leaves, path, max_norm, total_norm, on_nonfinite, part=part, wants_each=wants_each
+        )
         self.order = order
         self.error_if_nonfinite = error_if_nonfinite
 
@@ -95,7 +98,9 @@ class GradClip(ByOperation):
             self._refuse()
         return found
 
-    def measured_each(self, held: Any, lesson: Lesson) -> tuple[Measured, ScaledArray]:
+    def measured_each(
+        self, held: Any, limit: float | Lesson = math.inf
+    ) -> tuple[Measured, ScaledArray]:
         """The norm of order 2, and that of each gradient.
 
         Raises:
@@ -104,9 +109,9 @@ class GradClip(ByOperation):
         """
         if self.order != 2:
             raise ValueError(
-                f"norm_type is {self.order}; limits.PerTensor clips by norms of order 2"
+                f"norm_type is {self.order}; tensor by tensor there are norms of order 2"
             )
-        found, each = super().measured_each(held, lesson)
+        found, each = super().measured_each(held, limit)
         if self.error_if_nonfinite and not math.isfinite(found.norm.significand):
             self._refuse()
         return found, each
@@ -154,6 +159,8 @@ class GradClip(ByOperation):
     def clip_unread_(self, held: Unread, leaves: Sequence[Tensor]) -> Tensor | None:
         """Clip such tensors where they are; the norm, if it was not given."""
         check_not_functionalized()
+        if self.wants_each:
+            held.measure_each()  # which says why not
         limit, given = self.limits(held)
         max_norm = operand(self.limit_name, limit)
         if given is not None:
@@ -208,11 +215,18 @@ def clip_(
     error_if_nonfinite: bool,
     workers: Workers | None = None,
     keys: Sequence[Any] = (),
-) -> Tensor:
-    """Clip gradients where they lie; the norm before.
+    *,
+    wants_each: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Clip gradients where they lie; the norm before, and that of each, if it is wanted.
 
     Where a limit learns, ``keys`` tells them apart from step to step.
+
+    Raises:
+        NotImplementedError: the norm of each is wanted, and they have no numbers.
     """
+    if wants_each and order != 2:
+        raise ValueError(f"norm_type is {order}; tensor by tensor there are norms of order 2")
     with torch.no_grad(), ieee_arithmetic(), taking_part(workers) as part:
         if on_nonfinite is not None:
             _clip.check_policy(on_nonfinite)
@@ -228,10 +242,11 @@ def clip_(
             order=order,
             error_if_nonfinite=error_if_nonfinite,
             part=part,
+            wants_each=wants_each,
         )
         found: Tensor = held.clip_(clip)
     _clip.learn(max_norm)
-    return found
+    return found, None if clip.each is None else held.at_every_place(clip.each, grads)
 
 
 @looked_away_from
@@ -263,7 +278,7 @@ def _clip_grads_op(
 ) -> Tensor:
     policy: Any = on_nonfinite or None
     path = "gradients[{}]".format
-    return clip_(grads, path, number(max_norm), norm_type, policy, error_if_nonfinite)
+    return clip_(grads, path, number(max_norm), norm_type, policy, error_if_nonfinite)[0]
 
 
 @torch.library.custom_op("gradclip::clip_grads_with_norm_", mutates_args=("grads",))

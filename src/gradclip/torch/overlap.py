@@ -21,7 +21,22 @@ def distinct(leaves: Sequence[Any]) -> list[Any]:
 
 def first_places(leaves: Sequence[Any]) -> list[int]:
     """The places of the leaves; of those whose elements are in one memory the first."""
-    return sorted({_key(leaf): place for place, leaf in reversed([*enumerate(leaves)])}.values())
+    return sorted(set(first_of_each(leaves)))
+
+
+def first_of_each(leaves: Sequence[Any]) -> list[int]:
+    """For each leaf the place of the first whose elements are in the same memory."""
+    places: dict[Any, int] = {}
+    return [places.setdefault(_key(leaf), place) for place, leaf in enumerate(leaves)]
+
+
+def at_every_place(norms: Tensor, leaves: Sequence[Any]) -> Tensor:
+    """The norm of each leaf, from norms that are 0, or missing, where one is listed again."""
+    first = first_of_each(leaves)
+    if len(norms) < len(leaves):
+        numbers = {place: number for number, place in enumerate(sorted(set(first)))}
+        first = [numbers[place] for place in first]
+    return norms[torch.tensor(first, device=norms.device)]
 
 
 def _key(leaf: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from gradclip.core.exact import (
     FLOAT32,
@@ -27,7 +28,7 @@ from gradclip.core.held import Clip, Held, Measured
 from gradclip.core.workers import Joint
 from gradclip.torch import mesh
 from gradclip.torch.elements import copy, count_nonfinite, fill_
-from gradclip.torch.overlap import distinct, first_places
+from gradclip.torch.overlap import at_every_place, distinct, first_places
 from gradclip.torch.tensors import WIDE, detached, values_of, with_values
 
 # What has been learnt of some of the leaves.
@@ -63,6 +64,14 @@ class Tensors(Held):
 
     def measure_each_with(self, joint: Joint, learnt: Learnt) -> tuple[Measured, ScaledArray]:
         return _measured_each(self, self.leaves, joint, learnt)
+
+    def at_every_place(self, norms: Tensor, leaves: Sequence[Any]) -> Tensor:
+        """The norm of each leaf, from those of what is held, where one listed again has none."""
+        return at_every_place(norms, leaves) if self.lacks(norms, leaves) else norms
+
+    def lacks(self, norms: Tensor, leaves: Sequence[Any]) -> bool:
+        """If that may be so."""
+        return len(norms) < len(leaves) or not norms.all()
 
     def count_nonfinite(self, leaf: Any) -> tuple[int, int]:
         return count_nonfinite(leaf)
@@ -117,8 +126,9 @@ def _measured_each(
         return Held.measure_each_with(here, joint, learnt)
     if ring.flat:
         raise NotImplementedError(
-            "limits.PerTensor under FullyShardedDataParallel, which has many parameters in one "
-            "tensor: shard by fully_shard (FSDP2), which leaves each its own"
+            "limits.PerTensor, or the norm of each tensor, under FullyShardedDataParallel, which "
+            "has many parameters in one tensor: shard by fully_shard (FSDP2), which leaves each "
+            "its own"
         )
     groups = mesh.alike(leaves)
     places = sorted(place for group in groups if group.is_spread for place in group.places)
@@ -217,6 +227,12 @@ class Spread(Tensors):
 
     def scalar(self, norm: Scaled, *, wide: bool = False) -> Any:
         return self.here.scalar(norm, wide=wide)
+
+    def vector(self, norms: ScaledArray, *, wide: bool = False) -> Any:
+        return self.here.vector(norms, wide=wide)
+
+    def lacks(self, norms: Tensor, leaves: Sequence[Any]) -> bool:
+        return self.here.lacks(norms, leaves)
 
     def copied(self) -> list[Any]:
         return self.rewrapped(self.here.copied())

@@ -78,6 +78,7 @@ class Step:
     begun: int  # how many steps were, before this one
     part: Joint | None
     device: torch.device | None  # of the first parameter
+    wants_each: bool = False  # if the norm of each gradient is to be told
     # Of the device that decides about the step, so that the host need not wait; or None.
     memory: Any = field(init=False)
     _limits: list[Any] | None = field(default=None, init=False)

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from gradclip.core.exact import Scaled, ScaledArray
 from gradclip.core.held import Clip
 from gradclip.torch import library
 from gradclip.torch.following import is_functionalized
@@ -65,6 +66,17 @@ class Unread(Tensors):
         if isinstance(clip, ByOperation):
             return clip.norm_of_unread(self.leaves)
         return library.norm(self.leaves, self.path)
+
+    def measure_each(self) -> tuple[Scaled, ScaledArray]:
+        """Refuse to: no operation has these numbers.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            f"{self.path(0)} is meta, fake or traced, and the norm of each tensor is not there "
+            "for such; the global norm is"
+        )
 
     def clipped(self, clip: Clip) -> tuple[list[Any], Any]:
         """New leaves and the norm."""

@@ -6,7 +6,7 @@ from functools import partial
 from importlib.util import find_spec
 
 from gradclip._clip import survey
-from gradclip.cli.bench import contenders, fresh, jobs, learning, training
+from gradclip.cli.bench import contenders, each, fresh, jobs, learning, training
 from gradclip.cli.bench.builders import (
     Bar,
     Case,
@@ -42,6 +42,7 @@ _BLOCK: Shapes = [_NORM, _NORM, *_ATTENTION, _NORM, _NORM, *_PERCEPTRON]
 _GPT2_SHAPES: Shapes = [(50257, 768), (1024, 768), *(_BLOCK * 12), _NORM, _NORM]
 _10000_SHAPES: Shapes = [(16,)] * 10000
 _EACH, _ALL = learning.tensor_by_tensor, "the global clip"
+_NORMS = each.norms_of
 _STEP, _INSIDE = training.steps_that_clip, training.steps_that_clip_inside
 
 CASES: Cases = {
@@ -146,6 +147,12 @@ CASES: Cases = {
     "each-small-keep": _EACH("1000 x 1000", 1.5, _ALL, _SMALL_SHAPES, clipping=False),
     "each-small-clip": _EACH("1000 x 1000", 1.5, _ALL, _SMALL_SHAPES, clipping=True),
     "each-small-loop": _EACH("1000 x 1000", 0.2, "PyTorch, each", _SMALL_SHAPES, clipping=False),
+    "norms-gpt2": _NORMS("GPT-2: 148 tensors", 1.05, "global_norm", _GPT2_SHAPES),
+    "norms-gpt2-loop": _NORMS("GPT-2: 148 tensors", 0.2, each.LOOP, _GPT2_SHAPES),
+    "norms-gpt2-foreach": _NORMS("GPT-2: 148 tensors", 0.67, each.FOREACH, _GPT2_SHAPES),
+    "norms-small": _NORMS("1000 x 1000", 1.3, "global_norm", _SMALL_SHAPES),
+    "norms-small-loop": _NORMS("1000 x 1000", 0.2, each.LOOP, _SMALL_SHAPES),
+    "norms-small-foreach": _NORMS("1000 x 1000", 0.67, each.FOREACH, _SMALL_SHAPES),
     "dtensor-100": of_dtensors(100),
     "dtensor-1000": of_dtensors(1000),
     "optax-donated-keep": donated_to_optax(

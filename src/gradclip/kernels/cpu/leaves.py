@@ -158,6 +158,12 @@ class Leaves(Held):
         with np.errstate(over="ignore", under="ignore"):
             return kind(float(value))
 
+    def vector_of_numpy(self, norms: ScaledArray, *, wide: bool = False) -> Array:
+        """Norms as a NumPy vector: float64 if ``wide`` or a leaf is, else float32."""
+        kind = np.float64 if wide or self.wide else np.float32
+        with np.errstate(over="ignore", under="ignore"):
+            return norms.floats().astype(kind)
+
     def _scale(self, source: cpu.Leaves, target: cpu.Leaves, factor: Scaled | ScaledArray) -> None:
         if isinstance(factor, ScaledArray):
             cpu.scale_each(source, target, factor, self._recode(factor))

@@ -293,6 +293,45 @@ def decide_each(
 
 
 @triton.jit(do_not_specialize=list(range(6)))
+def tell_each(
+    leaves: tl.int64, room: tl.int64, values_at: tl.int64, norm_at: tl.int64, whole_at: tl.int64,
+    scale_at: tl.int64, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write as numbers what norms `decide_each` has left in a room.
+
+    Args:
+        leaves, room: as `measure_each` has them.
+        values_at: where the norm of each goes: float64 if it is ``WIDE``, else float32.
+        norm_at: where the global norm goes, of the same dtype.
+        whole_at: where that goes in float64, as `triton.measure` takes one that is given.
+        scale_at: as in `triton.measure`.
+        WIDE: if a leaf is of float64.
+        BLOCK: leaves that are taken at a time.
+    """
+    significand = tl.load(float64_at(room, _OF_LEAF * leaves))
+    exponent = tl.load(int64_at(room, _OF_LEAF * leaves + 1))
+    tl.store(pointer(whole_at, tl.float64), joined(significand, exponent))
+    scale = tl.full([], 1.0, tl.float64)
+    if scale_at != 0:
+        scale = tl.load(pointer(scale_at, tl.float32)).to(tl.float64)
+    significand, exponent = unscaled(significand, exponent, scale, WIDE)
+    norm = joined(significand, exponent)
+    if WIDE:
+        tl.store(pointer(norm_at, tl.float64), norm)
+    else:
+        tl.store(pointer(norm_at, tl.float32), norm.to(tl.float32))
+    for start in range(0, leaves, BLOCK):
+        leaf = start + tl.arange(0, BLOCK)
+        inside = leaf < leaves
+        own, its = _norm_of(room, leaves, leaf, inside, scale, WIDE)
+        value = joined(own, its)
+        if WIDE:
+            tl.store(float64_at(values_at, leaf), value, mask=inside)
+        else:
+            tl.store(pointer(values_at, tl.float32) + leaf, value.to(tl.float32), mask=inside)
+
+
+@triton.jit(do_not_specialize=list(range(6)))
 def rewrite_each(
     table: tl.int64, chunks: tl.int64, leaves: tl.int64, scratch: tl.int64, room: tl.int64,
     action: tl.int64, TILE: tl.constexpr, SMALL: tl.constexpr,

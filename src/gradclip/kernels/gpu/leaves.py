@@ -82,6 +82,14 @@ class Leaves(Held):
             clip.check(self, norm)
         return norm
 
+    def norms(self, clip: Clip) -> tuple[Any, Any]:
+        """The norm of each leaf, and of all, as new arrays on the device."""
+        if not self.decides(clip):
+            return super().norms(clip)
+        with self.runs() as runs:
+            told = runs.told()
+        return told.values, told.norm
+
     def clip_(self, clip: Clip) -> Any:
         """Clip where the leaves lie; the norm, as a scalar on the device."""
         if not self.decides(clip):
@@ -102,6 +110,11 @@ class Leaves(Held):
     def _clip(self, runs: Runs, clip: Clip) -> Any:
         """Clip what lies in runs, the leaves or new ones of the same elements."""
         limit, given = clip.clip_norm, clip.given(self)
+        if clip.wants_each:
+            told = runs.told(getattr(clip.into.get("ledger"), "scale", 0))
+            clip.each = told.values
+            # In float64 a norm may be too large for its dtype, so the leaves are measured again.
+            given = None if self.wide else told.whole
         if not isinstance(limit, Lesson):
             limit, _ = clip.limits(self)
         check = partial(clip.check, self) if clip.may_refuse else None

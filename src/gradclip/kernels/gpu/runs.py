@@ -53,6 +53,9 @@ class Memory(learning.Memory, Protocol):
     def scalar(self, *, wide: bool) -> Any:
         """A new array of shape (): float64 if it is ``wide``, else float32."""
 
+    def vector(self, count: int, *, wide: bool) -> Any:
+        """A new array of shape (count,), of the same dtypes."""
+
     def locate(self, value: Any) -> tuple[bool, int] | None:
         """If a scalar in this memory is float64, and its address; None for anything else."""
 
@@ -69,6 +72,14 @@ class Ledger(NamedTuple):
     folds: int = 0
     scale: int = 0
     found_inf: int = 0
+
+
+class Told(NamedTuple):
+    """Norms on the device."""
+
+    values: Any  # of each run
+    norm: Any  # of all
+    whole: Any  # of all as float64, without a division by a scale
 
 
 _NO_LEDGER = Ledger()
@@ -128,6 +139,11 @@ class Runs(NamedTuple):
         """How many there are."""
         return len(self.spans) // (8 * _SPAN)
 
+    @property
+    def any_empty(self) -> bool:
+        """If one of them has no element, as where one is listed again."""
+        return not np.frombuffer(self.spans, np.int64)[1::_SPAN].all()
+
     def clip_each_(
         self,
         limit: Lesson,
@@ -160,6 +176,27 @@ class Runs(NamedTuple):
         return Scaled(float(significand.view(np.float64)), int(exponent)), ScaledArray(
             significands.view(np.float64), exponents
         )
+
+    def told(self, scale: int = 0) -> Told:
+        """The norm of each and of all, as new arrays on the device, for which nobody waits.
+
+        Args:
+            scale: address of what they are to be divided by, in float32; 0 for nothing.
+        """
+        memory, wide = self.memory, self.wide
+        values = memory.vector(self.number, wide=wide)
+        norm, whole = memory.scalar(wide=wide), memory.scalar(wide=True)
+        with _prepared(self, _table_of_each) as (table, scratch):
+            room = self._measure_each(table, scratch, norm, "keep", _NO_LEDGER, _BY_NUMBER)
+            places = [memory.address(each) for each in (values, norm, whole)]
+            memory.launch(
+                each.tell_each,
+                1,
+                (self.number, room, *places, scale),
+                WIDE=wide,
+                BLOCK=each.BLOCK,
+            )
+        return Told(values, norm, whole)
 
     def scale_each_(self, factors: ScaledArray) -> None:
         """Multiply the elements of each by a factor of its own."""
