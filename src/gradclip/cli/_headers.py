@@ -34,7 +34,7 @@ class Tensor(NamedTuple):
     shape: tuple[int, ...]
     number: np.dtype[Any] | None  # of its elements; None if they are nothing that gradclip clips
     exempt: bool  # if it is of integers or text, which no one would clip
-    offset: int  # of its first byte in the file, or in its member of a zip file
+    offset: int  # of its first byte in the file, or in its member of an .npz; in a .pt its place
     nbytes: int  # of its elements
     strides: tuple[int, ...] | None = None  # in elements; None if they lie in order
 

@@ -119,38 +119,23 @@ def check_unchanged(files: Sequence[TensorFile]) -> None:
 # ---- elements that do not lie in order ----
 
 
-def is_dense(tensor: Tensor) -> bool:
-    """If the elements fill one run of bytes, in whatever order."""
-    if tensor.strides is None:
-        return True
-    expected = 1
-    for stride, length in sorted(zip(tensor.strides, tensor.shape, strict=True)):
-        if length != 1 and stride != expected:
-            return False
-        expected *= length
-    return True
-
-
 def in_order(tensor: Tensor, found: Iterator[Bytes]) -> Iterator[Bytes]:
     """The elements in the order of their indices, the last one first.
 
     Those of a file lie so, but for a tensor that was transposed: that one is taken into memory.
     """
-    if tensor.strides is None or not is_dense(tensor):
-        return found
-    return gathered(tensor, np.concatenate([np.empty(0, np.uint8), *found]))
-
-
-def gathered(tensor: Tensor, span: Bytes) -> Iterator[Bytes]:
-    """The elements, in order, of a tensor with strides, from the bytes between its ends."""
+    if tensor.strides is None:
+        yield from found
+        return
     count = math.prod(tensor.shape)
     if not count:
         return
+    span = np.concatenate([*found])
     itemsize = tensor.nbytes // count
     array: npt.NDArray[Any] = np.lib.stride_tricks.as_strided(
         span.view(f"V{itemsize}"),
         tensor.shape,
-        [stride * itemsize for stride in tensor.strides or ()],
+        [stride * itemsize for stride in tensor.strides],
         writeable=False,
     )
     step = PIECE // itemsize

@@ -1,16 +1,17 @@
 """Write a copy of a file, its tensors scaled down to have at most a given global norm together.
 
-FILE is .npy, .npz, .safetensors, what torch.save has written (.pt, .pth, .bin), the index of a
-model in several such files, or a folder: its index, or else the .safetensors files in it, or else
+FILE is .npy, .npz, .safetensors, what torch.save has written (.pt, .pth, .bin, .ckpt), the index of
+a model in several such files, or a folder: its index, or else the .safetensors files in it, or else
 all such files. Of a folder or index OUT is a new folder, of the index and its files alone. Names,
 dtypes, shapes, metadata and all else in a file stay as they are; integers and text are carried
 over; with nothing to clip OUT is byte for byte FILE. A NaN or inf is an error that names the
 tensors, with status 1, unless --on-nonfinite says otherwise.
 
 Tensors of a checkpoint that share memory, as tied weights do, each count in the norm and are scaled
-once, whatever else lies in that memory with them.
+once, whatever else lies in that memory with them. A checkpoint is loaded whole and saved anew by
+torch.save, as one of the same format with its tensors on the CPU.
 
-FILE is read and OUT is written in pieces, so they may be larger than memory. OUT comes to be whole
+All others are read and written in pieces, so they may be larger than memory. OUT comes to be whole
 or not at all: it is written to a temporary folder beside it and renamed. Where --force replaces a
 file, OUT gets its permissions but not its owner, and its other hard links keep what they had.
 """

@@ -1,7 +1,7 @@
 """Print the norm of each tensor in some files, and the global norm of all of them together.
 
-FILE is .npy, .npz, .safetensors, what torch.save has written (.pt, .pth, .bin), the index of a
-model in several such files, or a folder: its index, or else the .safetensors files in it, or else
+FILE is .npy, .npz, .safetensors, what torch.save has written (.pt, .pth, .bin, .ckpt), the index of
+a model in several such files, or a folder: its index, or else the .safetensors files in it, or else
 all such files. Each is read once, whatever its names, and in pieces, so it may be larger than
 memory. Norms are correctly rounded: to float64 if a tensor is float64 or complex128, else to
 float32. "share" is a tensor's part of the square of the global norm, "largest" the largest finite
