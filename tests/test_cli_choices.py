@@ -90,8 +90,8 @@ def test_what_cannot_be_read_is_named_and_the_others_are_measured(tmp_path: Path
     reasons = {
         none: "No such file or directory",
         cut: "holds 7 bytes of data; float32 of shape (2,) takes 8",
-        empty: "is a folder with no index and none of .npy, .npz, .safetensors, .pt, .pth, .bin "
-        "in it",
+        empty: "is a folder with no index and none of .npy, .npz, .safetensors, .pt, .pth, .bin, "
+        ".ckpt in it",
         bad: "Bad CRC-32 for file 'a.npy'",
     }
     assert status == 1

@@ -478,7 +478,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(tmp_path_factory.mktemp("large") / "a.npy", {"a": random("f4", SIZE)})
 
 
-def _stopped(source: Path, out: Path, number: int, after: float | None) -> int:
+def stopped(source: Path, out: Path, number: int, after: float | None) -> int:
     """Send a signal to a process that clips: some seconds after its start, or as it writes."""
     with subprocess.Popen(
         cli_files.command("clip", source, "--clip-norm", 1, "-o", out),
@@ -500,16 +500,16 @@ def test_killed_at_any_moment_it_leaves_a_whole_file_or_none(tmp_path: Path, lar
     before = large.read_bytes()
     out = tmp_path / "o.npy"
     generator = chance.Random(0)
-    stopped = 0
+    ended = 0
     for attempt in range(12):
         after = None if attempt % 2 else generator.uniform(0.1, 1.0)
-        stopped += _stopped(large, out, signal.SIGKILL, after) == -signal.SIGKILL
+        ended += stopped(large, out, signal.SIGKILL, after) == -signal.SIGKILL
         if out.exists():
             assert same(np.load(out), expected)
             out.unlink()
         for left in tmp_path.glob(".gradclip-*"):
             shutil.rmtree(left)
-    assert stopped
+    assert ended
     assert large.read_bytes() == before
 
 
@@ -524,11 +524,11 @@ def test_interrupted_it_leaves_nothing(
     # Tests that run in the background of a shell, or under nohup, inherit that one is ignored.
     inherited = [signal.signal(n, signal.SIG_DFL) for n in (signal.SIGINT, signal.SIGHUP)]
     try:
-        stopped = _stopped(large, out, number, None)
+        ended = stopped(large, out, number, None)
     finally:
         for ignored, handler in zip((signal.SIGINT, signal.SIGHUP), inherited, strict=True):
             signal.signal(ignored, handler)
-    assert stopped == status
+    assert ended == status
     assert not list(tmp_path.iterdir())
 
 

@@ -330,7 +330,7 @@ def _npy(array: Any = (1.0, 2.0), **options: Any) -> bytes:
 def test_missing_folder_and_unknown(tmp_path: Path) -> None:
     (tmp_path / "a.txt").touch()
     (tmp_path / "d.npy").mkdir()
-    kinds = ".npy, .npz, .safetensors, .pt, .pth, .bin"
+    kinds = ".npy, .npz, .safetensors, .pt, .pth, .bin, .ckpt"
     formats = f"{kinds} files, and the .safetensors.index.json or .bin.index.json of shards"
     for name, message in {
         "no.npy": "No such file or directory",
@@ -349,7 +349,7 @@ def test_what_is_no_regular_file(tmp_path: Path, kind: str, name: str) -> None:
     path = tmp_path / name
     message = {
         "a folder": "is a folder with no index and none of .npy, .npz, .safetensors, .pt, .pth, "
-        ".bin in it",
+        ".bin, .ckpt in it",
         "a link to itself": "Too many levels of symbolic links",
     }.get(kind, f"is {kind}, no regular file")
     with cli_files.no_regular_file(path, kind):

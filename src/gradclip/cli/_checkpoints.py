@@ -18,6 +18,8 @@ from gradclip.cli._regular import open_regular, state
 
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 
+_ADVICE = re.compile(r"Weights only load failed|\(\d\)|Please file an issue")
+
 
 class Checkpoint:
     """A file of torch.save."""
@@ -121,9 +123,12 @@ def _imported(path: Path) -> Any:
 
 def _reason(error: Exception) -> str:
     """What PyTorch says, without its advice to load the file by running the code in it."""
-    said = str(error).rpartition("WeightsUnpickler error:")[2].strip() or "nothing more"
-    line = re.split(r"\n|\. (?=Please |This |In PyTorch )", said)[0]
-    way_out = "; save tensors alone, as model.state_dict() has them" if " global" in line else ""
+    lines = [
+        line.strip().removeprefix("WeightsUnpickler error: ") for line in f"{error}".split("\n")
+    ]
+    told = [line for line in lines if line and not _ADVICE.match(line)] or ["no reason is given"]
+    line = re.split(r"\. (?=Please |This |In PyTorch )", told[0])[0]
+    way_out = "; save tensors alone, as model.state_dict() has them" if " GLOBAL " in line else ""
     return f"{type(error).__name__}: {line}{way_out}"
 
 
@@ -155,12 +160,14 @@ def _tensor(name: str, found: Any, place: int) -> Tensor:
     elif layout != "strided":
         dtype = layout
     exempt = re.fullmatch(r"bool|u?int\d+", dtype) is not None
-    has_bytes = layout == "strided" and not found.is_meta and not found.is_quantized
-    nbytes = found.numel() * found.element_size() if has_bytes else 0
-    return Tensor(name, dtype, tuple(found.shape), number_of(dtype), exempt, place, nbytes)
+    number = number_of(dtype)
+    nbytes = found.numel() * found.element_size() if exempt or number else 0  # which are read
+    return Tensor(name, dtype, tuple(found.shape), number, exempt, place, nbytes)
 
 
 def _bytes_of(torch: Any, found: Any) -> Bytes:
     """The bytes of a tensor's elements in order, where they lie if they lie so."""
-    flat: Bytes = found.resolve_conj().resolve_neg().reshape(-1).view(torch.uint8).numpy()
+    solid = found.resolve_conj().resolve_neg().contiguous()
+    # Not view(-1): an axis of one element keeps its stride, which a view as bytes refuses.
+    flat: Bytes = solid.as_strided((solid.numel(),), (1,)).view(torch.uint8).numpy()
     return flat
