@@ -196,6 +196,7 @@ def test_kinds_that_are_not_read_are_listed(tmp_path: Path, torch: Any, save: An
         "w": torch.tensor([3.0, 4.0]),
         "coo": torch.sparse_coo_tensor([[0, 2]], [1.0, 2.0], (3,), check_invariants=True),
         "meta": torch.ones(3, device="meta"),
+        "nested": torch.nested.nested_tensor([torch.ones(2)], layout=torch.jagged),
     }
     path = save(tmp_path / "a.pt", held)
     found = report(path)
@@ -203,6 +204,7 @@ def test_kinds_that_are_not_read_are_listed(tmp_path: Path, torch: Any, save: An
         "w": ("float32", [2]),
         "coo": ("sparse_coo", [3]),
         "meta": ("meta float32", [3]),
+        "nested": ("nested", []),
     }
     assert found["norm"] == 5
     message = f"gradclip: {path}: coo is sparse_coo, which gradclip cannot clip\n"
@@ -442,6 +444,12 @@ def test_files_that_torch_save_has_not_written(tmp_path: Path, torch: Any) -> No
         assert err.startswith(f"gradclip: {path}: torch.load(weights_only=True) fails: {reason}")
         assert err.count("\n") == 1
         assert len(err) < len(str(path)) + 300
+
+
+def test_a_set_of_tensors(tmp_path: Path, torch: Any, save: Any) -> None:
+    path = save(tmp_path / "a.pt", {"a": {"b": {torch.ones(1), torch.ones(2)}}})
+    message = f"gradclip: {path}: has a set of tensors at 'a.b', which have no names; save a list\n"
+    assert run_main("norm", path) == (2, "", message)
 
 
 def test_a_container_that_holds_itself(tmp_path: Path, torch: Any, save: Any) -> None:

@@ -138,21 +138,25 @@ def _named(
     """Each tensor in nested containers, under the keys that lead to it, joined by dots.
 
     Raises:
-        ValueError: a container holds itself.
+        ValueError: a container holds itself, or one of tensors has no order.
     """
     if isinstance(held, torch.Tensor):
         yield name, held.detach()
     elif isinstance(held, torch.TypedStorage):
         yield name, torch.empty(0, dtype=held.dtype).set_(held)
-    elif isinstance(held, dict | list | tuple | set):
+    elif isinstance(held, dict | list | tuple):
         if id(held) in around:
             raise ValueError(f"has a container that holds itself at {name!r}")
         for key, item in held.items() if isinstance(held, dict) else enumerate(held):
             under = f"{name}.{key}" if name else f"{key}"
             yield from _named(torch, item, under, (*around, id(held)))
+    elif isinstance(held, set) and any(isinstance(item, torch.Tensor) for item in held):
+        raise ValueError(f"has a set of tensors at {name!r}, which have no names; save a list")
 
 
 def _tensor(name: str, found: Any, place: int) -> Tensor:
+    if found.is_nested:  # and has no shape
+        return Tensor(name, "nested", (), None, False, place, 0)
     dtype = str(found.dtype).removeprefix("torch.")
     layout = str(found.layout).removeprefix("torch.")
     if found.is_meta:
@@ -161,7 +165,8 @@ def _tensor(name: str, found: Any, place: int) -> Tensor:
         dtype = layout
     exempt = re.fullmatch(r"bool|u?int\d+", dtype) is not None
     number = number_of(dtype)
-    nbytes = found.numel() * found.element_size() if exempt or number else 0  # which are read
+    is_read = exempt or number is not None
+    nbytes = found.numel() * found.element_size() if is_read else 0
     return Tensor(name, dtype, tuple(found.shape), number, exempt, place, nbytes)
 
 
