@@ -10,8 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
-
 from gradclip.cli._headers import Tensor, number_of
 from gradclip.cli._pieces import PIECE, Bytes, Change, Read, UnreadableError, reading
 from gradclip.cli._regular import open_regular, state
@@ -89,7 +87,7 @@ class Checkpoint:
         with reading(self.path):
             flat = _bytes_of(self._torch, found[tensor.offset])
         for start in range(0, tensor.nbytes, PIECE):
-            yield np.array(flat[start : start + PIECE])  # which is aligned, as a map may not be
+            yield flat[start : start + PIECE]
 
     def _storages(self, found: list[Any]) -> Iterator[tuple[Tensor, Bytes]]:
         """The bytes of each storage with numbers to clip, and a tensor in it."""
