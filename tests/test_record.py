@@ -32,7 +32,7 @@ def path(tmp_path: Path) -> Path:
 def test_the_tables(path: Path) -> None:
     before = time.time()
     with gradclip.Record(path) as record:
-        record.record(100, norms(3.0, 4.0), limit=2.5)
+        record(100, norms(3.0, 4.0), limit=2.5)
     found = query(path, "SELECT name, sql FROM sqlite_master WHERE type = 'table' ORDER BY name")
     assert [name for name, _ in found] == ["norms", "runs", "steps", "tensors"]
     assert query(path, "PRAGMA user_version") == [(1,)]
@@ -47,10 +47,10 @@ def test_the_tables(path: Path) -> None:
 def test_while_it_is_written_it_can_be_read_and_after_it_is_one_file(path: Path) -> None:
     with gradclip.Record(path) as record:
         assert query(path, "PRAGMA journal_mode") == [("wal",)]
-        record.record(0, 1.0)
+        record(0, 1.0)
         record.flush()
         assert rows(path, "step") == [(0,)]
-        record.record(1, 1.0)
+        record(1, 1.0)
         time.sleep(1.5)
         assert rows(path, "step") == [(0,), (1,)]
     assert [each.name for each in path.parent.iterdir()] == ["run.db"]
@@ -61,10 +61,10 @@ def test_while_it_is_written_it_can_be_read_and_after_it_is_one_file(path: Path)
 
 def test_it_closes_though_somebody_reads(path: Path) -> None:
     record = gradclip.Record(path)
-    record.record(0, 1.0)
+    record(0, 1.0)
     record.flush()
     with History.open(path) as history:
-        record.record(1, 1.0)
+        record(1, 1.0)
         record.close()
         assert history.after(0).steps.tolist() == [1]
     assert rows(path, "step") == [(0,), (1,)]
@@ -77,7 +77,7 @@ def test_the_last_steps_are_written_however_the_process_ends(end: str, path: Pat
     import gradclip, sys
     record = gradclip.Record({str(path)!r})
     for step in range(10):
-        record.record(step, 1.0)
+        record(step, 1.0)
     {end}
     """
     done = run_python(code)
@@ -107,7 +107,7 @@ def test_the_last_steps_are_written_however_the_process_ends(end: str, path: Pat
 )  # fmt: skip
 def test_numbers(norm: Any, given: dict[str, Any], row: Any, path: Path) -> None:
     with gradclip.Record(path) as record:
-        record.record(np.int64(7), norm, **given)
+        record(np.int64(7), norm, **given)
     assert rows(path) == [(7, *row)]
 
 
@@ -121,25 +121,25 @@ def test_scalars_of_frameworks_may_change_afterwards(name: str, path: Path) -> N
                 import torch
 
                 tensor = torch.tensor(scalar)
-                record.record(step, tensor, limit=torch.tensor(2.0))
+                record(step, tensor, limit=torch.tensor(2.0))
                 tensor.zero_()
             elif name == "jax":
                 import jax
 
                 array = jax.numpy.float32(scalar)
-                record.record(step, array, limit=jax.numpy.float32(2.0))
+                record(step, array, limit=jax.numpy.float32(2.0))
                 array.delete()
             elif name == "tensorflow":
                 import tensorflow as tf
 
                 variable = tf.Variable(scalar)
-                record.record(step, variable, limit=tf.constant(2.0))
+                record(step, variable, limit=tf.constant(2.0))
                 variable.assign(0.0)
             else:
                 import keras
 
                 own = keras.Variable(scalar)
-                record.record(step, own, limit=2.0)
+                record(step, own, limit=2.0)
                 own.assign(0.0)
     assert rows(path, "norm, action") == [(1.5, "keep"), (2.5, "clip"), (3.5, "clip")]
 
@@ -147,7 +147,7 @@ def test_scalars_of_frameworks_may_change_afterwards(name: str, path: Path) -> N
 def test_norms_are_written_every_so_many_steps(path: Path) -> None:
     with gradclip.Record(path, per_tensor_every=10) as record:
         for step in range(25):
-            record.record(step, norms(3.0 + step, 4.0), limit=100.0)
+            record(step, norms(3.0 + step, 4.0), limit=100.0)
     assert tensor_steps(path) == [0, 10, 20]
     with History.open(path) as history:
         assert history.names == ("w0", "w1")
@@ -160,7 +160,7 @@ def test_the_steps_before_an_event_are_written_too(event: str, path: Path) -> No
         for step in range(100):
             at = step in (50, 60)
             size = {"nan": NAN, "inf": INF}.get(event, 1.0) if at else 1.0
-            record.record(
+            record(
                 step,
                 norms(size, step),
                 factor=0.09 if at and event == "hard" else 0.1,
@@ -175,10 +175,10 @@ def test_the_steps_before_an_event_are_written_too(event: str, path: Path) -> No
 
 def test_tensors_that_come_and_go(path: Path) -> None:
     with gradclip.Record(path, per_tensor_every=1) as record:
-        record.record(0, gradclip.norms({"a": np.array([1.0]), "b": np.array([2.0])}))
-        record.record(1, gradclip.norms({"c": np.array([3.0]), "b": np.array([4.0])}))
+        record(0, gradclip.norms({"a": np.array([1.0]), "b": np.array([2.0])}))
+        record(1, gradclip.norms({"c": np.array([3.0]), "b": np.array([4.0])}))
     with gradclip.Record(path, per_tensor_every=1) as record:
-        record.record(2, gradclip.norms({"a": np.array([5.0]), "b": np.array([6.0])}))
+        record(2, gradclip.norms({"a": np.array([5.0]), "b": np.array([6.0])}))
     assert query(path, "SELECT count(DISTINCT layout) FROM tensors") == [(2,)]
     with History.open(path) as history:
         assert history.names == ("a", "b", "c")
@@ -197,7 +197,7 @@ def test_a_resumed_run_goes_on_in_the_same_file(path: Path) -> None:
     for start, stop, norm in ((0, 10, 1.0), (6, 12, 2.0), (9, 11, 3.0)):
         with gradclip.Record(path, per_tensor_every=1) as record:
             for step in range(start, stop):
-                record.record(step, norms(norm))
+                record(step, norms(norm))
     assert len(query(path, "SELECT * FROM runs")) == 3
     with History.open(path) as history:
         assert history.steps.tolist() == list(range(11))
@@ -209,7 +209,7 @@ def test_a_resumed_run_goes_on_in_the_same_file(path: Path) -> None:
 
 def test_a_run_that_has_not_told_a_step_replaces_none(path: Path) -> None:
     with gradclip.Record(path) as record:
-        record.record(5, 1.0)
+        record(5, 1.0)
     with gradclip.Record(path):
         pass
     with History.open(path) as history:
@@ -219,7 +219,7 @@ def test_a_run_that_has_not_told_a_step_replaces_none(path: Path) -> None:
 def test_going_back_to_a_checkpoint_within_a_process_is_another_run(path: Path) -> None:
     with gradclip.Record(path) as record:
         for step, norm in [(0, 1.0), (1, 1.0), (2, 1.0), (1, 2.0), (2, 2.0), (2, 3.0)]:
-            record.record(step, norm)
+            record(step, norm)
     assert query(path, "SELECT run FROM runs") == [(0,), (1,)]
     with History.open(path) as history:
         assert history.steps.tolist() == [0, 1, 2]
@@ -228,10 +228,10 @@ def test_going_back_to_a_checkpoint_within_a_process_is_another_run(path: Path) 
 
 def test_a_step_that_is_told_again_has_the_later_norms(path: Path) -> None:
     with gradclip.Record(path, per_tensor_every=0) as record:
-        record.record(0, norms(1.0))
-        record.record(0, norms(2.0))
-        record.record(1, norms(NAN))
-        record.record(1, norms(3.0))
+        record(0, norms(1.0))
+        record(0, norms(2.0))
+        record(1, norms(NAN))
+        record(1, norms(3.0))
     with History.open(path) as history:
         assert history.tensor_steps.tolist() == [0]
         assert history.tensor_norms().values.tolist() == [[2]]
@@ -272,7 +272,7 @@ def test_a_clipper_tells_all(path: Path) -> None:
     with gradclip.Record(path) as record:
         for step, size in enumerate([0.1, 1.0, NAN, INF]):
             trained.step(3 * size, 4 * size)
-            record.record(step, trained.clipper)
+            record(step, trained.clipper)
     assert rows(path) == [
         (0, 0.5, 2.5, 1.0, "keep", 0, 0),
         (1, 5.0, 2.5, 0.5, "clip", 0, 0),
@@ -287,7 +287,7 @@ def test_a_clipper_tells_steps_that_it_has_skipped(path: Path) -> None:
     with gradclip.Record(path) as record:
         for step, size in enumerate([NAN, 1.0, INF, INF, 1.0]):
             trained.step(3 * size, 4 * size)
-            record.record(step, trained.clipper)
+            record(step, trained.clipper)
     assert rows(path, "step, action, skipped, nonfinite") == [
         (0, "skip", 1, 2),
         (1, "clip", 0, 0),
@@ -303,7 +303,7 @@ def test_a_limit_that_learns_and_skips(path: Path) -> None:
     with gradclip.Record(path) as record:
         for step, size in enumerate([1.0, 1.1, 100.0, 1.05]):
             trained.step(3 * size, 4 * size)
-            record.record(step, trained.clipper)
+            record(step, trained.clipper)
     found = rows(path)
     assert [each[4] for each in found] == ["keep", "keep", "skip", "keep"]
     assert [each[2] for each in found] == [INF, INF, float(found[2][2]), INF]
@@ -316,7 +316,7 @@ def test_groups_that_have_limits_make_one_row(path: Path) -> None:
     trained = Trained([3.0, 1.0], groups=True)
     with gradclip.Record(path) as record:
         trained.step(3.0, 4.0)
-        record.record(0, trained.clipper)
+        record(0, trained.clipper)
     assert rows(path) == [(0, 5.0, math.sqrt(10), 0.25, "clip", 0, 0)]
 
 
@@ -326,7 +326,7 @@ def test_tensors_that_have_limits_make_one_row(path: Path) -> None:
     with gradclip.Record(path) as record:
         for step, (first, second) in enumerate([(3.0, 4.0), (3.0, 40.0)]):
             trained.step(first, second)
-            record.record(step, trained.clipper)
+            record(step, trained.clipper)
     first, second = rows(path)
     assert first == (0, 5.0, INF, 1.0, "keep", 0, 0)
     assert second[4] == "clip"
@@ -341,9 +341,9 @@ def test_a_clipper_tells_the_norms_of_tensors(path: Path) -> None:
         with gradclip.Record(path, per_tensor_every=0) as record:
             for step in range(5):
                 trained.step(1.0 + step, 2.0 + step)
-                record.record(step, trained.clipper)
+                record(step, trained.clipper)
             trained.step(NAN, 1.0)
-            record.record(5, trained.clipper)
+            record(5, trained.clipper)
         with History.open(path) as history:
             assert len(history.names) == 2
             found = history.tensor_norms().values
@@ -360,7 +360,7 @@ def test_steps_that_grad_scaler_skips(path: Path) -> None:
     trained = Trained(2.5, per_tensor=True)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     with gradclip.Record(path) as record:
-        record.record(0, trained.clipper)  # before the first
+        record(0, trained.clipper)  # before the first
         for step, size in enumerate([1.0, INF, 1.0], 1):
             loss = sum(
                 (p * torch.tensor([x * size, 0.0])).nan_to_num(nan=0.0, posinf=INF).sum()
@@ -372,8 +372,8 @@ def test_steps_that_grad_scaler_skips(path: Path) -> None:
                 trained.parameters[0].grad.fill_(INF)
             scaler.step(trained.optimizer)
             scaler.update()
-            record.record(step, trained.clipper)
-            record.record(step, trained.clipper)  # tells nothing new
+            record(step, trained.clipper)
+            record(step, trained.clipper)  # tells nothing new
     assert rows(path, "step, norm, factor, action, skipped, nonfinite") == [
         (0, None, None, "skip", 1, 0),
         (1, 5.0, 0.5, "clip", 0, 0),
@@ -393,7 +393,7 @@ def test_books_of_a_device(path: Path) -> None:
         for step, size in enumerate([0.1, 1.0, NAN, 1.0]):
             trained.step(3 * size, 4 * size)
             assert trained.clipper._books.device is not None
-            record.record(step, trained.clipper)
+            record(step, trained.clipper)
     assert [(row[0], row[1], row[4]) for row in rows(path)] == [
         (0, 0.5, "keep"),
         (1, 5.0, "clip"),
@@ -413,7 +413,7 @@ def test_a_clipper_is_given_nothing_beside(path: Path) -> None:
         "tells its own"
     )
     with gradclip.Record(path) as record, raises(TypeError, text):
-        record.record(0, trained.clipper, limit=1.0)
+        record(0, trained.clipper, limit=1.0)
 
 
 # ---- states of optax ----
@@ -442,7 +442,7 @@ def test_a_state_of_optax_that_is_donated(optax: Any, path: Path) -> None:
         for step, size in enumerate([0.1, 1.0, NAN]):
             before, state = state, update(jax.tree.map(lambda x, n=size: x * n, params), state)
             assert before[0].global_norm.is_deleted()
-            record.record(step, gradclip.Record.of_state(state), limit=2.5)
+            record(step, gradclip.Record.of_state(state), limit=2.5)
     assert rows(path) == [
         (0, 0.5, 2.5, 1.0, "keep", 0, 0),
         (1, 5.0, 2.5, 0.5, "clip", 0, 0),
@@ -463,7 +463,7 @@ def test_states_tell_steps_that_were_skipped(optax: Any, path: Path) -> None:
     with gradclip.Record(path) as record:
         for step, size in enumerate([NAN, 1.0, 1.1, 100.0, NAN, 1.0]):
             _, state = optimizer.update(params * size, state)
-            record.record(step, gradclip.Record.of_state(state))
+            record(step, gradclip.Record.of_state(state))
     assert [(row[0], row[1], row[4]) for row in rows(path)] == [
         (0, None, "skip"),
         (1, 5.0, "keep"),
@@ -472,6 +472,29 @@ def test_states_tell_steps_that_were_skipped(optax: Any, path: Path) -> None:
         (4, None, "skip"),
         (5, 5.0, "keep"),
     ]
+
+
+@pytest.mark.parametrize("max_norm", [2.5, limits.ZScore(), limits.PerTensor(limits.ZScore())])
+def test_a_state_with_the_norm_of_each_leaf(max_norm: Any, optax: Any, path: Path) -> None:
+    import jax
+
+    import gradclip.optax as door
+
+    optimizer = optax.chain(door.clip_by_global_norm(max_norm, per_leaf=True), optax.sgd(1.0))
+    params = {"layer": {"w": jax.numpy.array([3.0]), "b": jax.numpy.array([4.0])}}
+    state = optimizer.init(params)
+    with gradclip.Record(path, per_tensor_every=1) as record:
+        for step, names in enumerate([None, params, gradclip.norms(params).paths]):
+            updates = jax.tree.map(lambda x, step=step: x * (step + 1), params)
+            _, state = optimizer.update(updates, state)
+            record(step, gradclip.Record.of_state(state, names))
+    with pytest.raises(TypeError, match="names has 1 names; the state has norms of 2 tensors"):
+        gradclip.Record.of_state(state, ["w"])
+    with History.open(path) as history:
+        assert history.names == ("0", "1", "layer/b", "layer/w")
+        values, present = history.tensor_norms()
+        assert values[present].tolist() == [4, 3, 8, 6, 12, 9]
+        assert history.norm.tolist() == [5, 10, 15]
 
 
 def test_states_that_are_none(optax: Any, path: Path) -> None:
@@ -495,9 +518,9 @@ def test_states_that_are_none(optax: Any, path: Path) -> None:
             gradclip.Record.of_state(state)
     with gradclip.Record(path) as record:
         with pytest.raises(TypeError, match=r"record was called under jax\.jit"):
-            jax.jit(lambda x: record.record(0, x))(1.0)
+            jax.jit(lambda x: record(0, x))(1.0)
         with pytest.raises(TypeError, match="a state tells its own"):
-            record.record(0, gradclip.Record.of_state(clip.init(params)), factor=1.0)
+            record(0, gradclip.Record.of_state(clip.init(params)), factor=1.0)
 
 
 # ---- loggers ----
@@ -512,10 +535,10 @@ def test_a_logger_is_told_of_each_step(path: Path) -> None:
         told.append((step, values))
 
     with gradclip.Record(path, per_tensor_every=2, log=log) as record:
-        record.record(0, norms(3.0, 4.0), limit=10.0)
-        record.record(1, norms(3.0, 4.0), limit=10.0)
-        record.record(2, 1.0)
-        record.record(3, norms(NAN, 4.0), limit=10.0)
+        record(0, norms(3.0, 4.0), limit=10.0)
+        record(1, norms(3.0, 4.0), limit=10.0)
+        record(2, 1.0)
+        record(3, norms(NAN, 4.0), limit=10.0)
     flat = {"grad_norm": 5.0, "grad_limit": 10.0, "grad_factor": 1.0}
     assert told[0] == (0, {**flat, "grad_norm/w0": 3.0, "grad_norm/w1": 4.0})
     assert told[1:3] == [(1, flat), (2, {"grad_norm": 1.0})]
@@ -530,8 +553,8 @@ def test_a_logger_that_fails_is_told_once(path: Path) -> None:
         raise KeyError(f"step {step}")
 
     with gradclip.Record(path, log=log) as record:
-        record.record(0, 1.0)
+        record(0, 1.0)
         with pytest.warns(RuntimeWarning, match=r"log failed in step 0: KeyError\('step 0'\)"):
             record.flush()
-        record.record(1, 1.0)
+        record(1, 1.0)
     assert len(rows(path)) == 2

@@ -27,6 +27,7 @@ import pytest
 import gradclip
 from gradclip.record import History
 from host import run_python
+from ranks import run_ranks
 from record_files import check_whole, query, raises, rows
 
 NAN = math.nan
@@ -46,7 +47,7 @@ record = gradclip.Record(sys.argv[1], per_tensor_every=3)
 told = gradclip.norms({f"w{n}": np.ones(2) for n in range(50)})
 first = int(sys.argv[2])
 for step in range(first, 10**9):
-    record.record(step, told, limit=100.0, skipped=step % 97 == 0)
+    record(step, told, limit=100.0, skipped=step % 97 == 0)
     if step % 1000 == 0:
         record.flush()
         print(step, flush=True)
@@ -93,7 +94,7 @@ def test_kill_9_fifty_times(path: Path) -> None:
 def test_after_a_kill_it_is_gone_on_with(path: Path) -> None:
     flushed = killed(path, 0, 0.1)
     with gradclip.Record(path) as record:
-        record.record(flushed - 10, 7.0)
+        record(flushed - 10, 7.0)
     check_whole(path)
     with History.open(path) as history:
         assert history.steps.tolist() == list(range(flushed - 9))
@@ -112,7 +113,7 @@ def test_a_full_disk_ends_no_training(path: Path) -> None:
     record = gradclip.Record({str(path)!r})
     def train(first, last):
         for step in range(first, last):
-            record.record(step, 1.0)
+            record(step, 1.0)
         record.flush()
     with warnings.catch_warnings(record=True) as told:
         train(0, 1000)
@@ -155,7 +156,7 @@ def test_a_disk_that_is_full(tmp_path: Path) -> None:
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             for step in range(10_000):
-                record.record(step, 1.0)
+                record(step, 1.0)
                 if step % 500 == 0:
                     record.flush()
         assert len(told) == 1
@@ -170,13 +171,13 @@ def test_a_disk_that_is_full(tmp_path: Path) -> None:
 def test_what_is_kept_meanwhile_is_bounded(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gradclip.record.writing._MOST_KEPT", 200 * 100)
     record = gradclip.Record(path)
-    record.record(0, 1.0)
+    record(0, 1.0)
     record.flush()
     with closing(sqlite3.connect(path, isolation_level=None)) as another:
         record._writer._store._file.execute("PRAGMA busy_timeout = 0")
         another.execute("BEGIN IMMEDIATE")
         for step in range(1, 501):
-            record.record(step, 1.0)
+            record(step, 1.0)
         with pytest.warns(RuntimeWarning, match="cannot be written: database is locked"):
             record.flush()
         another.execute("ROLLBACK")
@@ -194,7 +195,7 @@ def test_a_second_writer_is_refused(path: Path) -> None:
         "write another file"
     )
     with gradclip.Record(path) as record:
-        record.record(0, 1.0)
+        record(0, 1.0)
         with raises(RuntimeError, text):
             gradclip.Record(path)
         link = path.with_name("link.db")
@@ -204,18 +205,18 @@ def test_a_second_writer_is_refused(path: Path) -> None:
         done = run_python(f"import gradclip; gradclip.Record({str(path)!r})")
         assert f"RuntimeError: {text}" in done.stderr
     with gradclip.Record(path) as record:
-        record.record(1, 1.0)
+        record(1, 1.0)
     assert rows(path, "run, step") == [(0, 0), (1, 1)]
 
 
 def test_other_ranks_write_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     with gradclip.Record(path) as record:
-        record.record(0, 1.0)
+        record(0, 1.0)
         record.flush()
     assert not path.exists()
     with gradclip.Record(path, rank=0) as record:
-        record.record(0, 1.0)
+        record(0, 1.0)
     assert len(rows(path)) == 1
     monkeypatch.setenv("RANK", "one")
     text = "the environment's RANK is 'one'; it must be a number, or give rank="
@@ -224,26 +225,14 @@ def test_other_ranks_write_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.slow
-def test_the_rank_is_that_of_torch_distributed(tmp_path: Path) -> None:
-    pytest.importorskip("torch")
-    code = f"""
-    import sys, torch.distributed as dist, gradclip
-    rank = int(sys.argv[1])
-    dist.init_process_group("gloo", store=dist.FileStore({str(tmp_path / "store")!r}, 2),
-                            rank=rank, world_size=2)
-    with gradclip.Record({str(tmp_path / "run.db")!r}) as record:
-        record.record(rank, 1.0)
-    dist.barrier()
-    dist.destroy_process_group()
-    """
-    threads = [threading.Thread(target=lambda n=n: done.append(run_python(code, n))) for n in "01"]
-    done: list[Any] = []
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert [each.returncode for each in done] == [0, 0], [each.stderr for each in done]
-    assert rows(tmp_path / "run.db", "step") == [(0,)]
+@pytest.mark.parametrize(("name", "norm"), [("torch", 1.0), ("jax", 2.0)])
+def test_the_first_rank_writes(
+    name: str, norm: float, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("optax" if name == "jax" else name)
+    monkeypatch.setenv("RECORD", str(path))
+    run_ranks("record_ranks", [f"of_{name}"], 2)
+    assert rows(path, "step, norm") == [(0, norm)]
 
 
 @pytest.mark.slow
@@ -251,10 +240,10 @@ def test_a_fork_is_refused_and_harms_nothing(path: Path) -> None:
     code = f"""
     import gradclip, os, sys
     record = gradclip.Record({str(path)!r})
-    record.record(0, 1.0)
+    record(0, 1.0)
     child = os.fork()
     if not child:
-        for call in (lambda: record.record(1, 1.0), record.flush):
+        for call in (lambda: record(1, 1.0), record.flush):
             try:
                 call()
             except RuntimeError as error:
@@ -263,7 +252,7 @@ def test_a_fork_is_refused_and_harms_nothing(path: Path) -> None:
         sys.exit()
     assert os.waitpid(child, 0)[1] == 0
     for step in range(1, 1000):
-        record.record(step, 1.0)
+        record(step, 1.0)
     """
     done = run_python(code)
     assert done.returncode == 0, done.stderr
@@ -326,14 +315,14 @@ def test_wrong_steps(
     args: Any, given: dict[str, Any], error: type[Exception], text: str, path: Path
 ) -> None:
     with gradclip.Record(path) as record, raises(error, text):
-        record.record(*args, **given)
+        record(*args, **given)
 
 
 def test_after_it_was_closed(path: Path) -> None:
     record = gradclip.Record(path)
     record.close()
     record.close()
-    for call in (lambda: record.record(0, 1.0), record.flush):
+    for call in (lambda: record(0, 1.0), record.flush):
         with raises(ValueError, f"the record {path} has been closed"):
             call()
 
@@ -410,7 +399,7 @@ def shown() -> Iterator[Path]:
 def test_a_folder_that_may_not_be_written(shown: Path) -> None:
     os.chmod(shown, 0o755)
     with gradclip.Record(shown / "run.db") as record:
-        record.record(0, 1.0)
+        record(0, 1.0)
     os.chmod(shown, 0o555)
     done = run_python(AS_NOBODY, str(shown / "run.db"), "read")
     assert done.stdout == "1\n", done.stderr
@@ -441,7 +430,7 @@ def test_memory_does_not_grow(path: Path) -> None:
     with gradclip.Record({str(path)!r}) as record:
         memory = []
         for step in range(100_001):
-            record.record(step, gradclip.Norms(told.values + 1, 2.0, told.paths), limit=1.0)
+            record(step, gradclip.Norms(told.values + 1, 2.0, told.paths), limit=1.0)
             if step % 20_000 == 0:
                 record.flush()
                 memory.append(resident())
@@ -455,7 +444,7 @@ def test_memory_does_not_grow(path: Path) -> None:
 
 def test_a_record_that_is_dropped_ends_its_thread(path: Path) -> None:
     record = gradclip.Record(path)
-    record.record(0, 1.0)
+    record(0, 1.0)
     del record
     assert not any(each.name == "gradclip.Record" for each in threading.enumerate())
     assert len(rows(path)) == 1
@@ -491,7 +480,7 @@ def test_a_thread_that_is_stuck_holds_the_training_up_once(
         record = gradclip.Record(path, log=log)
         started = time.perf_counter()
         for step in range(10_000):
-            record.record(step, 1.0)
+            record(step, 1.0)
         assert time.perf_counter() - started < 3
         hangs.set()
         record.close()

@@ -153,6 +153,44 @@ def test_tensors_that_come_and_go(tmp_path: Path) -> None:
     assert {jump.name for jump in spike.jumps} == {"e", "f"}
 
 
+# ---- whatever is in a record ----
+
+
+def anything(path: Path, seed: int) -> Path:
+    """A record of one to three runs, each of other tensors, some of whose norms are odd."""
+    draw = np.random.default_rng(seed)
+    first = 0
+    for run in range(1, int(draw.integers(1, 4)) + 1):
+        tensors, steps = int(draw.integers(1, 12)), int(draw.choice([1, 5, 40, 300, 2500]))
+        norms = quiet(steps, tensors, seed)
+        norms *= np.exp(np.linspace(0, draw.choice([0, 0, 10, -10]), steps))[:, None]
+        norms[: steps // 2, 0] *= draw.choice([0, 1, 1])
+        odd = draw.choice([0, np.nan, np.inf, 1e-310, 1e300])
+        norms[draw.random(norms.shape) < draw.choice([0, 0.01, 0.6])] = odd
+        write(
+            path,
+            norms,
+            limit=draw.choice([None, 1e-3, 1, 100]),
+            every=int(draw.choice([0, 1, 7, 100])),
+            skipped=draw.integers(0, 5000, 20) if draw.random() < 0.3 else (),
+            first=first,
+            run=run,
+            named=[f"t{place}" for place in draw.permutation(20)[:tensors]],
+        )
+        first = max(0, first + steps - int(draw.integers(0, steps + 1)))
+    return path
+
+
+@pytest.mark.slow
+def test_no_record_is_too_odd(tmp_path: Path, lists: int) -> None:
+    for seed in range(lists // 20):
+        path = anything(tmp_path / f"{seed}.db", seed)
+        shown = [("report", path, "--json"), ("watch", path, "--json"), ("watch", path, "--once")]
+        for arguments in [*shown, *([("report", path)] if seed < 5 else [])]:
+            status, _, err = run_main(*arguments)
+            assert (status, err) == (0, ""), f"seed {seed}"
+
+
 # ---- the page ----
 
 
@@ -236,7 +274,7 @@ def test_a_real_record(tmp_path: Path) -> None:
     with gradclip.Record(tmp_path / "run.db", per_tensor_every=1) as record:
         for step in range(60):
             norms = gradclip.norms({"a": np.full(4, 1e6 if step == 50 else 1.0), "b": np.ones(9)})
-            record.record(step, norms, limit=2.0)
+            record(step, norms, limit=2.0)
     found = json.loads(run_main("report", tmp_path / "run.db", "--json")[1])
     (event,) = found["events"]
     assert (event["kind"], event["first"], event["tensors"][0]["name"]) == ("spike", 50, "a")
@@ -426,7 +464,8 @@ def test_the_page_opens_in_a_browser_without_a_word(tmp_path: Path, width: int) 
 def test_pointer_finger_buttons_and_the_dark(tmp_path: Path) -> None:
     api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     norms = planted(2000)
-    page_of(write(tmp_path / "run.db", norms))
+    named = [*NAMES[:EXPLODES], "x" * 200, *NAMES[EXPLODES + 1 :]]
+    page_of(write(tmp_path / "run.db", norms, named=named))
     errors: list[Any] = []
     with api.sync_playwright() as play:
         browser = play.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
@@ -446,7 +485,7 @@ def test_pointer_finger_buttons_and_the_dark(tmp_path: Path) -> None:
         shown = page.evaluate(f"({TOOLTIP})()")
         found = re.search(r"tensor: (\S+) step: ([\d,]+) \u2013 ([\d,]+) norm: (\S+)", shown)
         assert found, shown
-        row = NAMES.index(found[1])
+        row = named.index(found[1])
         start, stop = (int(found[place].replace(",", "")) for place in (2, 3))
         assert float(found[4]) == pytest.approx(norms[start : stop + 1, row].max(), rel=0.01)
 
@@ -460,6 +499,9 @@ def test_pointer_finger_buttons_and_the_dark(tmp_path: Path) -> None:
         for scheme, color in (("light", "#5c6775"), ("dark", "#9aa5b3")):
             page.emulate_media(color_scheme=scheme)
             page.wait_for_function(f"{first}.left[0].major_label_text_color === '{color}'")
+        page.set_viewport_size({"width": 390, "height": 844})
+        page.wait_for_function(f"{first}.min_border_left < 100")
+        assert page.evaluate("document.documentElement.scrollWidth") == 390
         browser.close()
     assert errors == []
 

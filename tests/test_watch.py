@@ -192,11 +192,11 @@ def test_a_run_is_waited_for_and_followed(tmp_path: Path) -> None:
     watching.until(f"gradclip: waiting for {path.name}"[:20])
     with gradclip.Record(path, per_tensor_every=1) as record:
         for step in range(60):
-            record.record(step, gradclip.norms({"a": np.ones(4), "b": np.ones(9)}), limit=2.0)
+            record(step, gradclip.norms({"a": np.ones(4), "b": np.ones(9)}), limit=2.0)
         record.flush()
         watching.until("run.db: step 59, ")
         bad = {"a": np.ones(4), "b": np.full(9, np.nan)}
-        record.record(60, gradclip.norms(bad), limit=2.0)
+        record(60, gradclip.norms(bad), limit=2.0)
         record.flush()
         watching.until("NaN    step 60: NaN in b")
     assert watching.end() == 0

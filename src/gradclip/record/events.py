@@ -76,9 +76,13 @@ class Jump:
         >>> Jump("weight", 2.0, 6.0).ratio
         3.0
         """
-        if self.before:
-            return self.within / self.before
-        return math.inf if self.within > 0 else math.nan
+        return _times(self.within, self.before)
+
+
+def _times(norm: float, before: float) -> float:
+    if before:
+        return norm / before
+    return math.inf if norm > 0 else math.nan
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,11 @@ class Event:
     jumps: tuple[Jump, ...] = ()
     nonfinite: tuple[str, ...] = ()
     rate: float = math.nan
+
+    @property
+    def ratio(self) -> float:
+        """How many times its norm before the first of ``jumps`` is; without them the global one."""
+        return self.jumps[0].ratio if self.jumps else _times(self.norm_in, self.norm_before)
 
 
 def find(history: Run, seen: Seen | None = None) -> list[Event]:
@@ -338,8 +347,7 @@ def _drift(history: Run, first: int, last: int, jumps: tuple[Jump, ...]) -> Even
     event = _event(history, "drift", (first, last, last - first + 1), jumps)
     stop = int(np.searchsorted(history.steps, last + 1))
     event = replace(event, norm_in=_median(history.norm[max(0, stop - WINDOW) : stop]))
-    grown = jumps[0].ratio if jumps else event.norm_in / event.norm_before
-    rate = math.expm1(math.log(grown) / (last - first)) if grown > 0 else math.nan
+    rate = math.expm1(math.log(event.ratio) / (last - first)) if event.ratio > 0 else math.nan
     return replace(event, rate=rate)
 
 

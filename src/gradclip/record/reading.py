@@ -72,7 +72,7 @@ class History:
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     with gradclip.Record(f"{folder}/run.db") as record:
     ...         for step, norm in enumerate([1.0, 5.0, float("inf")]):
-    ...             record.record(step, norm, limit=2.5)
+    ...             record(step, norm, limit=2.5)
     ...     with History.open(f"{folder}/run.db") as history:
     ...         print(history.steps, history.norm, history.factor, history.action)
     [0 1 2] [ 1.  5. inf] [1.  0.5 0. ] ['keep' 'clip' 'nonfinite']

@@ -28,13 +28,14 @@ class Record:
             for step, batch in enumerate(batches):
                 ...
                 optimizer.step()
-                record.record(step, clipper)
+                record(step, clipper)
 
     A step costs microseconds: a thread writes about once a second, and reads numbers that are on a
     device late, so that the training never waits for one. A crash loses what was not written yet
     and nothing else; a full disk, or anything else that the thread runs into, is a RuntimeWarning
-    from the next `record`. An existing file is gone on with: of steps that are told again the
-    later ones count. One rank alone writes; on others every method does nothing.
+    from the next call. An existing file is gone on with: of steps that are told again the
+    later ones count. One rank alone writes; on others every method does nothing. Two
+    optimizers take two files.
 
     Args:
         path: the file. SQLite keeps two more beside it while it is written, ``-wal`` and ``-shm``,
@@ -65,7 +66,7 @@ class Record:
     ...     with Record(f"{folder}/run.db") as record:
     ...         for step in range(3):
     ...             gradients = {"w": np.array([3.0 * step]), "b": np.array([4.0 * step])}
-    ...             record.record(step, gradclip.norms(gradients), limit=5.0)
+    ...             record(step, gradclip.norms(gradients), limit=5.0)
     ...     for row in sqlite3.connect(f"{folder}/run.db").execute(
     ...         'SELECT step, norm, "limit", factor, action FROM steps'
     ...     ):
@@ -106,7 +107,7 @@ class Record:
     def __repr__(self) -> str:
         return f"Record({str(self._path)!r})"
 
-    def record(
+    def __call__(
         self,
         step: int,
         source: Any,
@@ -149,8 +150,6 @@ class Record:
         if reading is not None:
             writer.put(Entry(step, time.time(), reading, mark_of(reading.norm)))
 
-    __call__ = record
-
     def _open(self) -> Writer:
         if self._writer is None:
             raise ValueError(f"the record {self._path} has been closed")
@@ -189,7 +188,7 @@ class Record:
         """Have everything written that was recorded, and wait for it.
 
         Raises:
-            ValueError, RuntimeError: as `record`.
+            ValueError, RuntimeError: as a call.
         """
         if self._writer is not None or self._is_closed:
             self._open().flush()
@@ -215,7 +214,7 @@ class Record:
 
     @staticmethod
     def of_state(state: Any, names: Any = None) -> Any:
-        """What a state of optax tells of the latest update, for `record`.
+        """What a state of optax tells of the latest update, for a record.
 
         Args:
             state: of an optimizer with `gradclip.optax.clip_by_global_norm` or `apply_clipped`
@@ -225,7 +224,7 @@ class Record:
                 ``gradclip.norms(params).paths``, which costs least; or a tree like the updates.
 
         Returns:
-            What `record` takes as its source.
+            What a record takes as its source.
 
         Raises:
             TypeError: the state is traced, or names are not as many as norms.

@@ -183,9 +183,10 @@ def _steady(line: Floats, top: int, width: int) -> tuple[float, float] | None:
 
 def _deviation(line: Floats) -> float:
     """How far the values lie from each other; 0 if there are too few to tell."""
-    if len(line) < FEWEST:
+    known = line[np.isfinite(line)]
+    if len(known) < FEWEST:
         return 0.0
-    low, high = np.nanquantile(line, (0.25, 0.75))
+    low, high = np.quantile(known, (0.25, 0.75))
     return float(high - low) / QUARTERS
 
 

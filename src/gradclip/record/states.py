@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Collection, Iterator
+from typing import Any, NamedTuple
 
 from gradclip.core import tree
 from gradclip.core.norms import Norms
@@ -12,7 +12,15 @@ from gradclip.record.values import copied
 
 _MODULE = "gradclip.optax"
 _CLIPS = ("ClipByGlobalNormState", "ClipByLimitState")
-_STEPS = "ApplyClippedState"
+_CONTAINERS = (tuple, list, dict)
+
+
+class _Found(NamedTuple):
+    """A state of a clip, and what the states around it know of it."""
+
+    clip: Any
+    skipped_count: Any = None
+    norms: Any = None
 
 
 def reading_of(state: Any, names: Any) -> Reading:
@@ -21,47 +29,51 @@ def reading_of(state: Any, names: Any) -> Reading:
     Raises:
         TypeError, ValueError: see `gradclip.Record.of_state`.
     """
-    found = list(_clips_in(state, None)) if isinstance(state, _CONTAINERS) else []
-    if len(found) != 1:
+    every = list(_clips_in(state)) if isinstance(state, _CONTAINERS) else []
+    if len(every) != 1:
         raise ValueError(
-            f"there are {len(found)} states of gradclip.optax in the {type(state).__name__}; give "
+            f"there are {len(every)} states of gradclip.optax in the {type(state).__name__}; give "
             "the state of an optimizer that clips with gradclip.optax, or the part of it that has "
             "one clip"
         )
-    ((clip, skipped_count),) = found
-    told = {"norm": clip.global_norm, "factor": clip.factor, "count": clip.count}
-    told |= {"limit": getattr(clip, "limit", None), "values": getattr(clip, "norms", None)}
-    told |= {"skipped": skipped_count}
-    told = {name: each for name, each in told.items() if each is not None}
-    copies = dict(zip(told, copied(list(told.values())), strict=True))
-    values = copies.get("values")
+    (found,) = every
+    clip = found.clip
+    count = None if found.skipped_count is None else clip.count
+    told = (clip.global_norm, clip.factor, count, getattr(clip, "limit", None), *found[1:])
+    copies = iter(copied([each for each in told if each is not None]))
+    norm, factor, count, limit, skipped, values = (
+        None if each is None else next(copies) for each in told
+    )
     return Reading(
-        copies["norm"],
-        copies.get("limit"),
-        copies["factor"],
-        [] if values is None else [Norms(values, copies["norm"], _names(names, values.shape[0]))],
-        skipped_of=[copies["skipped"], copies["count"]] if "skipped" in copies else None,
+        norm,
+        limit,
+        factor,
+        [] if values is None else [Norms(values, norm, _names(names, values.shape[0]))],
+        skipped_of=None if skipped is None else [skipped, count],
     )
 
 
-def _clips_in(node: Any, skipped_count: Any) -> Iterator[tuple[Any, Any]]:
-    """Each state of a clip, and how many steps were skipped by it."""
-    kind = type(node)
-    if kind.__module__ == _MODULE and kind.__name__ in _CLIPS:
-        yield node, skipped_count
-    elif kind.__module__ == _MODULE and kind.__name__ == _STEPS:
-        yield from _clips_in(node.clip_state, node.skipped_count)
-        yield from _clips_in(node.inner_state, None)
+def _clips_in(node: Any) -> Iterator[_Found]:
+    """Each state of a clip."""
+    kind = type(node).__name__ if type(node).__module__ == _MODULE else ""
+    if kind in _CLIPS:
+        yield _Found(node)
+    elif kind == "ClipPerLeafState":
+        yield _Found(node.clip_state, norms=node.norms)
+    elif kind == "ApplyClippedState":
+        for found in _clips_in(node.clip_state):
+            yield found._replace(skipped_count=node.skipped_count)
+        yield from _clips_in(node.inner_state)
     else:
-        nodes = node.values() if isinstance(node, dict) else node
-        # One look per type: an optimizer has an array or two for each parameter.
-        kinds = {kind for kind in set(map(type, nodes)) if issubclass(kind, _CONTAINERS)}
-        for each in nodes if kinds else ():
-            if type(each) in kinds:
-                yield from _clips_in(each, None)
+        yield from _clips_among(node.values() if isinstance(node, dict) else node)
 
 
-_CONTAINERS = (tuple, list, dict)
+def _clips_among(nodes: Collection[Any]) -> Iterator[_Found]:
+    # One look per type: an optimizer has an array or two for each parameter.
+    kinds = {kind for kind in set(map(type, nodes)) if issubclass(kind, _CONTAINERS)}
+    for each in nodes if kinds else ():
+        if type(each) in kinds:
+            yield from _clips_in(each)
 
 
 def _names(names: Any, count: int) -> Any:

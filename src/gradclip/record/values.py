@@ -67,8 +67,13 @@ def copied(arrays: Sequence[Any]) -> list[Any]:
 
     if any(isinstance(each, jax.core.Tracer) for each in arrays):
         raise TypeError("record was called under jax.jit; call it with what the step has returned")
-    found: list[Any] = _copying(jax)(arrays)
+    found: list[Any] = _copying(jax)(list(map(_own, arrays)))
     return found
+
+
+def _own(array: Any) -> Any:
+    """The part of this process, of one that all have: what one alone compiles is of its own."""
+    return array if getattr(array, "is_fully_addressable", True) else array.addressable_data(0)
 
 
 _jitted: list[Any] = []

@@ -3,6 +3,8 @@
 A large gradient is measured in the hook that runs when autograd has just written it, so much of it
 is read from the processor's caches. The step adds the parts up. Fused optimizers divide gradients
 by a number that they are given, so clipping takes no pass of its own.
+
+The file is long since all that users see of a clipper is one class, and its docstrings say it.
 """
 
 from __future__ import annotations

@@ -42,6 +42,9 @@ UNITS = {
     "100 us": "what one that looks back over 10,000 norms may add",
     "the global clip": "clip_grad_norm_ of gradclip by a number, of the same tensors",
     "PyTorch, each": "a loop of torch.nn.utils.clip_grad_norm_ over the tensors",
+    "global_norm": "gradclip.global_norm of the same tensors",
+    "norm() of each": "a loop of PyTorch's Tensor.norm over the tensors",
+    "_foreach_norm": "torch._foreach_norm of the same tensors",
     "one thread": "the same call of gradclip with GRADCLIP_NUM_THREADS=1, or under XLA NPROC=1",
     "allowed": "1.2 times the all-reduce of what gradclip sends, 0.1 ms and 1 us a tensor",
 }

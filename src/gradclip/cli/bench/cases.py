@@ -6,7 +6,7 @@ from functools import partial
 from importlib.util import find_spec
 
 from gradclip._clip import survey
-from gradclip.cli.bench import contenders, each, fresh, jobs, learning, training
+from gradclip.cli.bench import contenders, each, fresh, jobs, learning, recording, training
 from gradclip.cli.bench.builders import (
     Bar,
     Case,
@@ -187,6 +187,7 @@ CASES: Cases = {
     "optax-compile": Turns(
         "optax under jit, compiling 3000 leaves", Bar(0.2, "optax"), optax_compilation
     ),
+    "record": recording.in_a_step(),
     "merge": Case("adding the totals of 100,000 workers", Bar(None, "ms"), jobs.merging),
     "import": Fresh("import, beyond NumPy's own", Bar(50, "ms"), fresh.IMPORT, 21),
     "first-call": Fresh("first call", Bar(10, "ms"), fresh.FIRST_CALL, 21),

@@ -10,7 +10,7 @@ from gradclip.cli.bench.builders import Bar, Case
 from gradclip.cli.bench.contenders import Call
 from gradclip.cli.bench.jobs import Shapes
 
-LOOP, FOREACH = "PyTorch, each", "_foreach_norm"
+LOOP, FOREACH = "norm() of each", "_foreach_norm"
 
 
 def norms_of(what: str, bar: float, of: str, shapes: Shapes) -> Case:

@@ -113,8 +113,7 @@ def _heaviest(events: Sequence[Event]) -> list[Event]:
 def _weight(event: Event) -> tuple[int, float]:
     """What matters most first: NaN and inf, drifts, spikes by their size, skipped steps."""
     order = {"NaN": 0, "inf": 0, "drift": 1, "spike": 2, "skip": 3}
-    ratio = event.jumps[0].ratio if event.jumps else event.norm_in / event.norm_before
-    return order[event.kind], 0 if math.isnan(ratio) else -ratio
+    return order[event.kind], 0 if math.isnan(event.ratio) else -event.ratio
 
 
 def _card(event: Event, *, opened: bool, tensors: int) -> str:

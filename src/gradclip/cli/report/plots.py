@@ -267,9 +267,10 @@ def _ring(plot: Figure, names: list[str], parts: Cells, events: Sequence[Event])
         left, right, row = map(np.array, zip(*frames, strict=True))
         for look in _outlines("#ffffff"):
             plot.quad(left, right, row + half, row - half, **look)
+    ends = parts.first, parts.first + parts.number * parts.width - 1
     for broken in (False, True):
         rings = [
-            (float(parts.middles[parts.of(np.array([each.first, each.last]))].mean()), row)
+            (float(parts.middles[parts.of(np.clip([each.first, each.last], *ends))].mean()), row)
             for each, row in found
             if each.kind != "drift" and bool(each.nonfinite) is broken
         ]
