@@ -363,6 +363,7 @@ def binaries(target: Any) -> Iterator[tuple[str, dict[str, Any], Any]]:
         (each.measure_each, tiles | {"WIDE": False}),
         (each.decide_each, small | of_each | {"KIND": 3}),
         (each.decide_each, small | of_each | {"WIDE": True, "KIND": 4}),
+        (each.tell_each, of_each),
         (each.rewrite_each, tiles),
     ):
         names = kernel.arg_names

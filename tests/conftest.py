@@ -19,7 +19,7 @@ from scipy import sparse
 
 import gradclip
 from cases import Case, lay_out
-from gradclip.cli import _files
+from gradclip.cli import _pieces as pieces_of_files
 from gradclip.core.rooms import backend_names
 from gradclip.kernels import cpu
 from gradclip.kernels.cpu import threads as team
@@ -491,6 +491,6 @@ def simple(*values: Any, clip_norm: float = 1.0, **options: Any) -> Case:
 # ---- files ----
 
 
-@pytest.fixture(params=[_files.PIECE, 64], ids="pieces of {}".format)
+@pytest.fixture(params=[pieces_of_files.PIECE, 64], ids="pieces of {}".format)
 def _pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_files, "PIECE", request.param)
+    monkeypatch.setattr(pieces_of_files, "PIECE", request.param)

@@ -231,6 +231,7 @@ def test_what_it_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_the_report(tmp_path: Path) -> None:
     source = save(tmp_path / "a.npz", {"a": np.float32([3, 4]), "step": np.array(7)})
     assert clip(source, tmp_path / "o.npz", 2) == {
+        "version": 1,
         "file": str(source),
         "output": str(tmp_path / "o.npz"),
         "norm": 5.0,
@@ -372,6 +373,24 @@ def test_a_folder_becomes_a_folder(tmp_path: Path, name: str) -> None:
     assert load(out) == expected
 
 
+def test_a_folder_of_several_files_is_clipped_as_one(tmp_path: Path) -> None:
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    save(folder / "a.npz", {"w": np.float32([3])})
+    save(folder / "b.npy", {"w": np.float32([4])})
+    status, _, err = run_main("clip", folder, "--max-norm", 2.5, "-o", out)
+    assert (status, err.count("\n")) == (0, 1)
+    assert (load(out / "a.npz")["w"], np.load(out / "b.npy")) == ([1.5], [2])
+    (folder / "c.npz").write_bytes(b"damaged")
+    shutil.rmtree(out)
+    status, _, err = run_main("clip", folder, "--max-norm", 2.5, "-o", out)
+    assert (status, err.splitlines()[-1]) == (
+        2,
+        f"gradclip: {folder / 'c.npz'}: File is not a zip file",
+    )
+    assert not out.exists()
+
+
 def test_a_file_that_changes_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for label in ("measuring", "writing"):
         source = save(tmp_path / "a.npy", {"a": random("f4", 1000)})
@@ -420,7 +439,7 @@ def test_a_dtype_that_cannot_be_clipped(tmp_path: Path) -> None:
 def test_a_wrong_limit(tmp_path: Path, limit: str, message: str) -> None:
     source = save(tmp_path / "a.npy", {"a": np.ones(1)})
     done = run_main("clip", source, "--clip-norm", limit, "-o", tmp_path / "o.npy")
-    expected = f"gradclip: argument --clip-norm: {message}; see gradclip clip --help\n"
+    expected = f"gradclip: argument --clip-norm/--max-norm: {message}; see gradclip clip --help\n"
     assert done == (2, "", expected)
 
 
@@ -459,7 +478,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(tmp_path_factory.mktemp("large") / "a.npy", {"a": random("f4", SIZE)})
 
 
-def _stopped(source: Path, out: Path, number: int, after: float | None) -> int:
+def stopped(source: Path, out: Path, number: int, after: float | None) -> int:
     """Send a signal to a process that clips: some seconds after its start, or as it writes."""
     with subprocess.Popen(
         cli_files.command("clip", source, "--clip-norm", 1, "-o", out),
@@ -481,16 +500,16 @@ def test_killed_at_any_moment_it_leaves_a_whole_file_or_none(tmp_path: Path, lar
     before = large.read_bytes()
     out = tmp_path / "o.npy"
     generator = chance.Random(0)
-    stopped = 0
+    ended = 0
     for attempt in range(12):
         after = None if attempt % 2 else generator.uniform(0.1, 1.0)
-        stopped += _stopped(large, out, signal.SIGKILL, after) == -signal.SIGKILL
+        ended += stopped(large, out, signal.SIGKILL, after) == -signal.SIGKILL
         if out.exists():
             assert same(np.load(out), expected)
             out.unlink()
         for left in tmp_path.glob(".gradclip-*"):
             shutil.rmtree(left)
-    assert stopped
+    assert ended
     assert large.read_bytes() == before
 
 
@@ -505,11 +524,11 @@ def test_interrupted_it_leaves_nothing(
     # Tests that run in the background of a shell, or under nohup, inherit that one is ignored.
     inherited = [signal.signal(n, signal.SIG_DFL) for n in (signal.SIGINT, signal.SIGHUP)]
     try:
-        stopped = _stopped(large, out, number, None)
+        ended = stopped(large, out, number, None)
     finally:
         for ignored, handler in zip((signal.SIGINT, signal.SIGHUP), inherited, strict=True):
             signal.signal(ignored, handler)
-    assert stopped == status
+    assert ended == status
     assert not list(tmp_path.iterdir())
 
 

@@ -111,7 +111,7 @@ def test_counts_of_nan_and_inf(tmp_path: Path) -> None:
     nan, inf = math.nan, math.inf
     real = np.float32([nan, inf, -inf, 3, -4])
     parts = [complex(nan, inf), complex(inf, 1), complex(inf, -inf), complex(1, nan), 3 + 4j]
-    path = save(tmp_path / "a.npz", {"real": real, "complex": np.array(parts, np.complex64)})
+    path = save(tmp_path / "a.npz", {"a": real, "c": np.array(parts, np.complex64)})
     found = report(path)
     assert (found["norm"], found["nan"], found["inf"]) == ("nan", 3, 4)
     assert [(t["norm"], t["nan"], t["inf"]) for t in found["tensors"]] == [
@@ -330,10 +330,11 @@ def _npy(array: Any = (1.0, 2.0), **options: Any) -> bytes:
 def test_missing_folder_and_unknown(tmp_path: Path) -> None:
     (tmp_path / "a.txt").touch()
     (tmp_path / "d.npy").mkdir()
-    formats = ".npy, .npz, .safetensors and .safetensors.index.json files"
+    kinds = ".npy, .npz, .safetensors, .pt, .pth, .bin, .ckpt"
+    formats = f"{kinds} files, and the .safetensors.index.json or .bin.index.json of shards"
     for name, message in {
         "no.npy": "No such file or directory",
-        "d.npy": "is a folder with no .safetensors.index.json and no .safetensors file in it",
+        "d.npy": f"is a folder with no index and none of {kinds} in it",
         "a.txt": f"is of another format; gradclip reads {formats}",
     }.items():
         path = tmp_path / name
@@ -347,7 +348,8 @@ def test_missing_folder_and_unknown(tmp_path: Path) -> None:
 def test_what_is_no_regular_file(tmp_path: Path, kind: str, name: str) -> None:
     path = tmp_path / name
     message = {
-        "a folder": "is a folder with no .safetensors.index.json and no .safetensors file in it",
+        "a folder": "is a folder with no index and none of .npy, .npz, .safetensors, .pt, .pth, "
+        ".bin, .ckpt in it",
         "a link to itself": "Too many levels of symbolic links",
     }.get(kind, f"is {kind}, no regular file")
     with cli_files.no_regular_file(path, kind):
@@ -397,17 +399,46 @@ def test_folders(tmp_path: Path) -> None:
     (tmp_path / "other.npy").touch()
     assert run_main("norm", tmp_path) == run_main("norm", index)
     assert report(tmp_path)["norm"] == 5
-    index.unlink()
-    files = "m-0.safetensors, m-1.safetensors"
-    message = f"is a folder with 2 .safetensors files and no index; name the file: {files}"
-    assert run_main("norm", tmp_path) == (2, "", f"gradclip: {tmp_path}: {message}\n")
-    (tmp_path / "m-0.safetensors").unlink()
-    assert run_main("norm", tmp_path) == run_main("norm", tmp_path / "m-1.safetensors")
     for n in range(4):
         (tmp_path / f"{n}.safetensors.index.fp16.json").touch()
     names = ", ".join(f"{n}.safetensors.index.fp16.json" for n in range(3))
-    message = f"is a folder with 4 indexes; name the file: {names}, ..."
+    message = f"is a folder with 5 indexes; name the file: {names} and 2 more"
     assert run_main("norm", tmp_path) == (2, "", f"gradclip: {tmp_path}: {message}\n")
+
+
+def test_a_folder_without_an_index_is_all_files_in_it(tmp_path: Path) -> None:
+    save(tmp_path / "w10.npy", {"a": np.float32([12])})
+    assert run_main("norm", tmp_path) == run_main("norm", tmp_path / "w10.npy")
+    save(tmp_path / "w2.npz", {"b": np.float32([3])})
+    save(tmp_path / "W.npz", {"a": np.float32([4])})
+    (tmp_path / "config.json").touch()
+    status, out, err = run_main("norm", tmp_path, "--json")
+    note = f"gradclip: {tmp_path} has no index; read in it: W.npz, w2.npz, w10.npy"
+    assert (status, err) == (0, f"{note}\n")
+    assert json.loads(out)["norm"] == 13
+    (tmp_path / "w1.npz").touch()
+    status, _, err = run_main("norm", tmp_path, "--json")
+    note = note.replace("w2.npz, w10.npy", "w1.npz, w2.npz and 1 more")
+    bad = f"gradclip: {tmp_path / 'w1.npz'}: File is not a zip file"
+    assert (status, err) == (1, f"{note}\n{bad}\n")
+
+
+def test_beside_safetensors_nothing_else_of_a_folder_is_read(tmp_path: Path) -> None:
+    for name, number in (("m2", 4), ("m1", 3)):
+        save(tmp_path / f"{name}.safetensors", {name: np.float32([number])})
+    for name in ("optimizer.pt", "training_args.bin"):
+        (tmp_path / name).touch()
+    status, out, err = run_main("norm", tmp_path, "--json")
+    read = "read in it: m1.safetensors, m2.safetensors; left out: optimizer.pt, training_args.bin"
+    assert (status, err) == (0, f"gradclip: {tmp_path} has no index; {read}\n")
+    assert json.loads(out)["norm"] == 5
+
+
+def test_a_folder_of_two_formats_has_its_safetensors_read(tmp_path: Path) -> None:
+    index = save(tmp_path / INDEX, {"a": np.float32([3]), "b": np.float32([4])})
+    (tmp_path / "pytorch_model.bin.index.json").touch()
+    note = f"gradclip: {tmp_path} has 2 indexes: {INDEX} is read\n"
+    assert run_main("norm", tmp_path) == (0, run_main("norm", index)[1], note)
 
 
 def test_a_file_that_changes_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -435,8 +466,8 @@ def test_a_file_that_is_cut_off_meanwhile(tmp_path: Path, name: str) -> None:
 
 CUTS_OFF = """
 import contextlib, os, sys
-from gradclip.cli import _files, main, norm
-_files.PIECE = 1 << 16
+from gradclip.cli import _pieces, main, norm
+_pieces.PIECE = 1 << 16
 
 @contextlib.contextmanager
 def progress(label, total):
@@ -563,7 +594,7 @@ def test_wrong_usage_takes_one_line(arguments: list[str]) -> None:
     assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", ["norm", "clip", "env"])
+@pytest.mark.parametrize("name", ["norm", "clip", "compare", "env"])
 def test_help_has_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         run_main_help(name)

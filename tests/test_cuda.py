@@ -670,7 +670,7 @@ import gpu
 from triton.backends.compiler import GPUTarget
 from gradclip.kernels.gpu import each
 from gradclip.kernels.gpu import triton as cuda
-of_each = (each.measure_each, each.decide_each, each.rewrite_each)
+of_each = (each.measure_each, each.decide_each, each.tell_each, each.rewrite_each)
 for kernel in (cuda.measure, cuda.share, cuda.rewrite, *of_each):  # else some compile anew
     passed = [each for each in kernel.params if not each.is_constexpr]
     assert all(each.annotation_type == "i64" and each.do_not_specialize for each in passed)
@@ -681,7 +681,8 @@ print(json.dumps([amd, gpu.compiled()]))
     assert done.returncode == 0, done.stderr
     amd, loops = json.loads(done.stdout.splitlines()[-1])
     assert amd[:4] == ["measure", "measure", "share", "rewrite"]
-    assert amd[4:] == ["measure", "measure_each", "decide_each", "decide_each", "rewrite_each"]
+    of_each = ["measure_each", "decide_each", "decide_each", "tell_each", "rewrite_each"]
+    assert amd[4:] == ["measure", *of_each]
     for sm in (80, 90):
         mine = [loop for loop in loops if loop["sm"] == sm]
         read = {loop["elements"] for loop in mine if loop["kernel"] == "measure"}

@@ -50,6 +50,7 @@ ARROWS = {
     "torch.norms": {"_clip", "core.", "kernels.cpu.arithmetic", "torch."},
     "optax.": {"_clip", "core.", "jax.", "optax."},
     "keras.": {"_clip", "core.", "keras."},
+    "keras.callback": {"core.", "keras.", "record"},
     "cli.": {
         "gradclip",
         "_clip",

@@ -459,7 +459,7 @@ def test_a_record_that_its_own_thread_drops(path: Path) -> None:
 
     held.append(gradclip.Record(path, log=log))
     (thread,) = (each for each in threading.enumerate() if each.name == "gradclip.Record")
-    held[0].record(0, 1.0)
+    held[0](0, 1.0)
     thread.join(10)
     assert not thread.is_alive()
     assert len(rows(path)) == 1

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import importlib
+import itertools
+import json
 import math
 import sqlite3
 from pathlib import Path
@@ -22,6 +24,7 @@ from torch import nn
 import gradclip
 import gradclip.torch as gtorch
 from gradclip import limits
+from gradclip.cli import main
 from gradclip.record import History
 from host import run_script
 from test_torch_trainers import (
@@ -50,7 +53,9 @@ def callback(trainer: str, *args: Any, **options: Any) -> Any:
     return importlib.import_module(f"gradclip.{trainer}").GradientRecord(*args, **options)
 
 
-def lightning_fit(model: nn.Module, optimizer: Any, callbacks: Any, **options: Any) -> None:
+def lightning_fit(
+    model: nn.Module, optimizer: Any, callbacks: Any, bad: int | None = None, **options: Any
+) -> None:
     lightning = load("lightning")
 
     class Module(lightning.LightningModule):  # type: ignore[misc, name-defined]
@@ -62,23 +67,29 @@ def lightning_fit(model: nn.Module, optimizer: Any, callbacks: Any, **options: A
             return optimizer
 
         def training_step(self, batch: int, *_: Any) -> torch.Tensor:
-            return loss_of(self.model, math.nan if batch == options.get("bad") else 1.0)
+            return loss_of(self.model, math.nan if batch == bad else 1.0)
 
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
-    known = {name: x for name, x in options.items() if name != "bad"}
     trainer = lightning.Trainer(
         accelerator="cpu",
         max_epochs=1,
         enable_checkpointing=False,
         callbacks=callbacks,
         **quiet,
-        **known,
+        **options,
     )
     trainer.fit(Module(), range(STEPS))
 
 
-def transformers_fit(model: nn.Module, optimizer: Any, callbacks: Any, **options: Any) -> Any:
+def transformers_fit(
+    model: nn.Module, optimizer: Any, callbacks: Any, bad: int | None = None, **options: Any
+) -> Any:
     transformers = load("transformers")
+    batches = itertools.count()
+
+    def loss(*args: Any, **more: Any) -> torch.Tensor:
+        return criterion(math.nan if next(batches) == bad else 1.0, *args, **more)
+
     given = {"use_cpu": True, "max_steps": STEPS, "logging_steps": 1, "disable_tqdm": True}
     given |= {"report_to": "none", "save_strategy": "no", "lr_scheduler_type": "constant"}
     trainer = transformers.Trainer(
@@ -86,7 +97,7 @@ def transformers_fit(model: nn.Module, optimizer: Any, callbacks: Any, **options
         transformers.TrainingArguments(**given, **options),
         train_dataset=[TOKENS],
         optimizers=(optimizer, None),
-        compute_loss_func=lambda *args, **more: criterion(1.0, *args, **more),
+        compute_loss_func=loss,
         callbacks=callbacks,
     )
     trainer.train()
@@ -197,13 +208,22 @@ def test_a_limit_that_learns(trainer: str, tmp_path: Path) -> None:
     assert wanted[-1] == kind.last_limit != wanted[0]
 
 
-def test_a_bad_batch_in_lightning_is_named(tmp_path: Path) -> None:
-    model, path = new_model("lightning"), tmp_path / "run.db"
-    record = callback("lightning", path)
-    lightning_fit(model, sgd(model), [record], gradient_clip_val=MAX_NORM, bad=1)
-    with History.open(path) as history:
-        assert history.nonfinite.tolist()[:2] == [0, 2]
-        assert 2 in history.tensor_steps.tolist()
+@pytest.mark.parametrize("trainer", FITS)
+def test_the_report_names_a_bad_batch(
+    trainer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is NaN in its step, and from then on, as the weights are."""
+    model, path = new_model(trainer), tmp_path / "run.db"
+    record = callback(trainer, path)
+    FITS[trainer](model, sgd(model), [record], bad=1, **{OPTION[trainer]: MAX_NORM})
+    capsys.readouterr()
+    assert main(["report", str(path), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    (event,) = (each for each in report["events"] if each["kind"] == "NaN")
+    assert (event["first"], event["last"], event["steps"]) == (2, STEPS, STEPS - 1)
+    assert report["steps"], report["nonfinite"] == (STEPS, STEPS - 1)
+    names = {f"{PREFIX[trainer]}{name}" for name, _ in model.named_parameters()}
+    assert set(event["nonfinite"]) == names
 
 
 def test_a_step_that_lightning_does_not_see_is_an_error(tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ def clip_by_global_norm(
             t_list, clip_norm, use_norm, on_nonfinite, group
         )
         return compiled
-    return clipped(t_list, clip_norm, use_norm, name, on_nonfinite=on_nonfinite, group=group)
+    return clipped(t_list, clip_norm, use_norm, name, on_nonfinite=on_nonfinite, group=group)[:2]
 
 
 def clipped(
@@ -108,10 +108,16 @@ def clipped(
     on_nonfinite: OnNonfinite = "nan",
     group: Any = None,
     called: str | Callable[[int], str] = "t_list",
-) -> tuple[Any, Any]:
+    wants_each: bool = False,
+) -> tuple[Any, Any, Any]:
     """`clip_by_global_norm`, for doors that have a word of their own for what is clipped.
 
     ``called`` is as in `flatten`, and ``name`` whatever the room of the door's framework knows.
+    Third comes the norm of each leaf from the same pass, a vector as `Norms` has it, if it
+    ``wants_each``; else None.
+
+    Raises:
+        NotImplementedError: leaves are of a kind whose norms are not told apart.
     """
     with ieee_arithmetic():
         with Opening(group) as opening:
@@ -128,10 +134,15 @@ def clipped(
                 part=part,
                 places=tree.places,
                 name=name,
+                wants_each=wants_each,
             )
             leaves, norm = held.clipped(clip)
+            if wants_each and clip.each is None:
+                raise NotImplementedError(
+                    f"each one's norm beside a clip is not there for what {type(held)} holds"
+                )
         learn(clip_norm)
-        return tree.rebuild(leaves), norm
+        return tree.rebuild(leaves), norm, clip.each
 
 
 def clip_by_global_norm_(
@@ -241,7 +252,8 @@ def norms(t_list: Any, *, group: Any = None) -> Norms:
     Returns:
         `Norms`: a vector and a scalar, where the leaves are; the host waits for no device. A leaf
         that is listed twice counts twice. Under ``jax.jit`` and in a ``tf.function`` it is of
-        traced values; autograd sees nothing of it.
+        traced values, and both may return it. JAX differentiates it; PyTorch's autograd and
+        TensorFlow's tapes see nothing of the vector.
 
     Raises:
         TypeError, ValueError: as `global_norm`.

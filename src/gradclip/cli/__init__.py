@@ -18,6 +18,7 @@ from gradclip.cli._console import CliError, fail
 COMMANDS = {
     "norm": "print the norm of each tensor in a file, and the global norm of all",
     "clip": "write a copy of a file whose tensors have at most a given global norm",
+    "compare": "print the norm of the difference of each tensor in two files, and of all",
     "demo": "train a small network with and without clipping, and draw both",
     "check": "compare the norms of gradclip and of other libraries with exact arithmetic",
     "bench": "time gradclip against other libraries, side by side",

@@ -53,9 +53,13 @@ def fail(message: str, status: int) -> int:
     return status
 
 
-def print_json(value: Any) -> None:
-    """Print a value as JSON; NaN and inf become strings, which JSON has no numbers for."""
-    print(json.dumps(_plain(value), indent=2, allow_nan=False))
+# Of what --json prints: it rises where a field goes or has another meaning; fields may come.
+JSON_VERSION = 1
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """Print a report as JSON; NaN and inf become strings, which JSON has no numbers for."""
+    print(json.dumps(_plain({"version": JSON_VERSION, **value}), indent=2, allow_nan=False))
 
 
 def _plain(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Files of tensors: .npy, .npz, .safetensors and its index of shards; read in pieces, in order."""
+"""Files of tensors, by their suffixes, by an index of shards, or all in a folder."""
 
 from __future__ import annotations
 
@@ -7,43 +7,33 @@ import contextlib
 import json
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import IO, NamedTuple, Protocol
+from typing import IO, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from gradclip.cli._console import CliError, note
+from gradclip.cli import _checkpoints
+from gradclip.cli._checkpoints import Checkpoint
+from gradclip.cli._console import note
 from gradclip.cli._headers import Tensor, npy, safetensors
+from gradclip.cli._pieces import (
+    Bytes,
+    Change,
+    Read,
+    TensorFile,
+    UnreadableError,
+    open_stream,
+    pieces,
+    reading,
+    rewrite_flat,
+)
 from gradclip.cli._regular import State, open_regular, state
 
-PIECE = 1 << 21  # which the caches hold
+SUFFIXES = (".npy", ".npz", ".safetensors", *_checkpoints.SUFFIXES)
 
-Bytes = npt.NDArray[np.uint8]
-Change = Callable[[Tensor, Bytes], Bytes]
-
-
-class Part(NamedTuple):
-    """A tensor, the bytes that stand before it, and its own, which are to be read to their end."""
-
-    tensor: Tensor
-    head: bytes
-    pieces: Iterator[Bytes]
-
-
-class TensorFile(Protocol):
-    """A file that can be read, and written again with other numbers in it."""
-
-    path: Path
-    state: State  # when its headers were read
-    nbytes: int  # of all the pieces
-
-    def walk(self) -> Iterator[Part]:
-        """Each tensor in turn."""
-
-    def rewrite(self, target: IO[bytes], change: Change) -> None:
-        """Write the file to ``target`` with each piece of each tensor changed."""
+_INDEX = re.compile(r"(\.safetensors|\.bin|\.pth?)\.index(\..+)?\.json$")
 
 
 class Again(NamedTuple):
@@ -57,6 +47,14 @@ class Again(NamedTuple):
         return f"{self.path} is {how}; it is measured once"
 
 
+class Opened(NamedTuple):
+    """What is found at the paths that are given."""
+
+    files: list[TensorFile]
+    again: list[Again]
+    unreadable: list[UnreadableError]
+
+
 def given_path(text: str) -> Path:
     """A path of the command line; an empty one, as of a variable not set, is an error."""
     if not text:
@@ -64,48 +62,76 @@ def given_path(text: str) -> Path:
     return Path(text)
 
 
+def natural(name: str) -> list[tuple[int, str]]:
+    """A key to sort names by, the numbers in them by what they count: layers.2, layers.10."""
+    parts = re.split(r"([0-9]+)", name)
+    return [(int(part), "") if at % 2 else (0, part) for at, part in enumerate(parts)]
+
+
 def is_index(path: Path) -> bool:
     """If it is an index of the shards of a large model."""
-    return re.search(r"\.safetensors\.index(\..+)?\.json$", path.name) is not None
+    return _INDEX.search(path.name) is not None
 
 
-def located(path: Path) -> Path:
-    """The path itself; for a folder the index in it, or else its only .safetensors file.
+def located(path: Path) -> list[Path]:
+    """The path itself; for a folder the index in it, or else the files of tensors in it.
+
+    Those are the .safetensors files, for beside a model in one lie the same in another format, the
+    state of its optimizer and what has no tensors; where there is none, all of every format.
+
+    Which one of several is read, and which files, is noted on stderr.
 
     Raises:
-        CliError: the folder has none, or several.
+        UnreadableError: the folder has none, or several indexes of one format.
     """
     if not path.is_dir():
-        return path
-    with _reading(path):
-        inside = sorted(path.iterdir())
+        return [path]
+    with reading(path):
+        inside = sorted(path.iterdir(), key=lambda file: natural(file.name))
         indexes = [file for file in inside if is_index(file)]
-        found = indexes or [file for file in inside if file.suffix.lower() == ".safetensors"]
-        if len(found) == 1:
-            return found[0]
+        if indexes:
+            return [_only_index(path, indexes)]
+        found = [file for file in inside if file.suffix.lower() in SUFFIXES]
         if not found:
-            raise ValueError(
-                "is a folder with no .safetensors.index.json and no .safetensors file in it"
-            )
-        kind = "indexes" if indexes else ".safetensors files and no index"
-        names = ", ".join(file.name for file in found[:3]) + (", ..." if found[3:] else "")
-        raise ValueError(f"is a folder with {len(found)} {kind}; name the file: {names}")
+            raise ValueError(f"is a folder with no index and none of {', '.join(SUFFIXES)} in it")
+    chosen = [file for file in found if file.suffix.lower() == ".safetensors"] or found
+    if len(found) > 1:
+        left = [file for file in found if file not in chosen]
+        others = f"; left out: {_listed(left)}" if left else ""
+        note(f"{path} has no index; read in it: {_listed(chosen)}{others}")
+    return chosen
+
+
+def _only_index(folder: Path, indexes: list[Path]) -> Path:
+    """The index of a folder; of a model that is there in two formats that of safetensors."""
+    chosen = [file for file in indexes if ".safetensors.index" in file.name] or indexes
+    if len(chosen) > 1:
+        raise ValueError(
+            f"is a folder with {len(chosen)} indexes; name the file: {_listed(chosen)}"
+        )
+    if len(indexes) > 1:
+        note(f"{folder} has {len(indexes)} indexes: {chosen[0].name} is read")
+    return chosen[0]
+
+
+def _listed(files: list[Path]) -> str:
+    names = ", ".join(file.name for file in files[:3])
+    return names + (f" and {len(files) - 3} more" if files[3:] else "")
 
 
 def open_files(path: Path) -> list[TensorFile]:
     """The file, or the shards that an index names, with their headers checked.
 
     Raises:
-        CliError: it is missing, no regular file, of another format or damaged.
+        UnreadableError: it is missing, no regular file, of another format or damaged.
     """
-    with _reading(path):
+    with reading(path):
         return [*_shards(path)] if is_index(path) else [_open(path)]
 
 
-def open_once(paths: Iterable[Path]) -> tuple[list[TensorFile], list[Again]]:
+def open_once(paths: Iterable[Path]) -> Opened:
     """Every file that is given, once, with a note on stderr of each that comes again."""
-    files: list[TensorFile] = []
-    again: list[Again] = []
+    opened = Opened([], [], [])
     seen: dict[tuple[int, int], Path] = {}
 
     def is_new(path: Path, found: State) -> bool:
@@ -113,48 +139,29 @@ def open_once(paths: Iterable[Path]) -> tuple[list[TensorFile], list[Again]]:
         if identity not in seen:
             seen[identity] = path
             return True
-        again.append(Again(path, seen[identity]))
-        note(str(again[-1]))
+        opened.again.append(Again(path, seen[identity]))
+        note(str(opened.again[-1]))
         return False
 
-    for path in map(located, paths):
-        with _reading(path):
+    def add(path: Path) -> None:
+        with reading(path):
             new = not is_index(path) or is_new(path, state(path))
         if new:
-            files += [file for file in open_files(path) if is_new(file.path, file.state)]
-    return files, again
+            files = open_files(path)
+            opened.files.extend(file for file in files if is_new(file.path, file.state))
 
-
-def check_unchanged(files: Iterable[TensorFile]) -> None:
-    """Hold files that have been read against what they were at first.
-
-    Raises:
-        CliError: another has written to one, and what was read may be of both.
-    """
-    for file in files:
-        with _reading(file.path):
-            if state(file.path) != file.state:
-                raise ValueError("has changed while gradclip read it")
-
-
-def contents(path: Path) -> Iterator[bytes]:
-    """All bytes of a file, in pieces."""
-    with _reading(path), open_regular(path) as stream:
-        while piece := stream.read(PIECE):
-            yield piece
-
-
-@contextlib.contextmanager
-def _reading(place: object) -> Iterator[None]:
-    """Turn whatever the libraries make of a damaged file into one line."""
-    try:
-        yield
-    except CliError:
-        raise
-    except OSError as error:
-        raise CliError(f"{place}: {error.strerror or error}") from None
-    except Exception as error:
-        raise CliError(f"{place}: {str(error) or type(error).__name__}") from None
+    for given in paths:
+        try:
+            found = located(given)
+        except UnreadableError as error:
+            opened.unreadable.append(error)
+            continue
+        for path in found:
+            try:
+                add(path)
+            except UnreadableError as error:
+                opened.unreadable.append(error)
+    return opened
 
 
 def _open(path: Path) -> TensorFile:
@@ -163,10 +170,12 @@ def _open(path: Path) -> TensorFile:
             return Flat(path)
         case ".npz":
             return Zip(path)
+        case suffix if suffix in _checkpoints.SUFFIXES:
+            return Checkpoint(path)
     with open_regular(path):  # what is not there, or is no file, is told first
         raise ValueError(
-            "is of another format; gradclip reads .npy, .npz, .safetensors "
-            "and .safetensors.index.json files"
+            f"is of another format; gradclip reads {', '.join(SUFFIXES)} files, and the "
+            ".safetensors.index.json or .bin.index.json of shards"
         )
 
 
@@ -177,11 +186,13 @@ def _shards(path: Path) -> Iterator[TensorFile]:
     places = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(places, dict) or not all(isinstance(at, str) for at in places.values()):
         raise ValueError("has no weight_map of tensors to files")
+    found = _INDEX.search(path.name)
+    suffix = found[1] if found else ""
     for shard in dict.fromkeys(places.values()):
-        if Path(shard).name != shard or not shard.endswith(".safetensors"):
-            raise ValueError(f"names {shard!r}, which is no .safetensors file beside it")
-        with _reading(f"{path}: its shard {shard}"):
-            file = Flat(path.parent / shard)
+        if Path(shard).name != shard or not shard.endswith(suffix):
+            raise ValueError(f"names {shard!r}, which is no {suffix} file beside it")
+        with reading(path, f"its shard {shard}: "):
+            file = _open(path.parent / shard)
         listed = {name for name, at in places.items() if at == shard}
         wrong = listed.symmetric_difference(tensor.name for tensor in file.tensors)
         if wrong:
@@ -200,23 +211,21 @@ class Flat:
                 self.tensors = [npy(str(path), stream, self.state.size)]
             else:
                 self.tensors = safetensors(path, stream)
-        self.nbytes = sum(tensor.nbytes for tensor in self.tensors)
 
-    def walk(self) -> Iterator[Part]:
-        """Each tensor in turn."""
-        with _reading(self.path), open_regular(self.path) as stream:
-            end = 0
-            for tensor in self.tensors:
-                head = stream.read(tensor.offset - end)
-                yield Part(tensor, head, _pieces(self.path, stream, tensor))
-                end = tensor.offset + tensor.nbytes
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[Read]:
+        """What reads the bytes of a tensor."""
+        with open_stream(self.path) as stream:
+            yield partial(self._read, stream)
+
+    def _read(self, stream: IO[bytes], tensor: Tensor) -> Iterator[Bytes]:
+        with reading(self.path):
+            stream.seek(tensor.offset)
+        return pieces(self.path, stream, tensor.nbytes, tensor.name)
 
     def rewrite(self, target: IO[bytes], change: Change) -> None:
         """Write the file to ``target`` with each piece of each tensor changed."""
-        for tensor, head, pieces in self.walk():
-            target.write(head)
-            for piece in pieces:
-                target.write(change(tensor, piece).data)
+        rewrite_flat(self.path, self.tensors, target, change)
 
 
 class Zip:
@@ -224,48 +233,48 @@ class Zip:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._members: dict[str, zipfile.ZipInfo] = {}
+        self._heads: dict[str, bytes] = {}  # what stands before the bytes of a tensor
+        self.tensors: list[Tensor] = []
         with open_regular(path) as stream, zipfile.ZipFile(stream) as archive:
             self.state = state(stream.fileno())
-            self._members = archive.infolist()
             self._comment = archive.comment
-        self.nbytes = sum(member.file_size for member in self._members)
-        if len({member.filename for member in self._members}) < len(self._members):
-            raise ValueError("has two members of one name")
+            for member in archive.infolist():
+                with archive.open(member) as opened:
+                    tensor = _tensor(member, opened)
+                    opened.seek(0)
+                    self._heads[tensor.name] = opened.read(tensor.offset)
+                if tensor.name in self._members:
+                    raise ValueError("has two members of one name")
+                self._members[tensor.name] = member
+                self.tensors.append(tensor)
 
-    def walk(self) -> Iterator[Part]:
-        """Each tensor in turn."""
-        with (
-            _reading(self.path),
-            open_regular(self.path) as file,
-            zipfile.ZipFile(file) as archive,
-        ):
-            for member in self._members:
-                with archive.open(member) as stream:
-                    tensor = _tensor(member, stream)
-                    stream.seek(0)
-                    head = stream.read(tensor.offset)
-                    yield Part(tensor, head, _pieces(self.path, stream, tensor))
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[Read]:
+        """What reads the bytes of a tensor."""
+        with contextlib.ExitStack() as stack:
+            stream = stack.enter_context(open_stream(self.path))
+            with reading(self.path):
+                archive = stack.enter_context(zipfile.ZipFile(stream))
+            yield partial(self._read, archive)
+
+    def _read(self, archive: zipfile.ZipFile, tensor: Tensor) -> Iterator[Bytes]:
+        with contextlib.ExitStack() as stack:
+            with reading(self.path):
+                stream = stack.enter_context(archive.open(self._members[tensor.name]))
+                stream.read(tensor.offset)
+            yield from pieces(self.path, stream, tensor.nbytes, tensor.name)
 
     def rewrite(self, target: IO[bytes], change: Change) -> None:
         """Write the file to ``target`` with each piece of each tensor changed."""
-        with zipfile.ZipFile(target, "w") as archive:
+        with self.opened() as read, zipfile.ZipFile(target, "w") as archive:
             archive.comment = self._comment
-            for member, (tensor, head, pieces) in zip(self._members, self.walk(), strict=True):
+            for tensor in self.tensors:
+                member = self._members[tensor.name]
                 with archive.open(_like(member), "w", force_zip64=True) as sink:
-                    sink.write(head)
-                    for piece in pieces:
+                    sink.write(self._heads[tensor.name])
+                    for piece in read(tensor):
                         sink.write(change(tensor, piece).data)
-
-
-def _pieces(path: Path, stream: IO[bytes], tensor: Tensor) -> Iterator[Bytes]:
-    """The bytes of a tensor; not mapped, for a file cut off meanwhile would end the process."""
-    for start in range(0, tensor.nbytes, PIECE):
-        size = min(PIECE, tensor.nbytes - start)
-        with _reading(path):
-            piece = np.frombuffer(stream.read(size), np.uint8)
-            if piece.size < size:
-                raise ValueError(f"{tensor.name} ends {size - piece.size} bytes too early")
-        yield piece
 
 
 def _tensor(member: zipfile.ZipInfo, stream: IO[bytes]) -> Tensor:

@@ -34,8 +34,9 @@ class Tensor(NamedTuple):
     shape: tuple[int, ...]
     number: np.dtype[Any] | None  # of its elements; None if they are nothing that gradclip clips
     exempt: bool  # if it is of integers or text, which no one would clip
-    offset: int  # of its first byte in the file, or in its member of a zip file
-    nbytes: int
+    offset: int  # of its first byte in the file, or in its member of an .npz; in a .pt its place
+    nbytes: int  # of its elements
+    strides: tuple[int, ...] | None = None  # in elements; None if they lie in order
 
 
 def npy(name: str, stream: IO[bytes], size: int) -> Tensor:
@@ -47,9 +48,9 @@ def npy(name: str, stream: IO[bytes], size: int) -> Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about the Python expression that a header is
         if np.lib.format.read_magic(stream) == (1, 0):
-            shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
         else:
-            shape, _, dtype = np.lib.format.read_array_header_2_0(stream)
+            shape, fortran, dtype = np.lib.format.read_array_header_2_0(stream)
     if dtype.hasobject:
         raise ValueError("holds pickled Python objects, which gradclip does not load")
     if min(shape, default=0) < 0:
@@ -60,7 +61,9 @@ def npy(name: str, stream: IO[bytes], size: int) -> Tensor:
             f"holds {size - offset} bytes of data; {dtype} of shape {shape} takes {nbytes}"
         )
     number = dtype if dtype.char in "efdFD" else None
-    return Tensor(name, str(dtype), shape, number, dtype.kind in "biuSUmM", offset, nbytes)
+    exempt = dtype.kind in "biuSUmM"
+    strides = tuple(math.prod(shape[:axis]) for axis in range(len(shape))) if fortran else None
+    return Tensor(name, str(dtype), shape, number, exempt, offset, nbytes, strides)
 
 
 def safetensors(path: Path, stream: IO[bytes]) -> list[Tensor]:
@@ -79,6 +82,12 @@ def safetensors(path: Path, stream: IO[bytes]) -> list[Tensor]:
     entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
     tensors = [_tensor(name, entry, first) for name, entry in entries.items()]
     return sorted(tensors, key=lambda tensor: (tensor.offset, tensor.nbytes))
+
+
+def number_of(dtype: str) -> np.dtype[Any] | None:
+    """The little-endian dtype of this name; None if gradclip does not clip it."""
+    code = next((code for code, name in _DTYPES.items() if name == dtype), "")
+    return np.dtype("<c16") if dtype == "complex128" else _number(code)
 
 
 def _tensor(name: str, entry: dict[str, Any], first: int) -> Tensor:

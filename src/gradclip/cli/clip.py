@@ -1,12 +1,17 @@
 """Write a copy of a file, its tensors scaled down to have at most a given global norm together.
 
-FILE is .npy, .npz, .safetensors, or the .safetensors.index.json of a model in several files, or a
-folder with such an index or with one .safetensors file in it. Of a folder or index OUT is a new
-folder, of the index and its files alone. Names, dtypes, shapes and metadata stay as they are;
-integers and text are carried over; with nothing to clip OUT is byte for byte FILE. A NaN or inf
-is an error that names the tensors, with status 1, unless --on-nonfinite says otherwise.
+FILE is .npy, .npz, .safetensors, what torch.save has written (.pt, .pth, .bin, .ckpt), the index of
+a model in several such files, or a folder: its index, or else the .safetensors files in it, or else
+all such files. Of a folder or index OUT is a new folder, of the index and its files alone. Names,
+dtypes, shapes, metadata and all else in a file stay as they are; integers and text are carried
+over; with nothing to clip OUT is byte for byte FILE. A NaN or inf is an error that names the
+tensors, with status 1, unless --on-nonfinite says otherwise.
 
-FILE is read and OUT is written in pieces, so they may be larger than memory. OUT comes to be whole
+Tensors of a checkpoint that share memory, as tied weights do, each count in the norm and are scaled
+once, whatever else lies in that memory with them. A checkpoint is loaded whole and saved anew by
+torch.save, as one of the same format with its tensors on the CPU.
+
+All others are read and written in pieces, so they may be larger than memory. OUT comes to be whole
 or not at all: it is written to a temporary folder beside it and renamed. Where --force replaces a
 file, OUT gets its permissions but not its owner, and its other hard links keep what they had.
 """
@@ -23,17 +28,9 @@ import numpy as np
 
 from gradclip._clip import act_
 from gradclip.cli._console import CliError, print_json, printable, progress
-from gradclip.cli._files import (
-    Bytes,
-    TensorFile,
-    check_unchanged,
-    contents,
-    given_path,
-    is_index,
-    located,
-    open_files,
-)
+from gradclip.cli._files import given_path, is_index, located, open_files
 from gradclip.cli._headers import Tensor
+from gradclip.cli._pieces import Bytes, TensorFile, check_unchanged, contents, nbytes_of
 from gradclip.cli._regular import other
 from gradclip.cli._whole import appearing, created, to_disk
 from gradclip.cli.norm import Measured, Row, amount, combined, described, figures, measure
@@ -46,7 +43,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of ``gradclip clip``."""
     parser.add_argument("file", type=given_path, metavar="FILE")
     parser.add_argument(
-        "--clip-norm", type=_limit, required=True, metavar="C", help="a number above 0"
+        "--clip-norm",
+        "--max-norm",
+        dest="clip_norm",
+        type=_limit,
+        required=True,
+        metavar="C",
+        help="a number above 0",
     )
     parser.add_argument("-o", "--output", type=given_path, required=True, metavar="OUT")
     parser.add_argument(
@@ -81,8 +84,9 @@ class Output(NamedTuple):
 
 def run(args: argparse.Namespace) -> int:
     """Clip a file."""
-    source = located(args.file)
-    files = open_files(source)
+    sources = located(args.file)
+    files = [file for source in sources for file in open_files(source)]
+    source = sources[0]
     folder = args.file.is_dir() or is_index(source)
     out = Output(args.output, Path(os.path.realpath(args.output)), folder, args.force)
     try:
@@ -147,7 +151,7 @@ def _write(
     source: Path, files: Sequence[TensorFile], out: Output, new: Path, action: Action
 ) -> None:
     keep = isinstance(action, Keep)
-    total = sum(file.state.size if keep else file.nbytes for file in files)
+    total = sum(file.state.size for file in files) if keep else nbytes_of(files)
     with progress("writing", total) as advance:
         if not out.folder:
             with created(new, source, out.path if out.path.exists() else None) as target:

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 EXAMPLE = "gradclip watch run.db"
-VERSION = 1  # of the JSON
 RECENT = 2048  # steps that are looked at
 LARGEST = 8  # tensors shown
 LAST = 5  # events shown
@@ -165,7 +164,6 @@ def plain(view: View) -> dict[str, Any]:
     """The view for JSON; null is what is not known."""
     run = view.history
     return {
-        "version": VERSION,
         "name": view.name,
         "step": int(run.steps[-1]),
         "time": float(run.time[-1]),

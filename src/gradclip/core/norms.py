@@ -33,9 +33,8 @@ class Norms:
 
     >>> import numpy as np, gradclip
     >>> norms = gradclip.norms({"w": np.float32([3.0, 0.0]), "b": np.float32([4.0])})
-    >>> norms.paths, norms.values, print(norms.global_norm)
-    5.0
-    (('b', 'w'), array([4., 3.], dtype=float32), None)
+    >>> print(norms.paths, norms.values, norms.global_norm)
+    ('b', 'w') [4. 3.] 5.0
     >>> norms.as_dict()
     {'grad_norm/b': 4.0, 'grad_norm/w': 3.0, 'grad_norm': 5.0}
     """

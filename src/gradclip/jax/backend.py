@@ -16,6 +16,7 @@ import numpy as np
 from jax.experimental.sparse import BCOO
 
 from gradclip.core.exact import Scaled, ScaledArray
+from gradclip.core.norms import Norms
 from gradclip.core.protocol import Beside
 from gradclip.core.sparse import IndexedSlices, check_rows, merged_rows
 from gradclip.core.workers import nobody
@@ -74,9 +75,16 @@ class Leaves(host.Leaves):
         return host.nonfinite(_memory(leaf, str))
 
     def scalar(self, norm: Scaled, *, wide: bool = False) -> Any:
+        return self._beside(np.asarray(self.norm_of_numpy(norm, wide=wide)))
+
+    def vector(self, norms: ScaledArray, *, wide: bool = False) -> Any:
+        return self._beside(self.vector_of_numpy(norms, wide=wide))
+
+    def _beside(self, array: Array) -> Any:
+        """An array of JAX where the first leaf is."""
         committed = [x for x in map(values_of, self.leaves[:1]) if x.committed]
         places = [next(iter(x.sharding.device_set)) for x in committed] or [None]
-        return _arrays([np.asarray(self.norm_of_numpy(norm, wide=wide))], places)[0]
+        return _arrays([array], places)[0]
 
     def copied(self) -> list[Any]:
         """The leaves themselves: no array can be changed."""
@@ -120,6 +128,29 @@ def _merged(leaf: Any, values: Array) -> Iterator[Array] | None:
     kept = np.broadcast_to(values, (*places.shape, *values.shape[places.ndim :]))[inside]
     sums = merged_rows(kept, places[inside])
     return iter([kept]) if sums is None and kept.shape != values.shape else sums
+
+
+# ---- what is found ----
+
+
+def _parts(norms: Norms) -> tuple[tuple[Any, Any], tuple[str, ...]]:
+    return (norms.values, norms.global_norm), norms.paths
+
+
+def _parts_with_keys(norms: Norms) -> tuple[Any, tuple[str, ...]]:
+    pairs = [(jax.tree_util.GetAttrKey(name), getattr(norms, name)) for name in _FIELDS]
+    return pairs, norms.paths
+
+
+def _norms(paths: tuple[str, ...], parts: Iterable[Any]) -> Norms:
+    values, global_norm = parts
+    return Norms(values, global_norm, paths)
+
+
+_FIELDS = "values", "global_norm"
+
+# By which jit and other transformations take it in and return it; names are a part of its type.
+jax.tree_util.register_pytree_with_keys(Norms, _parts_with_keys, _norms, _parts)
 
 
 # ---- new arrays ----

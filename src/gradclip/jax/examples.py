@@ -48,7 +48,9 @@ def _clipped_sum_jvp(count: int, primals: Any, tangents: Any) -> Any:
 
     def clipped(example: list[Any], limit: Any) -> list[Any]:
         limit = jnp.where(limit > 0, limit, 0).astype("float64")
-        return clip_values(None, "zero", None, limit, None, example, [None] * len(example))[-1]
+        return clip_values(None, "zero", None, False, limit, None, example, [None] * len(example))[
+            -1
+        ]
 
     def add(sums: list[Any], each: Any) -> tuple[list[Any], None]:
         example, d_example = each

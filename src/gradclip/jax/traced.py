@@ -22,7 +22,13 @@ from gradclip.core.memory import Lesson
 from gradclip.core.sparse import IndexedSlices
 from gradclip.jax import judging, xla
 from gradclip.jax.arithmetic import Steps
-from gradclip.jax.derivative import LOWER, pushed_forward, pushed_forward_each, rows_of
+from gradclip.jax.derivative import (
+    LOWER,
+    change_of_each,
+    pushed_forward,
+    pushed_forward_each,
+    rows_of,
+)
 from gradclip.jax.leaf import SPARSE, checked, places_of, values_of, with_values
 from gradclip.jax.operations import Operations
 from gradclip.kernels.traced import norms, numbers
@@ -57,22 +63,29 @@ class Traced(Held):
 
     def norm(self, clip: Clip) -> Any:
         """The global norm."""
-        return self._recorded(clip, "keep", clip.name or "global_norm")[1]
+        return self._measured(clip, clip.name or "global_norm", each=False)[1]
+
+    def norms(self, clip: Clip) -> tuple[Any, Any]:
+        """The norm of each leaf, and the global norm; JAX differentiates both."""
+        return self._measured(clip, clip.name or "norms", each=True)
+
+    def _measured(self, clip: Clip, name: str, *, each: bool) -> tuple[Any, Any]:
+        with jax.enable_x64(True), jax.named_scope(name):
+            return _measured(self._axes, each, *_elements(clip))
 
     def _recorded(self, clip: Clip, policy: str, name: str) -> tuple[list[Any], Any]:
         with jax.enable_x64(True), jax.named_scope(name):
             given = clip.use_norm
             if given is not None:
                 given = limit_of("use_norm", given, check_use_norm)
-            values = [checked(leaf, partial(clip.path, i)) for i, leaf in enumerate(clip.leaves)]
-            rows = [_rows(leaf, partial(clip.path, i)) for i, leaf in enumerate(clip.leaves)]
+            values, rows = _elements(clip)
             lesson, kind = clip.clip_norm, None
             if isinstance(lesson, Lesson):
                 kind, limit = lesson.kind, _begun(lesson, [given, values, rows])
             else:
                 limit = limit_of("clip_norm", lesson, check_clip_norm)
-            norm, ruling, against, new = _recorded(
-                self._axes, policy, kind, limit, given, values, rows
+            norm, clip.each, ruling, against, new = _recorded(
+                self._axes, policy, kind, clip.wants_each, limit, given, values, rows
             )
             if kind is not None:
                 lesson.keep(ruling)
@@ -152,6 +165,12 @@ def limit_of(name: str, value: Any, check: Callable[[Any], Any]) -> Any:
     return value
 
 
+def _elements(clip: Clip) -> tuple[list[Any], list[Any]]:
+    """The elements of leaves, and of those that are sparse the `_rows`."""
+    paths = [partial(clip.path, place) for place in range(len(clip.leaves))]
+    return list(map(checked, clip.leaves, paths)), list(map(_rows, clip.leaves, paths))
+
+
 def _rows(leaf: Any, path: Callable[[], str]) -> Any:
     """The place of each row of a sparse leaf, and if it is in the array; None of a dense one."""
     if isinstance(leaf, BCOO):
@@ -176,27 +195,53 @@ class Found(NamedTuple):
     norm: Any  # in its dtype
     wide: Any  # as float64
     low: Any  # as float64, times `LOWER`
+    each: Any  # the norms of each, where they are wanted
     ruling: Ruling | None  # of a limit that learns
     limit: Any  # that they are clipped by
     against: Any  # the norm, as float64, that it is held against
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _recorded(
-    axes: Any, policy: str, kind: Any, limit: Any, given: Any, values: list[Any], rows: list[Any]
-) -> tuple[Any, Ruling | None, Any, list[Any]]:
-    found, new = clip_values(axes, policy, kind, limit, given, values, rows)
-    return found.norm, found.ruling, found.against, new
+    axes: Any,
+    policy: str,
+    kind: Any,
+    wants_each: bool,
+    limit: Any,
+    given: Any,
+    values: list[Any],
+    rows: list[Any],
+) -> tuple[Any, Any, Ruling | None, Any, list[Any]]:
+    asked = axes, policy, kind, wants_each
+    found, new = clip_values(*asked, limit, given, values, rows)
+    return found.norm, found.each, found.ruling, found.against, new
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+@partial(jax.jit, static_argnums=(0, 1))
+def _measured(axes: Any, wants_each: bool, values: list[Any], rows: list[Any]) -> tuple[Any, Any]:
+    """The norm of each, where they are wanted, and of all; XLA leaves out the new values."""
+    asked = axes, "keep", None, wants_each
+    found, _ = clip_values(*asked, jnp.float64(math.inf), None, values, rows)
+    return found.each, found.norm
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
 def clip_values(
-    axes: Any, policy: str, kind: Any, limit: Any, given: Any, values: list[Any], rows: list[Any]
+    axes: Any,
+    policy: str,
+    kind: Any,
+    wants_each: bool,
+    limit: Any,
+    given: Any,
+    values: list[Any],
+    rows: list[Any],
 ) -> tuple[Found, list[Any]]:
     """What is found, and new values; of a ``kind`` that learns, the limit is its state."""
     with jax.enable_x64(True):
-        wide, each = norms.is_wide(_OPS, [(x, None) for x in values]), None
-        if kind is not None and kind.per_tensor:
+        wide = norms.is_wide(_OPS, [(x, None) for x in values])
+        each: Any = None
+        per_tensor = kind is not None and kind.per_tensor
+        if per_tensor or wants_each:
             number, each = _norms(axes, values, rows, wide=wide)
         elif given is None:
             number = _norm(axes, values, rows, wide=wide)
@@ -204,17 +249,18 @@ def clip_values(
             number = numbers.number_of(_OPS, real(given))
         lower = number._replace(exponent=number.exponent + int(math.log2(LOWER)))
         pairs = ((number, wide), (number, True), (lower, True))
-        norm, norm64, low = (numbers.rounded(_OPS, each, wide=wide) for each, wide in pairs)
+        norm, norm64, low = (numbers.rounded(_OPS, one, wide=wide) for one, wide in pairs)
         ruling, held = None, number
-        if each is not None:
+        if per_tensor:
             ruling = judging.judged(kind, limit, numbers.rounded(_OPS, each, wide=True), norm64)
             limit, held = ruling.limit, _held_each(ruling.learnt, each, number)
         elif kind is not None:
             ruling = judging.judged(kind, limit, norm64)
             limit = jnp.where(ruling.skip, 0.0, ruling.limit)
         new = xla.carry_out(values, *decided(held, numbers.number_of(_OPS, real(limit)), policy))
-        against = norm64 if each is None else numbers.rounded(_OPS, held, wide=True)
-        return Found(norm, norm64, low, ruling, limit, against), new
+        against = numbers.rounded(_OPS, held, wide=True) if per_tensor else norm64
+        vector = numbers.rounded(_OPS, each, wide=wide) if wants_each else None
+        return Found(norm, norm64, low, vector, ruling, limit, against), new
 
 
 def _held_each(own: Any, each: numbers.Number, whole: numbers.Number) -> numbers.Number:
@@ -257,8 +303,12 @@ def _norms(
         return xla.norms_of(values, wide=wide)
     xs = []
     for x, places in zip(values, rows, strict=True):
-        parts = [x] if places is None else norms.addends(_OPS, [rows_of(x, places)])
-        xs.append(parts[0] if len(parts) == 1 else jnp.concatenate([p.ravel() for p in parts]))
+        if places is None:
+            xs.append(x)
+            continue
+        leaf = rows_of(x, places)
+        parts = norms.addends(_OPS, [leaf]) or [leaf[0]]  # which is empty
+        xs.append(jnp.concatenate([part.ravel() for part in parts]))
     words = xla.totals(xs)
     words = words if axes is None else lax.psum(words, axes)
     own = jnp.array([norms.is_wide(_OPS, [(x, None)]) for x in values], bool)
@@ -268,13 +318,17 @@ def _norms(
 
 
 @clip_values.defjvp
-def _clip_jvp(axes: Any, policy: str, kind: Any, primals: Any, tangents: Any) -> Any:
-    found, new = clip_values(axes, policy, kind, *primals)
+def _clip_jvp(
+    axes: Any, policy: str, kind: Any, wants_each: bool, primals: Any, tangents: Any
+) -> Any:
+    found, new = clip_values(axes, policy, kind, wants_each, *primals)
     with jax.enable_x64(True):
         still = jax.tree.map(zero_from_primal, found)
         # A limit that learns is a constant here, as what it has learnt is.
         d_limit = tangents[0] if kind is None else still.limit
         primals, tangents = (found.limit, *primals[1:]), (d_limit, *tangents[1:])
+        _, _, values, rows = primals
+        d_each = change_of_each(axes, found.each, values, rows, tangents[2]) if wants_each else None
         if found.ruling is not None and kind.per_tensor:
             own = found.ruling.learnt
             held = found.wide, found.against, found.limit, own
@@ -285,6 +339,7 @@ def _clip_jvp(axes: Any, policy: str, kind: Any, primals: Any, tangents: Any) ->
             norm=d_wide.astype(found.norm.dtype),
             wide=d_wide,
             low=d_wide * LOWER,
+            each=d_each,
             limit=d_limit,
         )
         return (found, new), (changes, d_new)

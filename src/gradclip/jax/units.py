@@ -35,7 +35,7 @@ def _clipped(rows: Any, limits: Any, policy: str) -> tuple[Any, Any]:
     """The norm of each row, float64, and rows that are clipped by their limits."""
 
     def clip(row: Any, limit: Any) -> tuple[Any, Any]:
-        found, (new,) = clip_values(None, policy, None, limit, None, [row], [None])
+        found, (new,) = clip_values(None, policy, None, False, limit, None, [row], [None])
         return found.wide, new
 
     found: tuple[Any, Any] = jax.vmap(clip)(rows, jnp.broadcast_to(limits, rows.shape[:1]))

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 import sys
 from typing import Any
 
 import keras
 import numpy as np
 
+from gradclip.core.limits import Limit
 from gradclip.keras.clipping import by_global_norm
-from gradclip.keras.optimizer import DOOR, NORMS, ExactGlobalNorm
+from gradclip.keras.optimizer import DOOR, ExactGlobalNorm
+from gradclip.record import Record, as_record
 
 
 class GlobalNorm(keras.callbacks.Callback):  # type: ignore[misc]
@@ -23,9 +27,22 @@ class GlobalNorm(keras.callbacks.Callback):  # type: ignore[misc]
       an update counts that changed a tensor. Where the backend flushes subnormal numbers, such a
       norm counts as 0.
 
+    With ``per_tensor=True`` also ``grad_norm/<path>`` of each trainable variable: the mean over the
+    epoch's updates of the norm of its gradient, from the pass that clips; of one without a gradient
+    0. The optimizer's ``last_norms`` has those of the latest update. A model that was fitted
+    without it before is compiled once more.
+
     An update that a loss scale or gradient accumulation leaves out does not count; both are NaN
     in an epoch without any. The place in ``callbacks=`` does not matter: it moves to the front,
     so that CSVLogger, TensorBoard and all others find its numbers.
+
+    Args:
+        per_tensor: log the norm of each variable's gradient too.
+        record: a `gradclip.Record`, or the path of one to open, which is told of each update: its
+            norm, that of each variable with ``per_tensor``, the limit, and if a limit skipped it.
+            Steps are the optimizer's ``iterations``, of which the first is 1, and those that a
+            limit has skipped; with ``steps_per_execution`` the last of each execution is told. For
+            it the host waits after each batch, as Keras does for the loss.
 
     Raises:
         TypeError: at the start of ``fit``, if the model's optimizer is none of `exact`, has no
@@ -42,6 +59,14 @@ class GlobalNorm(keras.callbacks.Callback):  # type: ignore[misc]
 
     __module__ = DOOR
 
+    def __init__(
+        self, *, per_tensor: bool = False, record: Record | str | os.PathLike[str] | None = None
+    ) -> None:
+        super().__init__()
+        self._per_tensor = per_tensor
+        self._record = None if record is None else as_record(record, {})
+        self._told, self._skipped = 0, 0
+
     def set_model(self, model: Any) -> None:
         """Take the model, and the first place among the callbacks."""
         super().set_model(model)
@@ -50,31 +75,94 @@ class GlobalNorm(keras.callbacks.Callback):  # type: ignore[misc]
         if isinstance(caller, keras.callbacks.CallbackList):
             caller.callbacks.remove(self)
             caller.callbacks.insert(0, self)
+        # Keras makes the function for steps next, and takes variables only before.
+        if self._per_tensor:
+            self._watch(model)
+
+    def _watch(self, model: Any) -> None:
+        with _scope(model):
+            if _optimizer_of(model).watch_each():
+                model.train_function = None
 
     def on_train_begin(self, logs: Any = None) -> None:  # noqa: ARG002
         """Find the optimizer."""
-        found = getattr(self.model.optimizer, "inner_optimizer", self.model.optimizer)
-        if not isinstance(found, ExactGlobalNorm) or found.global_clipnorm is None:
-            raise TypeError(
-                f"GlobalNorm needs an optimizer of gradclip.keras with a global_clipnorm (inf: "
-                f"only measure), but the model has {found!r}"
-            )
-        if not by_global_norm(found):
-            raise TypeError(
-                f"GlobalNorm finds clipnorm {found.clipnorm!r} beside global_clipnorm "
-                f"{found.global_clipnorm!r}: Keras clips by clipnorm then, and measures no global "
-                "norm; set clipnorm to None"
-            )
-        self._optimizer = found
+        self._optimizer = _optimizer_of(self.model)
+        if self._optimizer.built and self._record is not None:
+            self._skipped = self._skips()
+            self._told = int(self._optimizer.iterations) + self._skipped
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:  # noqa: ARG002
+        """Tell the record of the update, if there was one."""
+        if self._record is None:
+            return
+        _ = self.model  # at which Keras writes what JAX has computed into the variables
+        optimizer = self._optimizer
+        before, self._skipped = self._skipped, self._skips()
+        step = int(optimizer.iterations) + self._skipped
+        if step == self._told:
+            return  # left out by a loss scale, or added to others
+        self._told = step
+        limit = optimizer.global_clipnorm
+        if isinstance(limit, Limit):
+            limit = optimizer.last_limit
+        elif math.isinf(limit):
+            limit = None
+        source = optimizer.last_norms if self._per_tensor else optimizer.last_global_norm
+        self._record(step, source, limit=limit, skipped=self._skipped > before)
+
+    def _skips(self) -> int:
+        """How many updates a limit that learns has left out."""
+        limit = self._optimizer.global_clipnorm
+        return self._optimizer.skipped_steps if isinstance(limit, Limit) else 0
+
+    def on_train_end(self, logs: Any = None) -> None:  # noqa: ARG002
+        """Have the record written."""
+        if self._record is not None:
+            self._record.flush()
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:  # noqa: ARG002
         """Start to count anew."""
         # Where the model's input shape is not known, it is not built before its first step.
         if self._optimizer.built:
-            self._optimizer.assign(self._optimizer._norms, np.zeros(NORMS, np.float32))
+            for variable in self._counts():
+                self._optimizer.assign(variable, keras.ops.zeros(variable.shape))
+
+    def _counts(self) -> list[Any]:
+        each = self._optimizer._each
+        return [self._optimizer._norms, *([] if each is None else [each.variable])]
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:  # noqa: ARG002
         """Write the epoch's mean and share into the logs."""
         _, mean, clipped, count = np.asarray(self._optimizer._norms.value).tolist()
         logs["global_norm"] = mean if count else math.nan
         logs["clipped"] = clipped / count if count else math.nan
+        if self._per_tensor:
+            for name, mean in self._optimizer._each.means().items():
+                logs[f"grad_norm/{name}"] = mean if count else math.nan
+
+
+def _optimizer_of(model: Any) -> Any:
+    """The optimizer of a model, which clips by the global norm.
+
+    Raises:
+        TypeError: it does not.
+    """
+    found = getattr(model.optimizer, "inner_optimizer", model.optimizer)
+    if not isinstance(found, ExactGlobalNorm) or found.global_clipnorm is None:
+        raise TypeError(
+            f"GlobalNorm needs an optimizer of gradclip.keras with a global_clipnorm (inf: "
+            f"only measure), but the model has {found!r}"
+        )
+    if not by_global_norm(found):
+        raise TypeError(
+            f"GlobalNorm finds clipnorm {found.clipnorm!r} beside global_clipnorm "
+            f"{found.global_clipnorm!r}: Keras clips by clipnorm then, and measures no global "
+            "norm; set clipnorm to None"
+        )
+    return found
+
+
+def _scope(model: Any) -> contextlib.AbstractContextManager[Any]:
+    """Where variables of a model are made: on all replicas of TensorFlow."""
+    strategy = getattr(model, "distribute_strategy", None)
+    return contextlib.nullcontext() if strategy is None else strategy.scope()

@@ -27,9 +27,12 @@ def by_global_norm(optimizer: Any) -> bool:
     return isinstance(limit, Limit) or bool(limit and limit > 0)
 
 
-def clip(optimizer: Any, grads: Sequence[Any]) -> tuple[list[Any], Any]:
+def clip(
+    optimizer: Any, grads: Sequence[Any], *, wants_each: bool = False
+) -> tuple[list[Any], Any, Any]:
     """Sum gradients over the replicas, if there are any, and clip the sums."""
-    return clip_sums(sums(optimizer, grads), optimizer.global_clipnorm)
+    summed = sums(optimizer, grads)
+    return clip_sums(summed, optimizer.global_clipnorm, wants_each=wants_each)
 
 
 def sums(optimizer: Any, grads: Sequence[Any]) -> list[Any]:
@@ -45,9 +48,13 @@ def sums(optimizer: Any, grads: Sequence[Any]) -> list[Any]:
     return [grad if _is_gradient(grad) else keras.ops.convert_to_tensor(grad) for grad in grads]
 
 
-def clip_sums(grads: Sequence[Any], limit: Any) -> tuple[list[Any], Any]:
-    """Clip gradients that are summed; an error names each by its variable."""
-    return as_it_is(clipped)(grads, limit, called=partial(_called, _variables.get()))
+def clip_sums(grads: Sequence[Any], limit: Any, *, wants_each: bool) -> tuple[list[Any], Any, Any]:
+    """Clip gradients that are summed; an error names each by its variable.
+
+    Third comes the norm of each, but for those that are None, if it ``wants_each``.
+    """
+    called = partial(_called, _variables.get())
+    return as_it_is(clipped)(grads, limit, called=called, wants_each=wants_each)
 
 
 def as_it_is(function: Callable[..., T]) -> Callable[..., T]:
@@ -111,5 +118,9 @@ def _called(variables: Sequence[Any], place: int) -> str:
     """What errors call the gradient at this place."""
     if place >= len(variables):
         return f"grads[{place}]"
-    variable = variables[place]
-    return f"grads[{getattr(variable, 'path', variable.name)!r}]"
+    return f"grads[{path_of(variables[place])!r}]"
+
+
+def path_of(variable: Any) -> str:
+    """The name of a variable within its model."""
+    return str(getattr(variable, "path", variable.name))

@@ -8,27 +8,26 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import keras
-import numpy as np
 
 from gradclip.core.decide import check_clip_norm
 from gradclip.core.limits import Limit
+from gradclip.core.norms import Norms
 from gradclip.keras.clipping import (
     applying,
     as_it_is,
     by_global_norm,
     clip,
     clip_sums,
-    is_slices,
     replicas,
     rows,
     sums,
 )
 from gradclip.keras.learning import Learnt, OptimizersLesson, config_of, limit_of
+from gradclip.keras.measured import NORMS, EachNorm, are_same, at_most
+from gradclip.keras.saving import load, saved_variables, take
 
 # Where users import from: what is saved or pickled is looked for there.
 DOOR = "gradclip.keras"
-
-NORMS = 4  # the latest norm, their mean, how many were clipped, how many there were
 
 
 class ExactGlobalNorm:
@@ -39,6 +38,8 @@ class ExactGlobalNorm:
     _global_clipnorm: Any  # a number, a limit that learns, or None
     _norms: Any
     _learnt: Any
+    _each: EachNorm | None = None
+    _watches = False
     _waiting: Sequence[Any] = ()
     _seen: Any = None
     variables: list[Any]
@@ -133,19 +134,41 @@ class ExactGlobalNorm:
             )
             if isinstance(self.global_clipnorm, Limit):
                 self._learnt = Learnt(self, self.global_clipnorm, len(variables))
+            if self._watches:
+                self._each = EachNorm(self, variables)
             if self._waiting:
-                self._take(self._waiting)
+                take(self, self._waiting)
+
+    def watch_each(self) -> bool:
+        """Keep the norm of each gradient too, from the next step on.
+
+        Returns:
+            If that takes a variable more in an optimizer that is built, so that a step which has
+            been compiled before has to be compiled anew.
+        """
+        first, self._watches = not self._watches, True
+        if first and self.built:
+            self._each = EachNorm(self, self._trainable_variables)
+        return first and self.built
+
+    @property
+    def last_norms(self) -> Norms:
+        """The norm of each variable's gradient in the latest update, and the global one, float32.
+
+        A variable without a gradient has a norm of 0. Nothing is read from the device.
+
+        Raises:
+            AttributeError: no `GlobalNorm` with ``per_tensor=True`` has asked for it in a ``fit``.
+        """
+        if self._each is None:
+            raise AttributeError("last_norms needs a fit with GlobalNorm(per_tensor=True)")
+        return self._each.norms(self.last_global_norm)
 
     @property
     def _ours(self) -> list[Any]:
-        """The variables that Keras's own optimizer has not."""
+        """The variables that Keras's own optimizer has not, and that are saved."""
         learnt = [self._learnt.variable] if hasattr(self, "_learnt") else []
         return [self._norms, *learnt] if hasattr(self, "_norms") else []
-
-    def _take(self, saved: Sequence[Any]) -> None:
-        """Go on from what was saved of our variables; what was not saved begins."""
-        for variable, value in zip(self._ours, saved, strict=False):
-            self.assign(variable, value)
 
     def get_config(self) -> dict[str, Any]:
         """As Keras does, with a limit that learns as a dict."""
@@ -159,27 +182,19 @@ class ExactGlobalNorm:
         new = {**config, "global_clipnorm": limit}
         return super().from_config(new, custom_objects)  # type: ignore[misc]
 
+    def save_own_variables(self, store: Any) -> None:
+        """As Keras does, without the norms of each gradient."""
+        for place, variable in enumerate(saved_variables(self)):
+            store[str(place)] = variable.numpy()
+
     def load_own_variables(self, store: Any) -> None:
         """Take over what was saved, also from Keras's own optimizer, which keeps no norms.
 
         An optimizer without other variables has nowhere to put the norms before it is built; they
         wait until it is.
         """
-        ours = self._ours
-        others = [each for each in self.variables if all(each is not one for one in ours)]
-        more = [np.asarray(store[str(place)]) for place in range(len(others), len(store.keys()))]
-        same = len(store.keys()) == len(self.variables)
-        fits = len(more) < len(ours) and _alike(more, ours[: len(more)])
-        waits = not ours and more and _could_be_ours(more)
-        if same or not (fits or waits) or len(store.keys()) < len(others):
+        if not load(self, store):
             super().load_own_variables(store)  # type: ignore[misc]
-            return
-        for place, variable in enumerate(others):
-            variable.assign(store[str(place)])
-        if waits:
-            self._waiting = more
-        else:
-            self._take(more)
 
     def __reduce__(self) -> Any:
         """As Keras does; of a class that only `exact` has, by the class that it was made of."""
@@ -220,6 +235,7 @@ class ExactGlobalNorm:
         if keras.backend.backend() != "jax":
             return [each for each in weights if each.constraint is not None]
         counts = [self._iterations, *self._ours, *getattr(self, "_accumulated_gradients", ())]
+        counts += [] if self._each is None else [self._each.variable]
         state = [each for each in self.variables if all(each is not one for one in counts)]
         return [*weights, *state]
 
@@ -257,22 +273,34 @@ class ExactGlobalNorm:
             return super()._clip_gradients(grads)  # type: ignore[misc]
         if hasattr(self, "_learnt") and isinstance(self._global_clipnorm, Limit):
             return as_it_is(self._clip_and_learn)(grads)
-        new, norm = clip(self, grads)
+        if self._each is not None:
+            return as_it_is(self._clip_and_watch)(grads)
+        new, norm, _ = clip(self, grads)
+        self._note(norm)
+        return new
+
+    def _clip_and_watch(self, grads: list[Any]) -> list[Any]:
+        new, norm, each = clip(self, grads, wants_each=True)
+        self._note(norm, rows(self, grads), each)
+        return new
+
+    def _note(self, norm: Any, rows: Sequence[int] = (), each: Any = None) -> None:
+        """Record a norm that was held against a number."""
         if hasattr(self, "_norms"):
             limit = self._global_clipnorm
             assert limit is not None, "it was clipped"
-            largest = _at_most(limit, keras.backend.standardize_dtype(norm.dtype))
-            self._record(norm, norm <= largest)
-        return new
+            largest = at_most(limit, keras.backend.standardize_dtype(norm.dtype))
+            self._record(norm, norm <= largest, rows, each)
 
     def _clip_and_learn(self, grads: list[Any]) -> list[Any]:
-        lesson = OptimizersLesson(self._global_clipnorm, self._learnt, rows(self, grads))
+        places = rows(self, grads)
+        lesson = OptimizersLesson(self._global_clipnorm, self._learnt, places)
         summed = sums(self, grads)
-        new, norm = clip_sums(summed, lesson)
+        new, norm, each = clip_sums(summed, lesson, wants_each=self._each is not None)
         within = lesson.write(self, norm)
         if within is None:  # each had a limit of its own
-            within = _are_same(summed, new)
-        self._record(norm, within)
+            within = are_same(summed, new)
+        self._record(norm, within, places, each)
         return new
 
     def _all_reduce_sum_gradients(self, grads_and_vars: Any) -> Any:
@@ -280,42 +308,15 @@ class ExactGlobalNorm:
             return super()._all_reduce_sum_gradients(grads_and_vars)  # type: ignore[misc]
         return grads_and_vars  # `clip` has summed them
 
-    def _record(self, norm: Any, is_within: Any) -> None:
+    def _record(self, norm: Any, is_within: Any, rows: Sequence[int], each: Any) -> None:
         within = keras.ops.cast(is_within, "float32")
         norm = keras.ops.cast(norm, "float32")
         _, mean, clipped, count = keras.ops.unstack(keras.ops.convert_to_tensor(self._norms), NORMS)
         # A running mean: a sum of a million float32 would stop growing.
         mean = mean + (norm - mean) / (count + 1)
+        if self._each is not None and each is not None:
+            self._each.record(self, rows, each, count)
         self.assign(self._norms, keras.ops.stack([norm, mean, clipped + 1 - within, count + 1]))
-
-
-def _alike(saved: list[Any], variables: list[Any]) -> bool:
-    return [each.shape for each in saved] == [tuple(each.shape) for each in variables]
-
-
-def _could_be_ours(saved: list[Any]) -> bool:
-    """If these are norms, and what a limit has learnt, and nothing else."""
-    norms, *learnt = saved
-    return norms.shape == (NORMS,) and all(each.dtype == np.int32 for each in learnt)
-
-
-def _are_same(old: list[Any], new: list[Any]) -> Any:
-    """If gradients were not changed."""
-    pairs = [
-        (each.values for each in pair) if is_slices(pair[0]) else pair
-        for pair in zip(old, new, strict=True)
-        if pair[0] is not None
-    ]
-    same = [keras.ops.all(keras.ops.equal(*pair)) for pair in pairs]
-    return keras.ops.all(keras.ops.stack(same))
-
-
-def _at_most(limit: float, dtype: str) -> float:
-    """The largest number of a dtype that is at most ``limit``: ``norm <= it`` is then exact."""
-    kind = np.dtype(dtype).type
-    with np.errstate(over="ignore"):
-        rounded = kind(limit)
-    return float(rounded if float(rounded) <= limit else np.nextafter(rounded, kind(0)))
 
 
 def _restored(optimizer_class: Any, *state: Any) -> Any:

@@ -36,27 +36,32 @@ that comes back has another structure, for which ``jax.jit`` compiles once more 
     )
 
 Orbax and ``flax.serialization`` restore into a state of the structure that was saved: give them the
-one of optax's own optimizer, and go on from there.
+one of optax's own optimizer, and go on from there. All of this holds too where ``per_leaf=True`` is
+new: a state that was saved without it is what an update goes on from, and the other way round.
 """
 
 from gradclip.optax.adaptive import adaptive_grad_clip
 from gradclip.optax.clipping import (
     ClipByGlobalNormState,
     ClipByLimitState,
+    ClipPerLeafState,
     clip_by_global_norm,
 )
 from gradclip.optax.examples import per_example_global_norm_clip
+from gradclip.optax.leaves import norms_of
 from gradclip.optax.steps import ApplyClippedState, apply_clipped
 
 __all__ = [
     "ApplyClippedState",
     "ClipByGlobalNormState",
     "ClipByLimitState",
+    "ClipPerLeafState",
     "adaptive_grad_clip",
     "apply_clipped",
     "clip_by_global_norm",
+    "norms_of",
     "per_example_global_norm_clip",
 ]
 
-for _state in (ApplyClippedState, ClipByGlobalNormState, ClipByLimitState):
+for _state in (ApplyClippedState, ClipByGlobalNormState, ClipByLimitState, ClipPerLeafState):
     _state.__module__ = __name__  # by which states are pickled, wherever the code stands

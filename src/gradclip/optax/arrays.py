@@ -57,10 +57,10 @@ def norm_dtype(params: Any) -> str:
 
 def number_of_leaves(tree: Any) -> int:
     """How many leaves of updates are clipped; of parameters, of their updates."""
-    return sum(map(_is_clipped, jax.tree.leaves(tree, is_leaf=is_leaf)))
+    return sum(map(is_clipped, jax.tree.leaves(tree, is_leaf=is_leaf)))
 
 
-def _is_clipped(leaf: Any) -> bool:
+def is_clipped(leaf: Any) -> bool:
     """If it is a number, or an array of those that have a gradient."""
     dtype = getattr(values_of(leaf), "dtype", None)
     return (

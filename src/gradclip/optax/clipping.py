@@ -70,7 +70,22 @@ class ClipByLimitState(NamedTuple):
         return judging.numbers_of(self.limit_state)
 
 
-State = ClipByGlobalNormState | ClipByLimitState
+class ClipPerLeafState(NamedTuple):
+    """What `clip_by_global_norm` has measured with ``per_leaf=True``.
+
+    Attributes:
+        norms: of each leaf of the latest updates, before clipping; 0 before the first. A vector of
+            the dtype of ``global_norm``, in the order of ``jax.tree.leaves``; `norms_of` has their
+            names. What gradient flows through it is that of norms.
+        clip_state: all else, as without ``per_leaf``.
+    """
+
+    norms: jax.Array
+    clip_state: ClipByGlobalNormState | ClipByLimitState
+
+
+Inner = ClipByGlobalNormState | ClipByLimitState
+State = Inner | ClipPerLeafState
 
 
 def clip_by_global_norm(
@@ -78,6 +93,7 @@ def clip_by_global_norm(
     *,
     on_nonfinite: OnNonfinite = "nan",
     axis_name: Any = None,
+    per_leaf: bool = False,
 ) -> optax.GradientTransformation:
     """Scale updates down together so that their global norm is at most ``max_norm``.
 
@@ -102,17 +118,22 @@ def clip_by_global_norm(
         axis_name: the name, or a tuple of names, of the axes of ``jax.shard_map`` or ``jax.vmap``
             along which lie other parts of the same updates. What is replicated along them counts
             once for each device.
+        per_leaf: keep the norm of each leaf too, from the same pass, in a `ClipPerLeafState`. An
+            optimizer takes this up, or leaves it, in the midst of a training: an update goes on
+            from the state of either.
 
     Returns:
         A transformation whose state is a `ClipByGlobalNormState`, or of a limit that learns a
-        `ClipByLimitState`. Its updates keep shapes and dtypes: float16, bfloat16, float8, float32,
-        float64, complex64, complex128. NumPy arrays and Python numbers become JAX arrays.
+        `ClipByLimitState`, which with ``per_leaf`` is in a `ClipPerLeafState`. Its updates keep
+        shapes and dtypes: float16, bfloat16, float8, float32, float64, complex64, complex128. NumPy
+        arrays and Python numbers become JAX arrays.
 
     Raises:
         TypeError: ``max_norm`` is no real number; in an update, a leaf is of another dtype, or the
             state is another's.
         ValueError: ``max_norm`` or ``on_nonfinite`` is out of range; in an update under jit,
-            ``on_nonfinite`` is ``"raise"``.
+            ``on_nonfinite`` is ``"raise"``; with ``per_leaf``, updates have not as many leaves as
+            the parameters that the state was made for.
         FloatingPointError: in an update, with ``on_nonfinite="raise"``.
 
     Follows ``optax.clip_by_global_norm``, with the differences that `gradclip.optax` lists.
@@ -123,7 +144,7 @@ def clip_by_global_norm(
     >>> print(clipped["w"], clipped["b"], optax.tree.get(state, "global_norm"), state.factor)
     [1.5] [2.] 5.0 0.5
     """
-    clipping = Clipping(max_norm, on_nonfinite, axis_name)
+    clipping = Clipping(max_norm, on_nonfinite, axis_name, per_leaf=per_leaf)
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, State]:
         clipped, state, _ = clipping.step(updates, state, params)
@@ -135,10 +156,13 @@ def clip_by_global_norm(
 class Clipping:
     """What clips, and says if a step is to be skipped."""
 
-    def __init__(self, max_norm: Any, on_nonfinite: OnNonfinite, axis_name: Any) -> None:
+    def __init__(
+        self, max_norm: Any, on_nonfinite: OnNonfinite, axis_name: Any, *, per_leaf: bool
+    ) -> None:
         _clip.check_policy(on_nonfinite)
         self._on_nonfinite = on_nonfinite
         self._axis_name = axis_name
+        self._per_leaf = per_leaf
         self._schedule: Callable[[Any], Any] | None = None
         self._learner: Limit | None = None
         if isinstance(max_norm, Limit):
@@ -155,6 +179,10 @@ class Clipping:
 
     def init(self, params: Any) -> State:
         """The state before the first update."""
+        first = self._first(params)
+        return ClipPerLeafState(_no_norms(params, first), first) if self._per_leaf else first
+
+    def _first(self, params: Any) -> Inner:
         dtype = norm_dtype(params)
         with jax.enable_x64(True):
             counts = jnp.zeros((2,), "int32")
@@ -168,21 +196,35 @@ class Clipping:
 
     def step(self, updates: Any, state: Any, params: Any) -> tuple[Any, State, Any]:
         """The clipped updates, the state after them, and if the step is to be skipped."""
-        state = self._state(state, updates if params is None else params)
+        like = updates if params is None else params
+        known = state if isinstance(state, ClipPerLeafState) else None
+        inner = self._state(state if known is None else known.clip_state, like)
+        clipped, inner, skip, each = self._step(updates, inner)
+        if not self._per_leaf:
+            return clipped, inner, skip
+        norms = _no_norms(like, inner) if known is None else known.norms
+        if each is not None:  # there was something to clip
+            _check_norms(norms, each)
+            with jax.enable_x64(True):
+                norms = each.astype(norms.dtype)
+        return clipped, ClipPerLeafState(norms, inner), skip
+
+    def _step(self, updates: Any, state: Any) -> tuple[Any, Inner, Any, Any]:
+        """The same, and the norm of each leaf."""
         if self._learner is None:
             limit = self._fixed if self._schedule is None else _limit(self._schedule(state.count))
-            clipped, norm = self._clipped(updates, limit)
+            clipped, norm, each = self._clipped(updates, limit)
             with jax.enable_x64(True):
-                return clipped, _after(state, norm, limit), False
+                return clipped, _after(state, norm, limit), False, each
         judging.check_bits(self._learner, state.limit_state, self._shape(updates))
         lesson = judging.PassedLesson(self._learner, state.limit_state)
-        clipped, norm = self._clipped(updates, lesson)
+        clipped, norm, each = self._clipped(updates, lesson)
         if lesson.after is None:  # there was nothing to clip
-            return clipped, state._replace(count=optax.safe_increment(state.count)), False
+            return clipped, state._replace(count=optax.safe_increment(state.count)), False, each
         with jax.enable_x64(True):
             limits = lesson.in_force, lesson.against, lesson.skip
             new = _learnt(state, norm, *limits, lesson.after)
-        return clipped, new, lesson.skip if self.skips else False
+        return clipped, new, lesson.skip if self.skips else False, each
 
     def _shape(self, tree: Any) -> tuple[int, ...]:
         """That of limits: of tensors, one for each."""
@@ -199,25 +241,25 @@ class Clipping:
         if isinstance(state, wanted):
             return state
         if state is None or isinstance(state, optax.EmptyState):
-            return self.init(params)
-        if not isinstance(state, State):
+            return self._first(params)
+        if not isinstance(state, Inner):
             raise TypeError(_WRONG_STATE.format(type(state).__name__))
         known = ("global_norm", "count", "clipped_count")
-        return self.init(params)._replace(**{name: getattr(state, name) for name in known})
+        return self._first(params)._replace(**{name: getattr(state, name) for name in known})
 
-    def _clipped(self, updates: Any, limit: Any) -> tuple[Any, Any]:
-        """The clipped updates and their norm."""
+    def _clipped(self, updates: Any, limit: Any) -> tuple[Any, Any, Any]:
+        """The clipped updates, their norm, and that of each leaf, if it is wanted."""
         updates = arrays_of(updates, "updates")
         if not any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(updates)):
-            return updates, jnp.zeros((), "float32")
-        clipped: tuple[Any, Any] = _clip.clipped(
+            return updates, jnp.zeros((), "float32"), None
+        return _clip.clipped(
             updates,
             limit,
             on_nonfinite=self._on_nonfinite,
             group=self._axis_name,
             called="updates",
+            wants_each=self._per_leaf,
         )
-        return clipped
 
 
 _WRONG_STATE = (
@@ -233,8 +275,21 @@ def _limit(max_norm: Any) -> Any:
     return np.float64(check_clip_norm(max_norm, "max_norm"))
 
 
+def _no_norms(params: Any, state: Inner) -> Any:
+    with jax.enable_x64(True):
+        return jnp.zeros(number_of_leaves(params), state.global_norm.dtype)
+
+
+def _check_norms(norms: Any, each: Any) -> None:
+    if norms.shape != each.shape:
+        raise ValueError(
+            f"the updates have {each.shape[0]} leaves, and the state was made for parameters of "
+            f"{norms.shape[0]}: with per_leaf=True they have to be as many"
+        )
+
+
 @jax.jit
-def _after(state: State, norm: Any, limit: Any, against: Any = None) -> ClipByGlobalNormState:
+def _after(state: Inner, norm: Any, limit: Any, against: Any = None) -> ClipByGlobalNormState:
     """The state after an update of this norm. Call it with float64 enabled."""
     dtype = state.global_norm.dtype
     held = norm if against is None else against
@@ -250,7 +305,7 @@ def _after(state: State, norm: Any, limit: Any, against: Any = None) -> ClipByGl
 
 @jax.jit
 def _learnt(
-    state: State, norm: Any, limit: Any, against: Any, skip: Any, bits: Any
+    state: Inner, norm: Any, limit: Any, against: Any, skip: Any, bits: Any
 ) -> ClipByLimitState:
     """The same of a limit that learns."""
     held = norm if jnp.ndim(limit) == 0 else against

@@ -32,6 +32,7 @@ def apply_clipped(
     *,
     on_nonfinite: OnNonfiniteStep = "nan",
     axis_name: Any = None,
+    per_leaf: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Clip updates, hand them to an optimizer, and hold it still in steps that are skipped.
 
@@ -47,6 +48,7 @@ def apply_clipped(
         max_norm: as in `clip_by_global_norm`.
         on_nonfinite: as in `clip_by_global_norm`, or ``"skip"``.
         axis_name: as in `clip_by_global_norm`.
+        per_leaf: as in `clip_by_global_norm`.
 
     Returns:
         A transformation whose state is an `ApplyClippedState`. It hands further arguments of an
@@ -67,7 +69,8 @@ def apply_clipped(
     """
     check_on_nonfinite(on_nonfinite, steps=True)
     skips_nonfinite = on_nonfinite == "skip"
-    clipping = Clipping(max_norm, "nan" if on_nonfinite == "skip" else on_nonfinite, axis_name)
+    policy = "nan" if on_nonfinite == "skip" else on_nonfinite
+    clipping = Clipping(max_norm, policy, axis_name, per_leaf=per_leaf)
     inner = optax.with_extra_args_support(inner)
 
     def init(params: Any) -> ApplyClippedState:

@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from gradclip.core.decide import check_no_group
 from gradclip.core.held import Held
+from gradclip.core.norms import Norms
 from gradclip.core.protocol import Beside
 from gradclip.core.workers import nobody
 from gradclip.tensorflow import eager
@@ -72,3 +73,16 @@ def _distinct_variables(leaves: Sequence[Any], path: Callable[[int], str]) -> li
                 "tf.Variable can; clip_by_global_norm returns new tensors"
             )
     return list({id(leaf): leaf for leaf in leaves}.values())
+
+
+def _flattened(norms: Norms) -> tuple[Any, tuple[Any, Any]]:
+    return norms.paths, (norms.values, norms.global_norm)
+
+
+def _norms(_: type[Norms], paths: Any, parts: tuple[Any, Any]) -> Norms:
+    return Norms(*parts, paths)
+
+
+# By these TensorFlow knows a nest, which a tf.function can then return.
+Norms.__tf_flatten__ = _flattened  # type: ignore[attr-defined]
+Norms.__tf_unflatten__ = classmethod(_norms)  # type: ignore[attr-defined]

@@ -14,7 +14,7 @@ from gradclip.core.exact import Scaled
 from gradclip.core.held import Clip
 from gradclip.core.memory import Lesson, Memory
 from gradclip.kernels.cpu.arithmetic import ieee_arithmetic
-from gradclip.kernels.traced.clip import clip, clip_learning
+from gradclip.kernels.traced.clip import clip, clip_learning, norms_of_each
 from gradclip.tensorflow import eager
 from gradclip.tensorflow.derivative import grouped, pulled_back
 from gradclip.tensorflow.leaf import checked, is_slices, tensor_of
@@ -50,11 +50,15 @@ class Call:
 
     @property
     def outputs(self) -> list[tuple[Any, Any]]:
-        """Dtype and shape of what comes out: norm, norm as float64, and new values."""
+        """Dtype and shape of what comes out: norm, norm as float64, and new values.
+
+        Then, where they are wanted, the norms of each.
+        """
         values = [parts[0] for parts in grouped(self.tensors)]
         wide = any(each.dtype in (tf.float64, tf.complex128) for each in values)
-        norms = [(tf.float64 if wide else tf.float32, ()), (tf.float64, ())]
-        return norms + [(each.dtype, each.shape) for each in values]
+        dtype = tf.float64 if wide else tf.float32
+        found = [(dtype, ()), (tf.float64, ()), *((each.dtype, each.shape) for each in values)]
+        return [*found, (dtype, (len(values),))] if self.clip.wants_each else found
 
     @property
     def label(self) -> str:
@@ -70,16 +74,22 @@ class Call:
         self, tensors: Sequence[Any], kind: type[Clip], limit: Any, given: Any = None
     ) -> list[Any]:
         leaves = [_leaf(parts) for parts in grouped(tensors)]
-        run = kind(leaves, self.clip.path, limit, given, self.policy)
+        wants_each = self.clip.wants_each
+        run = kind(leaves, self.clip.path, limit, given, self.policy, wants_each=wants_each)
         with ieee_arithmetic():  # TensorFlow's own threads flush subnormal numbers
             new, norm, exact = eager.hold(leaves, run.path).clipped_by_host(run)
             wide = float(exact)
-        return [norm, tf.constant(wide, tf.float64), *map(tensor_of, new)]
+        found = [norm, tf.constant(wide, tf.float64), *map(tensor_of, new)]
+        return [*found, run.each] if wants_each else found
 
     def by_operations(self, tensors: Sequence[Any], limits: Sequence[Any]) -> list[Any]:
         """The same by TensorFlow's own operations."""
-        limit, *given = limits
-        return clip(Operations(), _pairs(tensors), limit, given[0] if given else None, self.policy)
+        (limit, *given), pairs = limits, _pairs(tensors)
+        found = clip(Operations(), pairs, limit, given[0] if given else None, self.policy)
+        return found + self._each_by_operations(pairs)
+
+    def _each_by_operations(self, pairs: Sequence[tuple[Any, Any]]) -> list[Any]:
+        return [norms_of_each(Operations(), pairs)] if self.clip.wants_each else []
 
     def pulled_back(
         self,
@@ -90,7 +100,7 @@ class Call:
     ) -> list[Any]:
         """The gradient with respect to the inputs; ``wide`` is the norm that they have."""
         tensors, (limit, *given) = self.parted(inputs)
-        return pulled_back(tensors, limit, given, self.policy, wide, changes)
+        return pulled_back(tensors, limit, given, self.policy, wide, _followed(tensors, changes))
 
 
 @dataclass(frozen=True)
@@ -124,8 +134,9 @@ class Learning(Call):
     def by_operations(self, tensors: Sequence[Any], limits: Sequence[Any]) -> list[Any]:
         """The same by TensorFlow's own operations."""
         known = [self.packing.of_tensor(each).state for each in limits]
-        lesson = self._lesson(known, PLACE)
-        new = clip_learning(Operations(), _pairs(tensors), lesson, self.policy, PLACE)
+        lesson, pairs = self._lesson(known, PLACE), _pairs(tensors)
+        new = clip_learning(Operations(), pairs, lesson, self.policy, PLACE)
+        new += self._each_by_operations(pairs)
         return [*new, self.packing.tensor(*_found(lesson))]
 
     def _lesson(self, known: Sequence[Any], place: Any) -> Lesson:
@@ -148,7 +159,7 @@ class Learning(Call):
                 "tape, or by one limit for all tensors"
             )
         limit = tf.where(packed[SKIP] > 0, tf.zeros_like(packed[LIMIT]), packed[LIMIT])
-        new = pulled_back(tensors, limit, [], self.policy, wide, changes[: len(results) - 1])
+        new = pulled_back(tensors, limit, [], self.policy, wide, _followed(tensors, changes))
         return [*new[:-1], *(None for _ in state)]
 
 
@@ -217,6 +228,11 @@ class _Run(Clip):
         """The limit, and the norm if it is given."""
         given = None if self.use_norm is None else Scaled.of(max(float(self.use_norm), 0.0))
         return max(float(self.clip_norm), 0.0), given
+
+
+def _followed(tensors: Sequence[Any], changes: Sequence[Any]) -> Sequence[Any]:
+    """The changes of the norm, twice, and of new values: of what comes behind none is followed."""
+    return changes[: 2 + len(grouped(tensors))]
 
 
 def _pairs(tensors: Sequence[Any]) -> list[tuple[Any, Any]]:

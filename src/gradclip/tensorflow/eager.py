@@ -48,9 +48,15 @@ class Leaves(host.Leaves):
         return host.nonfinite(_values(leaf, str))
 
     def scalar(self, norm: Scaled, *, wide: bool = False) -> Any:
-        """The norm as a tensor, where the first leaf is."""
+        return self._beside(self.norm_of_numpy(norm, wide=wide))
+
+    def vector(self, norms: ScaledArray, *, wide: bool = False) -> Any:
+        return self._beside(self.vector_of_numpy(norms, wide=wide))
+
+    def _beside(self, value: Any) -> Any:
+        """A tensor where the first leaf is."""
         with tf.device(tensor_of(self.leaves[0]).device if self.leaves else None):
-            return tf.constant(self.norm_of_numpy(norm, wide=wide))
+            return tf.constant(value)
 
     def copied(self) -> list[Any]:
         """The leaves themselves: no tensor can be changed."""

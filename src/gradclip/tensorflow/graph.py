@@ -59,6 +59,8 @@ class Followed(Held):
         with tf.name_scope(clip.name or first) as scope:
             call = call_of(clip)
             norm, _, *new = _clipped(call)
+            if clip.wants_each:
+                clip.each = _unfollowed(new.pop())
             if clip.use_norm is not None:
                 return _named(call, new, scope), norm
             norm = tf.identity(norm, name="global_norm")
@@ -73,6 +75,14 @@ class Followed(Held):
             norm, *_ = _measured(call_of(clip))
             return tf.identity(norm, name="global_norm")
 
+    @tf.autograph.experimental.do_not_convert  # type: ignore[untyped-decorator]
+    def norms(self, clip: Clip) -> tuple[Any, Any]:
+        """The norm of each leaf, of which a tape sees nothing, and the global norm."""
+        clip.wants_each = True
+        with tf.name_scope(clip.name or "norms"):
+            norm, *_, each = _measured(call_of(clip))
+            return _unfollowed(each), tf.identity(norm, name="global_norm")
+
 
 class Scope(str):
     """The name of a name scope that a door has opened, to convert leaves there."""
@@ -85,6 +95,10 @@ class Scope(str):
         self = cls(scope)
         self.given = given
         return self
+
+
+def _unfollowed(norms: Any) -> Any:
+    return tf.stop_gradient(norms, name="norms")
 
 
 def _named(call: Call, new: list[Any], scope: str) -> list[Any]:
@@ -112,7 +126,7 @@ def _beside(tensor: Any) -> contextlib.AbstractContextManager[Any]:
 def _clipped(call: Call) -> list[Any]:
     """Norm, norm as float64, and new values, by what a graph and a gradient tape know."""
     if not isinstance(call, Learning) or tf.executing_eagerly():
-        return _recorded(call)[: 2 + len(call.clip.leaves)]
+        return _recorded(call)[: 2 + len(call.clip.leaves) + call.clip.wants_each]
     lesson = call.lesson
     home = None if lesson.passed else home_of(lesson)
     if home is None:

@@ -31,7 +31,6 @@ from gradclip.record import History
 from gradclip.record.events import Event, find
 from gradclip.record.series import Bools, Floats
 
-VERSION = 1  # of the JSON
 EXAMPLE = "gradclip report run.db -o report.html"
 
 
@@ -58,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         if output is not None:
             _write(output, page(facts, history, events, heat))
     if args.json:
-        print_json({"version": VERSION, **facts.plain(), "events": list(map(described, events))})
+        print_json({**facts.plain(), "events": list(map(described, events))})
     else:
         _print(facts, events, output)
     return 0

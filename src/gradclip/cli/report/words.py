@@ -89,7 +89,7 @@ def deed(event: Event) -> str:
         by = f", factor down to {figure(event.factor)}" if event.factor > 0 else ""
         done.append(f"clipped{_of(event.clipped, event)}{limit}{by}")
     if not done:
-        return f"nothing{limit}" if limit else "nothing: no limit is known"
+        return f"clipped nothing{limit}" if limit else "no limit is known"
     return "; ".join(done)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from gradclip.kernels.traced.norms import is_wide, measured
+from gradclip.kernels.traced.norms import is_wide, measured, measured_each
 from gradclip.kernels.traced.numbers import Number, compared, number_of, rounded
 from gradclip.kernels.traced.operations import Operations, by_parts
 from gradclip.kernels.traced.scaling import scaled
@@ -30,6 +30,11 @@ def clip(
     return _carried_out(ops, leaves, norm, [decided] * len(leaves), policy)
 
 
+def norms_of_each(ops: Operations, leaves: Sequence[tuple[Any, Any]]) -> Any:
+    """The norm of each leaf, a vector of the dtype of the norm of all."""
+    return rounded(ops, measured_each(ops, leaves), wide=is_wide(ops, leaves))
+
+
 def clip_learning(
     ops: Operations, leaves: Sequence[tuple[Any, Any]], lesson: Any, policy: str, place: Any
 ) -> list[Any]:
@@ -40,20 +45,14 @@ def clip_learning(
         limit = lesson.judge(ops, whole, place)
         decided = [compared(ops, norm, number_of(ops, limit))] * len(leaves)
         return _carried_out(ops, leaves, norm, decided, policy)
-    each = [measured(ops, [leaf]) for leaf in leaves]
-    norms = ops.stack([rounded(ops, number, wide=True) for number in each])
-    limits, own = lesson.judge_each(ops, norms, whole, place)
+    each = measured_each(ops, leaves)
+    limits, own = lesson.judge_each(ops, rounded(ops, each, wide=True), whole, place)
     decided = []
-    for number, limit, is_own in zip(
-        each, _taken(ops, limits, each), _taken(ops, own, each), strict=True
-    ):
+    for leaf in range(len(leaves)):
+        *number, limit, is_own = (ops.take(vector, leaf) for vector in (*each, limits, own))
         against = Number(*(ops.where(is_own, *pair) for pair in zip(number, norm, strict=True)))
         decided.append(compared(ops, against, number_of(ops, limit)))
     return _carried_out(ops, leaves, norm, decided, policy)
-
-
-def _taken(ops: Operations, vector: Any, each: Sequence[Any]) -> list[Any]:
-    return [ops.take(vector, place) for place in range(len(each))]
 
 
 def _carried_out(

@@ -35,6 +35,25 @@ def measured(ops: Operations, leaves: Sequence[tuple[Any, Any]]) -> Number:
     return norm_of(ops, addends(ops, leaves), wide=is_wide(ops, leaves))
 
 
+def measured_each(ops: Operations, leaves: Sequence[tuple[Any, Any]]) -> Number:
+    """The norm of each leaf, rounded as that alone; vectors.
+
+    The leaves of one format are measured together: to compile each by itself takes long.
+    """
+    alike: dict[tuple[bool, bool], list[int]] = {}
+    lists = [addends(ops, [leaf]) for leaf in leaves]
+    for place, (leaf, xs) in enumerate(zip(leaves, lists, strict=True)):
+        added_up = any(ops.dtype(x) == "float64" for x in xs)  # which rows of one index are
+        alike.setdefault((is_wide(ops, [leaf]), added_up), []).append(place)
+    found = [
+        norms_of_lists(ops, [lists[place] for place in places], wide=wide)
+        for (wide, _), places in alike.items()
+    ] or [Number(*(ops.zeros(0, dtype) for dtype in ("int64", "int64", "bool", "bool")))]
+    order = np.argsort([place for places in alike.values() for place in places])
+    order = ops.constant(order, "int64")
+    return Number(*(ops.take(ops.concat(list(part)), order) for part in zip(*found, strict=True)))
+
+
 def addends(ops: Operations, leaves: Sequence[tuple[Any, Any]]) -> list[Any]:
     """Real arrays whose squares add up to those of the tensors that leaves stand for."""
     found = []

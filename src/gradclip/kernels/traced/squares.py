@@ -84,7 +84,7 @@ def _rows_of(
     places = ops.cumsum(ops.cast(sizes == sizes, "int64")) - 1  # noqa: PLR0124
     inside = ops.constant(np.arange(_CHUNK), "int64")
     to_bits = _bits_of(ops, vector)
-    order = ops.argsort(ops.cast(~some, "int64"))
+    order = ops.cast(ops.argsort(ops.cast(~some, "int64")), "int64")
     vector = ops.concat([vector, ops.zeros(1, ops.dtype(vector))])
 
     def row(number: Any, rows: Any) -> Any:
