@@ -600,3 +600,17 @@ def test_a_logger_that_ends_its_thread_ends_no_record(path: Path) -> None:
     with pytest.warns(RuntimeWarning, match="log failed in step 0: SystemExit"):
         record.close()
     assert rows(path, "step") == [(0,), (1,)]
+
+
+def test_a_step_whose_call_warns_is_recorded(path: Path) -> None:
+    def log(*_: Any) -> None:
+        raise ValueError
+
+    with gradclip.Record(path, log=log) as record:
+        record(0, 1.0)
+        with pytest.raises(RuntimeWarning, match="log failed in step 0"):
+            record.flush()
+        record._writer._report("another", "trouble")  # type: ignore[union-attr]
+        with pytest.raises(RuntimeWarning, match="trouble"):
+            record(1, 2.0)
+    assert rows(path, "step") == [(0,), (1,)]

@@ -270,6 +270,21 @@ def test_runs_without_a_finite_norm_or_a_limit(tmp_path: Path) -> None:
     Tags(page_of(write(tmp_path / "none.db", quiet(50, 3), limit=None, every=0)))
 
 
+def test_what_no_step_tells_is_left_open(tmp_path: Path) -> None:
+    path = write(tmp_path / "nan.db", np.full((1, 1), np.nan), limit=None)
+    page = page_of(path)
+    assert page.count("<dd>\u2013</dd>") == 2  # median and largest
+    assert "1 tensor, written in 1 step." in page
+    _, out, _ = run_main("report", path, "--json")
+    assert (json.loads(out)["median"], json.loads(out)["largest"]) == (None, None)
+    assert run_main("report", path)[1].splitlines()[-2].startswith("1 step, 0 % clipped")
+
+
+def test_the_axis_of_a_short_run_has_whole_steps(tmp_path: Path) -> None:
+    page = page_of(write(tmp_path / "run.db", quiet(3, 2)))
+    assert page.count('"min_interval":1') >= 4
+
+
 def test_a_real_record(tmp_path: Path) -> None:
     with gradclip.Record(tmp_path / "run.db", per_tensor_every=1) as record:
         for step in range(60):
@@ -390,6 +405,7 @@ def test_outputs_that_cannot_be(tmp_path: Path) -> None:
         assert err.startswith(f"gradclip: {words}")
     assert run_main("report", path)[0] == 2  # its page would have its name
     assert path.read_bytes() == before
+    assert run_main("report", ".") == (2, "", "gradclip: . is a folder; a record is one file\n")
 
 
 def test_a_later_version_is_refused(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from gradclip.core.limits import Limit
 from gradclip.keras.clipping import by_global_norm
 from gradclip.keras.optimizer import DOOR, ExactGlobalNorm
-from gradclip.record import Record, as_record
+from gradclip.record import Lent, Record
 
 
 class GlobalNorm(keras.callbacks.Callback):  # type: ignore[misc]
@@ -64,7 +64,8 @@ class GlobalNorm(keras.callbacks.Callback):  # type: ignore[misc]
     ) -> None:
         super().__init__()
         self._per_tensor = per_tensor
-        self._record = None if record is None else as_record(record, {})
+        self._lent = None if record is None else Lent(record, {})
+        self._record: Record | None = None
         self._told, self._skipped = 0, 0
 
     def set_model(self, model: Any) -> None:
@@ -85,8 +86,10 @@ class GlobalNorm(keras.callbacks.Callback):  # type: ignore[misc]
                 model.train_function = None
 
     def on_train_begin(self, logs: Any = None) -> None:  # noqa: ARG002
-        """Find the optimizer."""
+        """Find the optimizer, and open the record."""
         self._optimizer = _optimizer_of(self.model)
+        self._record = None if self._lent is None else self._lent.open()
+        self._told, self._skipped = 0, 0
         if self._optimizer.built and self._record is not None:
             self._skipped = self._skips()
             self._told = int(self._optimizer.iterations) + self._skipped
@@ -117,8 +120,8 @@ class GlobalNorm(keras.callbacks.Callback):  # type: ignore[misc]
 
     def on_train_end(self, logs: Any = None) -> None:  # noqa: ARG002
         """Have the record written."""
-        if self._record is not None:
-            self._record.flush()
+        if self._lent is not None:
+            self._lent.close()
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:  # noqa: ARG002
         """Start to count anew."""

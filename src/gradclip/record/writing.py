@@ -55,13 +55,13 @@ class Writer:
 
     def put(self, entry: Entry) -> None:
         """Hand over a step."""
-        if self._news:
-            self.tell()
         if len(self._entries) >= _MOST_WAITING:
             self._make_room()
         self._entries.append(entry)
         if len(self._entries) >= _MANY and not self._wake.is_set():
             self._wake.set()
+        if self._news:
+            self.tell()  # last, as a warning may be an error
 
     def _make_room(self) -> None:
         """Wait for a thread that is behind, once; if it is stuck, lose the oldest."""

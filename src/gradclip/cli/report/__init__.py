@@ -26,7 +26,7 @@ from gradclip.cli._records import open_record
 from gradclip.cli.report.facts import Facts, gather
 from gradclip.cli.report.heat import Heat
 from gradclip.cli.report.page import page
-from gradclip.cli.report.words import deed, described, percent, span, summary
+from gradclip.cli.report.words import counted, deed, described, percent, span, summary
 from gradclip.record import History
 from gradclip.record.events import Event, find
 from gradclip.record.series import Bools, Floats
@@ -45,10 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Read the record, write the page."""
-    output = args.output or (None if args.json else args.file.with_suffix(".html"))
-    if output is not None:
-        _check_output(output, args.file)
     with open_record(args.file) as history:
+        output = args.output or (None if args.json else args.file.with_suffix(".html"))
+        if output is not None:
+            _check_output(output, args.file)
         if not len(history.steps):
             raise CliError(f"{args.file} has no steps yet; nothing was recorded")
         facts = gather(args.file.name, history)
@@ -99,7 +99,7 @@ def _print(facts: Facts, events: Sequence[Event], output: Path | None) -> None:
     if rows:
         print_table("", ("event", "when", "what happened", "what the limit did"), rows, text=4)
     clipped = percent(facts.clipped, facts.steps)
-    found = f"{len(events):,} event{'' if len(events) == 1 else 's'}"
-    print(f"{facts.steps:,} steps, {clipped} clipped, {facts.skipped:,} skipped, {found}")
+    steps, found = counted(facts.steps, "step"), counted(len(events), "event")
+    print(f"{steps}, {clipped} clipped, {facts.skipped:,} skipped, {found}")
     if output is not None:
         print(f"{printable(str(output))}: {size(output.stat().st_size)}")

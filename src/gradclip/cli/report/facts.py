@@ -10,6 +10,7 @@ import numpy as np
 
 from gradclip.cli._console import printable
 from gradclip.cli.report.buckets import Buckets
+from gradclip.cli.report.words import counted, known
 
 if TYPE_CHECKING:
     from gradclip.record import History
@@ -38,7 +39,8 @@ class Facts(NamedTuple):
         """The steps, the time they took and the tensors, in a line."""
         begun = datetime.datetime.fromtimestamp(self.begun).strftime("%Y-%m-%d %H:%M")
         took = str(datetime.timedelta(seconds=round(self.ended - self.begun)))
-        tensors = f"{self.tensors:,} tensors, written in {self.tensor_steps:,} steps"
+        written = counted(self.tensor_steps, "step")
+        tensors = f"{counted(self.tensors, 'tensor')}, written in {written}"
         return (
             f"Steps {self.first:,} to {self.last:,}, from {begun} on, in {took}; "
             f"{tensors if self.tensors else 'no tensors'}."
@@ -49,7 +51,7 @@ class Facts(NamedTuple):
         shown = self._asdict()
         del shown["bucket"]
         shown["share_clipped"] = self.clipped / self.steps
-        shown["median"] = None if math.isnan(self.median) else self.median
+        shown["median"], shown["largest"] = known(self.median), known(self.largest)
         return shown
 
 

@@ -12,7 +12,7 @@ from gradclip.cli._console import need_extra, printable
 from gradclip.cli.report.facts import Facts
 from gradclip.cli.report.heat import MOST_TENSORS, Heat
 from gradclip.cli.report.style import SCRIPT, STYLE
-from gradclip.cli.report.words import deed, figure, percent, span, summary, times
+from gradclip.cli.report.words import counted, deed, figure, percent, span, summary, times
 from gradclip.record.events import Event, Jump, Run
 
 if TYPE_CHECKING:
@@ -74,8 +74,8 @@ def _head(facts: Facts) -> str:
         f"<div><dt>{label}</dt><dd{_alarming(alarm)}>{value}</dd></div>"
         for label, value, alarm in (
             ("steps", f"{facts.steps:,}", False),
-            ("median norm", figure(facts.median), False),
-            ("largest norm", figure(facts.largest), False),
+            ("median norm", _known(facts.median), False),
+            ("largest norm", _known(facts.largest), False),
             ("clipped", percent(facts.clipped, facts.steps), False),
             ("skipped", f"{facts.skipped:,}", False),
             ("NaN or inf", f"{facts.nonfinite:,}", facts.nonfinite > 0),
@@ -92,7 +92,7 @@ def _alarming(alarm: bool) -> str:
 
 
 def _events(events: Sequence[Event], facts: Facts) -> Iterator[str]:
-    yield f"<h2>What happened: {_count(len(events), 'event')}</h2>\n"
+    yield f"<h2>What happened: {counted(len(events), 'event')}</h2>\n"
     if not events:
         yield '<p class="quiet">No spike, no NaN or inf, no skipped step, no slow drift.</p>\n'
     shown = _heaviest(events)
@@ -156,10 +156,6 @@ def _jumps(jumps: Sequence[Jump], tensors: int) -> str:
 def _known(norm: float) -> str:
     """A norm of which NaN says that there is none."""
     return "\u2013" if math.isnan(norm) else figure(norm)
-
-
-def _count(number: int, thing: str) -> str:
-    return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
 # ---- plots ----

@@ -110,6 +110,7 @@ def _empty(steps: Range1d, height: int, **options: Any) -> Figure:
     )
     plot.toolbar.logo = None
     plot.xaxis.formatter = NumeralTickFormatter(format="0,0")
+    plot.xaxis.ticker = plot.xgrid.ticker = BasicTicker(min_interval=1)  # steps are whole
     plot.grid.grid_line_alpha = 1
     plot.xaxis.minor_tick_line_color = plot.yaxis.minor_tick_line_color = None
     return plot

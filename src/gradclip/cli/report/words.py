@@ -36,6 +36,15 @@ def percent(part: int, whole: int) -> str:
     return "over 99.9 %" if share == "100 %" and part < whole else share
 
 
+def counted(number: int, thing: str) -> str:
+    """So many things.
+
+    >>> counted(1, "step"), counted(1200, "step")
+    ('1 step', '1,200 steps')
+    """
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
 def span(event: Event) -> str:
     """Its step, or the first and the last."""
     if event.first == event.last:
