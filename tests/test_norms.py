@@ -150,6 +150,7 @@ else:
     import gradclip.torch as gtorch
     from gradclip.torch import devices
     from gradclip.torch.books import Here, There
+    from gradclip.torch.overlap import at_every_place
 
 needs_torch = pytest.mark.skipif(torch is None, reason="torch is not installed")
 
@@ -240,6 +241,14 @@ def test_one_listed_twice_has_its_norm_at_both_places(memory: str) -> None:
     optimizer.step()
     assert clipper.norms.values.tolist() == [2.5, 6, 2.5]
     assert (memory == "device") == isinstance(clipper._books, There)
+
+
+@needs_torch
+def test_norms_of_those_held_once_are_put_at_every_place() -> None:
+    first, second = torch.tensor([3.0, 4.0]), torch.tensor([12.0])
+    listed = [first, first.view(2, 1), second, first]
+    for norms in ([5.0, 12.0], [5.0, 0.0, 12.0, 0.0]):
+        assert at_every_place(torch.tensor(norms), listed).tolist() == [5, 5, 12, 5]
 
 
 def test_names_of_parameters(memory: str) -> None:
