@@ -40,6 +40,15 @@ def xla_divides(ways: int) -> None:
         assert_norms(jax.jit(gradclip.norms)(placed), ARRAYS)
 
 
+def leaves_stay_where_they_are(ways: int) -> None:
+    """What brings whole leaves to each device is in branches, for norms that sums do not prove."""
+    placed = jax.device_put(ARRAYS, NamedSharding(divided(ways, AxisType.Auto), P("d")))
+    text = jax.jit(gradclip.norms).lower(placed).compile().as_text()
+    _, entry = text.split("\nENTRY ")
+    assert ("all-gather(" in text) == (ways > 1)
+    assert "all-gather(" not in entry
+
+
 def each_device_has_a_part(ways: int, check_vma: bool) -> None:
     """`shard_map`: a leaf's norm is that of its parts; without a group that of what is there."""
     mesh = divided(ways, AxisType.Auto)
@@ -87,6 +96,7 @@ def run(*each: int) -> None:
     """Over so many devices."""
     for ways in each:
         xla_divides(ways)
+        leaves_stay_where_they_are(ways)
         for check_vma in (True, False):
             each_device_has_a_part(ways, check_vma)
         in_a_state(ways)

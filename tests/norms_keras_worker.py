@@ -6,6 +6,7 @@ A gradient is given by the data, as in `keras_worker`.
 from __future__ import annotations
 
 import re
+import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,15 @@ def test_another_optimizer_is_refused_at_once() -> None:
         fit(model, rows(1, 4), GlobalNorm(per_tensor=True))
 
 
+def test_models_that_are_not_fitted_need_no_such_optimizer() -> None:
+    x = np.float32(rows(2, 4))
+    callback = GlobalNorm(per_tensor=True)
+    plain = linear(4, keras.optimizers.SGD(1.0))
+    plain.evaluate(x, np.zeros((2, 1)), verbose=0, callbacks=[callback])
+    model = keras.Model(plain.inputs, plain.outputs)  # not compiled
+    assert model.predict(x, verbose=0, callbacks=[callback]).shape == (2, 1)
+
+
 @on_tensorflow
 @pytest.mark.parametrize("first", [False, True])
 def test_replicas(first: bool) -> None:
@@ -246,3 +256,18 @@ def test_a_record_of_what_is_accumulated_and_of_the_global_norm_alone(tmp_path: 
         assert history.steps.tolist() == [1, 2, 3, 4]
         assert len(history.tensor_steps) == 0
         assert history.norm[-1] == float(optimizer.last_global_norm)
+
+
+def test_a_callback_goes_from_one_model_to_the_next(tmp_path: Path) -> None:
+    """Also where that is built by its first batch, whose gradient waits for the second one's."""
+    with Record(tmp_path / "run.db") as record:
+        callback = GlobalNorm(record=record)
+        for _ in range(2):
+            model = keras.Sequential([keras.layers.Dense(1, use_bias=False)])
+            optimizer = SGD(1.0, global_clipnorm=1.5, gradient_accumulation_steps=2)
+            model.compile(optimizer, "mse")
+            fit(model, rows(4, 4), callback)
+    file = sqlite3.connect(tmp_path / "run.db")
+    told = file.execute("SELECT run, step FROM steps ORDER BY run, step").fetchall()
+    file.close()
+    assert told == [(0, 1), (0, 2), (1, 1), (1, 2)]

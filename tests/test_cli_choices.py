@@ -32,6 +32,13 @@ def test_names_are_in_their_natural_order(tmp_path: Path) -> None:
     assert names(path, "--sort", "name", "--top", 2) == in_order[:2]
     for name, lower in (("2", "10"), ("a2b", "a10b"), ("a", "a1"), ("", "1"), ("a1.9", "a1.b")):
         assert natural(name) < natural(lower)
+    assert natural("a007b") == natural("a7b") < natural("a0010")
+
+
+def test_numbers_of_any_length_in_names_have_their_order(tmp_path: Path) -> None:
+    long = "9" * 5000  # of which Python makes no int
+    path = save(tmp_path / "a.safetensors", {n: np.ones(1) for n in (f"{long}1", long, "10")})
+    assert names(path) == ["10", long, f"{long}1"]
 
 
 def test_the_largest_come_first_where_asked_for(tmp_path: Path) -> None:

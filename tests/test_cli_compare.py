@@ -169,6 +169,29 @@ def test_integers_and_text_are_compared_bit_by_bit(tmp_path: Path) -> None:
     assert (found["norm"], found["same"]) == (0, False)
 
 
+@pytest.mark.usefixtures("_pieces")
+@pytest.mark.parametrize("length", [3, 1000])
+def test_text_is_compared_to_its_end_whatever_the_length_of_an_element(
+    tmp_path: Path, length: int
+) -> None:
+    # 12 bytes, or 4000: a piece ends within an element, or holds none.
+    texts = np.full((7, 50), "a" * length)
+    first = save(tmp_path / "a.npy", {"t": texts})
+    assert report(first, save(tmp_path / "b.npy", {"t": np.asfortranarray(texts)}))["same"] is True
+    texts[5, 48] = texts[6, 49] = "b"
+    for array in (texts, np.asfortranarray(texts)):
+        (found,) = report(first, save(tmp_path / "b.npy", {"t": array}))["tensors"]
+        assert (found["same"], found["differ"]) == (False, 2)
+
+
+def test_text_of_several_pieces(tmp_path: Path) -> None:
+    texts = np.full(300_000, "abc")  # 12 bytes each, which do not divide a piece
+    first = save(tmp_path / "a.npz", {"t": texts})
+    texts[-1] = "xyz"
+    (found,) = report(first, save(tmp_path / "b.npz", {"t": texts}))["tensors"]
+    assert (found["same"], found["differ"]) == (False, 1)
+
+
 def test_what_does_not_match_is_named(tmp_path: Path) -> None:
     first = save(
         tmp_path / "a.npz",

@@ -187,6 +187,14 @@ def test_gradients(dtype: str) -> None:
         np.testing.assert_allclose(moved, [0.6, 0], rtol=1e-6)
 
 
+def test_the_gradient_of_a_norm_that_its_dtype_does_not_hold() -> None:
+    x = jnp.array([3e38, -3e38])
+    assert jnp.isinf(gradclip.norms([x]).values)
+    for name in ("values", "global_norm"):
+        gradient = jax.grad(lambda x, name=name: jnp.sum(getattr(gradclip.norms([x]), name)))(x)
+        np.testing.assert_allclose(gradient, [0.5**0.5, -(0.5**0.5)], rtol=1e-6)
+
+
 def test_the_new_values_are_not_computed() -> None:
     """What only measures is no second pass: XLA drops it."""
     text = jax.jit(gradclip.norms).lower([jnp.ones(5)]).compile().as_text()

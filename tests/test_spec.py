@@ -80,9 +80,12 @@ def test_signatures() -> None:
 def test_the_public_names() -> None:
     assert set(gradclip.__all__) == {
         "IndexedSlices",
+        "Norms",
+        "Record",
         "clip_by_global_norm",
         "clip_by_global_norm_",
         "global_norm",
+        "norms",
     }
     assert all(hasattr(gradclip, name) for name in gradclip.__all__)
 

@@ -64,8 +64,9 @@ def given_path(text: str) -> Path:
 
 def natural(name: str) -> list[tuple[int, str]]:
     """A key to sort names by, the numbers in them by what they count: layers.2, layers.10."""
-    parts = re.split(r"([0-9]+)", name)
-    return [(int(part), "") if at % 2 else (0, part) for at, part in enumerate(parts)]
+    parts = re.split(r"0*([0-9]+)", name)
+    # Of two numbers the one of more digits is larger. Python makes no int of thousands of digits.
+    return [(len(part) if at % 2 else 0, part) for at, part in enumerate(parts)]
 
 
 def is_index(path: Path) -> bool:

@@ -138,6 +138,6 @@ def in_order(tensor: Tensor, found: Iterator[Bytes]) -> Iterator[Bytes]:
         [stride * itemsize for stride in tensor.strides],
         writeable=False,
     )
-    step = PIECE // itemsize
+    step = max(1, PIECE // itemsize)
     for start in range(0, count, step):
         yield array.flat[start : start + step].view(np.uint8)

@@ -240,13 +240,20 @@ def _pairs(
     """Pieces of as many elements each, though those that are read may be of other lengths."""
     a = b = np.empty(0, np.uint8)
     while True:
-        a = next(of_first, a) if not a.size else a
-        b = next(of_second, b) if not b.size else b
+        a, b = _with_one(a, of_first, size_a), _with_one(b, of_second, size_b)
         count = min(a.size // size_a, b.size // size_b)
         if not count:
             return
         yield a[: count * size_a], b[: count * size_b]
         a, b = a[count * size_a :], b[count * size_b :]
+
+
+def _with_one(left: Bytes, more: Iterator[Bytes], size: int) -> Bytes:
+    """What is left, and as much more as it takes to hold an element, if there is that much."""
+    parts = [left] if left.size else []
+    while sum(part.size for part in parts) < size and (piece := next(more, None)) is not None:
+        parts.append(piece)
+    return parts[0] if len(parts) == 1 else np.concatenate([left[:0], *parts])
 
 
 def _unequal(a: Bytes, b: Bytes, tensor: Tensor) -> int:

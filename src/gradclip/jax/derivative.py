@@ -75,13 +75,13 @@ def pushed_forward_each(
 def change_of_each(
     axes: Any, norms: Any, values: list[Any], rows: list[Any], d_values: list[Any]
 ) -> Any:
-    """The change of the norm of each leaf, in the dtype of the norms."""
+    """The change of the norm of each leaf, from the norms as float64."""
     changes = [jnp.zeros(0)]
     for norm, x, places, dx in zip(norms, values, rows, d_values, strict=True):
         at = derivative.slope(_OPS, norm, math.inf, "keep")
         changes.append(_change_of_norm([x], [places], at, [dx])[None])
     found = jnp.concatenate(changes)
-    return (found if axes is None else lax.psum(found, axes)).astype(norms.dtype)
+    return found if axes is None else lax.psum(found, axes)
 
 
 def _change_of_norm(values: list[Any], rows: list[Any], at: Any, d_values: list[Any]) -> Any:

@@ -196,6 +196,7 @@ class Found(NamedTuple):
     wide: Any  # as float64
     low: Any  # as float64, times `LOWER`
     each: Any  # the norms of each, where they are wanted
+    each_wide: Any  # as float64
     ruling: Ruling | None  # of a limit that learns
     limit: Any  # that they are clipped by
     against: Any  # the norm, as float64, that it is held against
@@ -259,8 +260,10 @@ def clip_values(
             limit = jnp.where(ruling.skip, 0.0, ruling.limit)
         new = xla.carry_out(values, *decided(held, numbers.number_of(_OPS, real(limit)), policy))
         against = numbers.rounded(_OPS, held, wide=True) if per_tensor else norm64
-        vector = numbers.rounded(_OPS, each, wide=wide) if wants_each else None
-        return Found(norm, norm64, low, vector, ruling, limit, against), new
+        vector = vector64 = None
+        if wants_each:
+            vector, vector64 = (numbers.rounded(_OPS, each, wide=to) for to in (wide, True))
+        return Found(norm, norm64, low, vector, vector64, ruling, limit, against), new
 
 
 def _held_each(own: Any, each: numbers.Number, whole: numbers.Number) -> numbers.Number:
@@ -328,7 +331,10 @@ def _clip_jvp(
         d_limit = tangents[0] if kind is None else still.limit
         primals, tangents = (found.limit, *primals[1:]), (d_limit, *tangents[1:])
         _, _, values, rows = primals
-        d_each = change_of_each(axes, found.each, values, rows, tangents[2]) if wants_each else None
+        d_each = None
+        if wants_each:
+            d_each = change_of_each(axes, found.each_wide, values, rows, tangents[2])
+            d_each = d_each.astype(found.each.dtype)
         if found.ruling is not None and kind.per_tensor:
             own = found.ruling.learnt
             held = found.wide, found.against, found.limit, own

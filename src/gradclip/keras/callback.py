@@ -81,15 +81,19 @@ class GlobalNorm(keras.callbacks.Callback):  # type: ignore[misc]
             self._watch(model)
 
     def _watch(self, model: Any) -> None:
+        found = _inner_optimizer(model)
+        # One that does not clip is refused where a fit begins; evaluate and predict need none.
+        if not isinstance(found, ExactGlobalNorm) or not by_global_norm(found):
+            return
         with _scope(model):
-            if _optimizer_of(model).watch_each():
+            if found.watch_each():
                 model.train_function = None
 
     def on_train_begin(self, logs: Any = None) -> None:  # noqa: ARG002
         """Find the optimizer, and open the record."""
         self._optimizer = _optimizer_of(self.model)
         self._record = None if self._lent is None else self._lent.open()
-        self._told, self._skipped = 0, 0
+        self._told = self._skipped = 0  # one that is built by its first step begins
         if self._optimizer.built and self._record is not None:
             self._skipped = self._skips()
             self._told = int(self._optimizer.iterations) + self._skipped
@@ -150,7 +154,7 @@ def _optimizer_of(model: Any) -> Any:
     Raises:
         TypeError: it does not.
     """
-    found = getattr(model.optimizer, "inner_optimizer", model.optimizer)
+    found = _inner_optimizer(model)
     if not isinstance(found, ExactGlobalNorm) or found.global_clipnorm is None:
         raise TypeError(
             f"GlobalNorm needs an optimizer of gradclip.keras with a global_clipnorm (inf: "
@@ -163,6 +167,12 @@ def _optimizer_of(model: Any) -> Any:
             "norm; set clipnorm to None"
         )
     return found
+
+
+def _inner_optimizer(model: Any) -> Any:
+    """The optimizer of a model, or that within its loss scale; None of one not compiled."""
+    found = getattr(model, "optimizer", None)
+    return getattr(found, "inner_optimizer", found)
 
 
 def _scope(model: Any) -> contextlib.AbstractContextManager[Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -94,16 +94,15 @@ def norms_of_lists(ops: Operations, lists: Sequence[Sequence[Any]], *, wide: boo
     All arrays, or none, are float64.
     """
     every = [[ops.cast(x, "float64") for x in xs] for xs in lists]
-    vector, begins, sizes = stretches(ops, lists)
     if wide:
         nan, inf = (
             ops.stack([any_of(ops, [each(x) for x in xs]) for xs in every])
             for each in (is_nan, is_inf)
         )
-        return _exactly(ops, vector, begins, sizes, nan, inf & ~nan)
+        return _exactly(ops, *stretches(ops, lists), nan, inf & ~nan)
     sums = zip(*(_sum_of(ops, xs) for xs in every), strict=True)
     found = _certified(ops, *(ops.stack(list(each)) for each in sums))
-    return _narrow(ops, found, vector, begins, sizes)
+    return _narrow(ops, found, lambda: stretches(ops, lists))
 
 
 def norms_of_rows(ops: Operations, x: Any, *, wide: bool) -> Number:
@@ -111,15 +110,14 @@ def norms_of_rows(ops: Operations, x: Any, *, wide: bool) -> Number:
     count, length = (int(size or 0) for size in ops.shape(x) or ())
     each = ops.constant(np.arange(count), "int64")
     begins, sizes = each * length, each * 0 + length
-    vector = codes_in(ops, [x])
     if wide:
         nan = ops.sum(ops.cast(is_nan(x), "int64"), 1) > 0
         inf = ops.sum(ops.cast(is_inf(x), "int64"), 1) > 0
-        return _exactly(ops, vector, begins, sizes, nan, inf & ~nan)
+        return _exactly(ops, codes_in(ops, [x]), begins, sizes, nan, inf & ~nan)
     numbers = ops.cast(x, "float64")
     longest = ops.cast(sizes, "float64")
     found = _certified(ops, ops.sum(numbers * numbers, 1), longest + 33, longest * _FLUSHED)
-    return _narrow(ops, found, vector, begins, sizes)
+    return _narrow(ops, found, lambda: (codes_in(ops, [x]), begins, sizes))
 
 
 def stretches(ops: Operations, lists: Sequence[Sequence[Any]]) -> tuple[Any, Any, Any]:
@@ -137,14 +135,19 @@ def any_of(ops: Operations, found: Sequence[Any]) -> Any:
     return ops.any(ops.stack([nothing, *(ops.any(each) for each in found)]))
 
 
-def _narrow(ops: Operations, found: Any, vector: Any, begins: Any, sizes: Any) -> Number:
-    """The norms that sums prove, and the others exactly."""
+def _narrow(ops: Operations, found: Any, codes: Callable[[], tuple[Any, Any, Any]]) -> Number:
+    """The norms that sums prove, and the others exactly, by ``codes`` as `stretches` has them."""
     total, *certified = found
     nan, inf = is_nan(total), is_inf(total)
     sure = _are_same(certified) | nan | inf
-    exact = roots_of(ops, vector, begins, sizes, ~sure, wide=False)
-    pairs = zip(certified, exact, strict=False)
-    return Number(*normal(ops, *(ops.where(sure, *pair) for pair in pairs)), inf, nan)
+
+    def exactly() -> list[Any]:
+        exact = roots_of(ops, *codes(), ~sure, wide=False)
+        return [ops.where(sure, *pair) for pair in zip(certified, exact, strict=False)]
+
+    # Only then: codes are a copy of all leaves, and of those on several devices one on each.
+    numbers = ops.cond(ops.any(~sure), exactly, lambda: certified[:2])
+    return Number(*normal(ops, *numbers), inf, nan)
 
 
 def _exactly(ops: Operations, vector: Any, begins: Any, sizes: Any, nan: Any, inf: Any) -> Number:
