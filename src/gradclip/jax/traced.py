@@ -260,10 +260,10 @@ def clip_values(
             limit = jnp.where(ruling.skip, 0.0, ruling.limit)
         new = xla.carry_out(values, *decided(held, numbers.number_of(_OPS, real(limit)), policy))
         against = numbers.rounded(_OPS, held, wide=True) if per_tensor else norm64
-        vectors = [
+        vector, vector64 = (
             numbers.rounded(_OPS, each, wide=wide) if wants_each else None for wide in (wide, True)
-        ]
-        return Found(norm, norm64, low, *vectors, ruling, limit, against), new
+        )
+        return Found(norm, norm64, low, vector, vector64, ruling, limit, against), new
 
 
 def _held_each(own: Any, each: numbers.Number, whole: numbers.Number) -> numbers.Number:
