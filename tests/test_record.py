@@ -614,3 +614,16 @@ def test_a_step_whose_call_warns_is_recorded(path: Path) -> None:
         with pytest.raises(RuntimeWarning, match="trouble"):
             record(1, 2.0)
     assert rows(path, "step") == [(0,), (1,)]
+
+
+@pytest.mark.parametrize("wrong", [{"limit": -1.0}, {"factor": -0.5}, {"source": -3.0}])
+def test_numbers_below_zero_are_refused(wrong: dict[str, float], tmp_path: Path) -> None:
+    given = {"source": 3.0, **wrong}
+    (name,) = wrong
+    called = "norm" if name == "source" else name
+    with gradclip.Record(tmp_path / "run.db") as record:
+        with pytest.raises(ValueError, match=f"^{called} is -"):
+            record(0, **given)
+        record(0, 3.0, limit=1.0)
+    with History.open(tmp_path / "run.db") as history:
+        assert history.steps.tolist() == [0]

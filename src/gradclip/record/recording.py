@@ -292,6 +292,7 @@ def _completed(source: Any, limit: Any, factor: Any, skipped: Any) -> Reading:
     if skipped is not None and not isinstance(skipped, bool):
         raise TypeError(f"skipped is {skipped!r}; it must be True, False or None")
     is_norms = isinstance(source, Norms)
+    _check_sign(norm=None if is_norms else source, limit=limit, factor=factor)
     return Reading(
         kept(source.global_norm if is_norms else source, "norm"),
         None if limit is None else kept(limit, "limit", of_each=True),
@@ -299,6 +300,13 @@ def _completed(source: Any, limit: Any, factor: Any, skipped: Any) -> Reading:
         [kept_norms(source)] if is_norms else (),
         taken=not skipped,
     )
+
+
+def _check_sign(**numbers: Any) -> None:
+    """Refuse numbers below 0; what is a framework's nobody waits for."""
+    for name, value in numbers.items():
+        if isinstance(value, int | float) and value < 0:
+            raise ValueError(f"{name} is {value!r}; it must be 0 or above")
 
 
 def _step(step: Any) -> int:
