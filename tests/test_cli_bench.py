@@ -68,6 +68,7 @@ def test_every_case_has_its_rows(framework: Any, names: list[str]) -> None:
         "busy-torch-": {"one thread", "PyTorch"},
         "limit-": {"a number", "a number + 20 us"},
         "each-": {"the global clip", "PyTorch, each"},
+        "norms-": {"global_norm", "norm() of each", "_foreach_norm"},
     }.items():
         timed |= {name: {"gradclip"} | more for name in names if name.startswith(prefix)}
     timed |= {
