@@ -9,15 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.debug import CommDebugMode
 
 import gradclip
 import gradclip.torch as gtorch
 from gradclip import limits
-from torch_ranks import SHAPES, mesh_of, spread, start
+from torch_ranks import SHAPES, mesh_of, network_of, spread, start
 
 KINDS = {
     "z": limits.ZScore(warmup=5),
@@ -107,12 +105,7 @@ def engines() -> None:
     for kind in (KINDS["log z"], KINDS["each average"]):
         states = []
         for way in ("alone", "fsdp2", "ddp"):
-            torch.manual_seed(0)
-            network: Any = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 1))
-            if way == "fsdp2":
-                fully_shard(network, mesh=mesh_of(size))
-            if way == "ddp":
-                network = nn.parallel.DistributedDataParallel(network)
+            network = network_of(way, size)
             optimizer = torch.optim.SGD(network.parameters(), lr=1e-3)
             clipper = gtorch.attach(optimizer, copy.deepcopy(kind))
             for step in range(30):

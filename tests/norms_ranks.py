@@ -8,13 +8,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.debug import CommDebugMode
 
 import gradclip
 import gradclip.torch as gtorch
-from torch_ranks import mesh_of, spread, start, tensors
+from torch_ranks import mesh_of, network_of, spread, start, tensors
 
 
 def assert_same(found: gradclip.Norms, wanted: gradclip.Norms) -> None:
@@ -64,12 +64,7 @@ def engines() -> None:
     _, size = start()
     known = []
     for way in ("alone", "fsdp2", "ddp"):
-        torch.manual_seed(0)
-        network: Any = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 1))
-        if way == "fsdp2":
-            fully_shard(network, mesh=mesh_of(size))
-        if way == "ddp":
-            network = nn.parallel.DistributedDataParallel(network)
+        network = network_of(way, size)
         optimizer = torch.optim.SGD(network.parameters(), lr=0.0)
         clipper = gtorch.attach(optimizer, 0.01, per_tensor=True)
         # Of integers, so that the order in which ranks are averaged does not matter.

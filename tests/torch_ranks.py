@@ -63,6 +63,15 @@ def spread(values: torch.Tensor, mesh: DeviceMesh, *placements: Any) -> DTensor:
         return distribute_tensor(values.clone(), mesh, list(placements))
 
 
+def network_of(way: str, size: int) -> Any:
+    """The same small network on each call: alone, or within an engine over all ranks."""
+    torch.manual_seed(0)
+    network: Any = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 1))
+    if way == "fsdp2":
+        fully_shard(network, mesh=mesh_of(size))
+    return nn.parallel.DistributedDataParallel(network) if way == "ddp" else network
+
+
 def assert_same(clipped: list[Any], norm: Any, wanted: tuple[list[Any], Any]) -> None:
     """Every bit, of DTensors gathered, and the norm."""
     assert norm.dtype == wanted[1].dtype

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -82,6 +82,11 @@ class ScaledArray(NamedTuple):
                 self.significand, np.clip(self.exponent, -(1 << 20), 1 << 20).astype(np.int32)
             )
         return found
+
+    def rounded(self, *, wide: bool) -> npt.NDArray[Any]:
+        """The nearest numbers of float64 if ``wide``, else of float32."""
+        with np.errstate(over="ignore", under="ignore"):
+            return self.floats().astype(np.float64 if wide else np.float32)
 
 
 class Format(NamedTuple):

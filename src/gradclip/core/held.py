@@ -52,8 +52,8 @@ class Clip:
         part: this worker's part, where there are others.
         places: of each leaf among all that was passed.
         name: what a framework is to name its operations.
-        wants_each: if the norm of each leaf is to be left in ``each``, as `Held.vector` makes it;
-            no leaf is listed twice then.
+        wants_each: if the norm of each leaf is to be left in ``each``, as `Held.vector` makes it:
+            of one that is listed again there it is 0, or missing.
     """
 
     __slots__ = (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -57,7 +57,7 @@ class Norms:
 
     def floats(self) -> npt.NDArray[np.float64]:
         """The norms on the host."""
-        return np.array(_read(self.values), np.float64)
+        return np.array(listed(self.values), np.float64)
 
     def as_dict(self, prefix: str = "grad_norm/") -> dict[str, float]:
         """Each norm under its path, and the global one, for a logger.
@@ -69,11 +69,11 @@ class Norms:
         Raises:
             ValueError: two leaves would be under one key.
         """
-        found = dict(zip((prefix + path for path in self.paths), _read(self.values), strict=True))
+        found = dict(zip((prefix + path for path in self.paths), listed(self.values), strict=True))
         whole = prefix.removesuffix("/") or "global_norm"
         if len(found) < len(self.paths) or whole in found:
             raise ValueError(f"two of these have one key under prefix {prefix!r}: {self.paths}")
-        return {**found, whole: _read(self.global_norm)}
+        return {**found, whole: listed(self.global_norm)}
 
     def largest(self, k: int = 10) -> list[tuple[str, float]]:
         """The ``k`` leaves of the largest norms, NaN before all, and their norms."""
@@ -96,6 +96,13 @@ class Norms:
         return type(self), (self.values, self.global_norm, self.paths)
 
 
-def _read(array: Any) -> Any:
+def listed(array: Any) -> Any:
     """Numbers of any framework as Python's; those of TensorFlow go through NumPy."""
     return array.tolist() if hasattr(array, "tolist") else array.numpy().tolist()
+
+
+def told_apart(names: Sequence[str], places: Iterable[int]) -> Sequence[str]:
+    """The names; with their places behind them where two are the same."""
+    if len(set(names)) == len(names):
+        return names
+    return [f"{name} ({place})" for name, place in zip(names, places, strict=True)]

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import optree
 
 from gradclip.core import rooms
+from gradclip.core.norms import told_apart
 from gradclip.core.protocol import Flat, Nests
 from gradclip.core.sparse import IndexedSlices
 
@@ -86,10 +87,7 @@ def _named(
     def names() -> Sequence[str]:
         every = names_of()
         found = [every[place] if called is None else called(place) for place in places]
-        if len(set(found)) == len(found):
-            return found
-        # Keys that hold a "/" can make two names one.
-        return [f"{name} ({place})" for name, place in zip(found, places, strict=True)]
+        return told_apart(found, places)  # keys that hold a "/" can make two names one
 
     return names
 

@@ -148,16 +148,11 @@ class Leaves(gpu.Leaves):
 
     def scalar(self, norm: Scaled, *, wide: bool = False) -> Any:
         """The norm as a 0-d array on the device."""
-        dtype = np.float64 if wide or self.wide else np.float32
-        word = np.zeros(1, np.int64)
-        with np.errstate(over="ignore", under="ignore"):
-            word.view(dtype)[0] = float(norm)
-        return self.memory.sent(word, again=self.memory.is_capturing).view(dtype)[0]
+        return self.vector(ScaledArray.of([norm]), wide=wide)[0]
 
     def vector(self, norms: ScaledArray, *, wide: bool = False) -> Any:
         """Norms that the host knows, on the device."""
-        with np.errstate(over="ignore", under="ignore"):
-            values = norms.floats().astype(np.float64 if wide or self.wide else np.float32)
+        values = norms.rounded(wide=wide or self.wide)
         words = np.zeros(-(-values.nbytes // 8), np.int64)
         words.view(values.dtype)[: len(values)] = values
         sent = self.memory.sent(words, again=self.memory.is_capturing)

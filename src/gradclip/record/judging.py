@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gradclip.core.norms import Norms
+from gradclip.core.norms import Norms, told_apart
 from gradclip.core.reading import Reading
 from gradclip.record.store import Row, Vector
 from gradclip.record.values import Reader, least, whole
@@ -118,9 +118,9 @@ class Judge:
     def _vector(self, of: _Ringed) -> Vector:
         norms = [each() if callable(each) else each for each in of.norms]
         (values,) = self._reader.read([[each.values for each in norms]], [of.mark])
-        names = tuple(name for each in norms for name in each.paths)
-        if len(set(names)) < len(names):  # of several lists, without names of their own
-            names = tuple(f"{name} ({place})" for place, name in enumerate(names))
+        every = [name for each in norms for name in each.paths]
+        # Those of several lists may have no names of their own.
+        names = tuple(told_apart(every, range(len(every))))
         return Vector(of.run, of.step, names, np.array(values, "<f8").tobytes())
 
     def _row(self, entry: Entry, numbers: _Numbers) -> Row:

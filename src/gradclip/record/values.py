@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from typing import Any
 
-from gradclip.core.norms import Norms
+from gradclip.core.norms import Norms, listed
 
 Floats = list[float]
 
@@ -194,12 +194,8 @@ class Reader:
 
 def floats(value: Any) -> Floats:
     """A scalar or vector of any framework, once it is there."""
-    read = value if isinstance(value, int) else _listed(value)
+    read = value if isinstance(value, int) else listed(value)
     return list(map(float, read)) if isinstance(read, list) else [float(read)]
-
-
-def _listed(value: Any) -> Any:
-    return value.tolist() if hasattr(value, "tolist") else value.numpy().tolist()
 
 
 def _flat(numbers: list[Any]) -> Floats:

@@ -116,7 +116,6 @@ def clip_grad_norm_(
             other parameters of the same model, as the stages of a pipeline do; each calls, with the
             same arguments but the parameters. None: those over whose meshes the DTensors among the
             parameters are spread, or with whom FullyShardedDataParallel has sharded them.
-
         norms: if the norm of each gradient is to be told as well, from the same pass.
 
     Returns:

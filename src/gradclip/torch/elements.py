@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,9 +31,7 @@ def scalar(norm: Scaled, device: Any, *, wide: bool) -> Tensor:
 
 def vector(norms: ScaledArray, device: Any, *, wide: bool) -> Tensor:
     """Norms as a tensor of one dimension."""
-    with np.errstate(over="ignore", under="ignore"):
-        values = norms.floats().astype(np.float64 if wide else np.float32)
-    return torch.from_numpy(values).to(device)
+    return torch.from_numpy(norms.rounded(wide=wide)).to(device)
 
 
 def fill_(tensors: Iterable[Tensor], value: float) -> None:

@@ -223,10 +223,9 @@ def clip_(
     Where a limit learns, ``keys`` tells them apart from step to step.
 
     Raises:
-        NotImplementedError: the norm of each is wanted, and they have no numbers.
+        ValueError: the norm of each is wanted, and the order is not 2.
+        NotImplementedError: it is, and they have no numbers.
     """
-    if wants_each and order != 2:
-        raise ValueError(f"norm_type is {order}; tensor by tensor there are norms of order 2")
     with torch.no_grad(), ieee_arithmetic(), taking_part(workers) as part:
         if on_nonfinite is not None:
             _clip.check_policy(on_nonfinite)

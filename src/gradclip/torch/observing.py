@@ -40,9 +40,10 @@ def _clipped(
 
 def limit_in_force(max_norm: Any) -> Any:
     """The limit that the latest clip went by, where a trainer has asked for a number."""
-    if patch._active and isinstance(patch._limit, Limit):
-        return patch._limit.last_limit
-    given = max_norm if patch._limit is None or not patch._active else patch._limit
+    limit = patch._limit if patch._active else None
+    if isinstance(limit, Limit):
+        return limit.last_limit
+    given = max_norm if limit is None else limit
     is_none = given is None or (
         isinstance(given, int | float) and (given <= 0 or given == math.inf)
     )

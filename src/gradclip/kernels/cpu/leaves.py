@@ -160,9 +160,7 @@ class Leaves(Held):
 
     def vector_of_numpy(self, norms: ScaledArray, *, wide: bool = False) -> Array:
         """Norms as a NumPy vector: float64 if ``wide`` or a leaf is, else float32."""
-        kind = np.float64 if wide or self.wide else np.float32
-        with np.errstate(over="ignore", under="ignore"):
-            return norms.floats().astype(kind)
+        return norms.rounded(wide=wide or self.wide)
 
     def _scale(self, source: cpu.Leaves, target: cpu.Leaves, factor: Scaled | ScaledArray) -> None:
         if isinstance(factor, ScaledArray):
