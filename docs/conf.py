@@ -38,7 +38,9 @@ autodoc_typehints = "none"
 autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True}
 default_role = "py:obj"
+highlight_language = "none"
 napoleon_use_ivar = True
+napoleon_use_rtype = False
 napoleon_attr_annotations = False
 
 copybutton_prompt_text = "$ "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import html
 import importlib
 import os
 import re
@@ -156,7 +157,7 @@ def missing(page: str, names: set[str]) -> set[str]:
 @pytest.mark.parametrize("name", ["architecture", "gpu", "workers"])
 def test_a_figure_has_what_its_source_says(name: str) -> None:
     figure = ROOT / "docs" / "figures" / name
-    shown = figure.with_suffix(".svg").read_text().replace("&#39;", "'")
+    shown = html.unescape(figure.with_suffix(".svg").read_text())
     for label in re.findall(r'label="(.*?)"', figure.with_suffix(".dot").read_text()):
         for line in label.split("\\n"):
             assert line.strip() in shown
