@@ -42,7 +42,7 @@ def main(root: Path) -> int:
     for path, page in pages.items():
         for link in sorted(page.links | page.fetched):
             parts = urlsplit(link)
-            if parts.scheme in ("http", "https"):
+            if parts.scheme in ("http", "https") or parts.netloc:
                 outside.add(link)
                 if link in page.fetched:
                     wrong.append(f"{path.relative_to(root.resolve())} fetches {link}")

@@ -161,3 +161,25 @@ def test_a_figure_has_what_its_source_says(name: str) -> None:
     for label in re.findall(r'label="(.*?)"', figure.with_suffix(".dot").read_text()):
         for line in label.split("\\n"):
             assert line.strip() in shown
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ('<a href="b.html#there">b</a><a href="#here" id="here">me</a><img src="c.png">', ""),
+        ('<a href="https://example.org/x">elsewhere</a>', ""),
+        ('<a href="none.html">b</a>', "a.html has a broken link: none.html"),
+        ('<a href="b.html#none">b</a>', "a.html has a broken link: b.html#none"),
+        ('<img src="none.png">', "a.html has a broken link: none.png"),
+        ('<script src="https://example.org/x"></script>', "a.html fetches https://example.org/x"),
+        ('<link rel="stylesheet" href="//example.org/x">', "a.html fetches //example.org/x"),
+    ],
+)
+def test_what_is_wrong_with_a_site(body: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "a.html").write_text(body)
+    (tmp_path / "b.html").write_text('<h2 id="there">b</h2>')
+    (tmp_path / "c.png").touch()
+    ran = run([sys.executable, str(ROOT / "docs" / "check.py"), str(tmp_path)], tmp_path)
+    wrong = [line for line in ran.stdout.split("\n") if line.startswith("a.html")]
+    assert (wrong, ran.returncode) == ([said] if said else [], int(bool(said)))
