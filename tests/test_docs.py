@@ -145,7 +145,9 @@ def test_every_name_of_a_door_is_in_the_reference(name: str) -> None:
 @pytest.mark.parametrize("name", ["", "limits", "record"])
 def test_every_public_name_is_in_the_reference(name: str) -> None:
     module = importlib.import_module(f"gradclip.{name}".rstrip("."))
-    assert missing(name or "gradclip", {*module.__all__} - {"Lent", "Record"}) == set()
+    elsewhere = {"limits", "Record"}  # pages of their own
+    inner = {"Lent", "Options"}  # of callbacks and their types
+    assert missing(name or "gradclip", {*module.__all__} - elsewhere - inner) == set()
 
 
 def missing(page: str, names: set[str]) -> set[str]:
