@@ -14,6 +14,8 @@ FLAGS = [
     "-std=c11",
     "-O3",
     "-fopenmp-simd",
+    # And again below, where it counts: Clang before 17 warns where only the one below is there.
+    "-fno-trapping-math",
     "-fno-fast-math",
     "-fno-unsafe-math-optimizations",
     "-fno-associative-math",
@@ -21,7 +23,6 @@ FLAGS = [
     "-fno-finite-math-only",
     "-fsigned-zeros",
     "-fno-rounding-math",
-    "-fexcess-precision=standard",
     # Contraction would change which roundings happen; fma is asked for by name where meant.
     "-ffp-contract=off",
     "-fno-trapping-math",

@@ -20,11 +20,16 @@ enum { NEAR = 1024, LINE = 64 };
 
 #define AVX512 "avx2,fma,f16c,avx512f,avx512dq,avx512bw,avx512vl"
 #if defined(__clang__)
+/* These versions can be told to leave the 512-bit registers out, and `zig cc` tells them so. */
+#if __clang_major__ >= 18 && __clang_major__ <= 21 && !defined(__apple_build_version__)
+#define TARGET_AVX512 TARGET_BEGIN(AVX512 ",evex512")
+#else
+#define TARGET_AVX512 TARGET_BEGIN(AVX512)
+#endif
 #define TARGET_BEGIN_(text) _Pragma(#text)
 #define TARGET_BEGIN(flags) \
     TARGET_BEGIN_(clang attribute push(__attribute__((target(flags))), apply_to = function))
 #define TARGET_END _Pragma("clang attribute pop")
-#define TARGET_AVX512 TARGET_BEGIN(AVX512)
 #elif defined(__GNUC__)
 #define TARGET_BEGIN_(text) _Pragma(#text)
 #define TARGET_BEGIN(flags) _Pragma("GCC push_options") TARGET_BEGIN_(GCC target(flags))
