@@ -18,13 +18,13 @@ enum { NEAR = 1024, LINE = 64 };
 
 /* ---- the targets ---- */
 
-#define AVX512 "avx2,fma,f16c,avx512f,avx512dq,avx512bw,avx512vl"
+#define AVX512_ "avx2,fma,f16c,avx512f,avx512dq,avx512bw,avx512vl"
+#define AVX512 AVX512_
 #if defined(__clang__)
-/* These versions can be told to leave the 512-bit registers out, and `zig cc` tells them so. */
 #if __clang_major__ >= 18 && __clang_major__ <= 21 && !defined(__apple_build_version__)
-#define TARGET_AVX512 TARGET_BEGIN(AVX512 ",evex512")
-#else
-#define TARGET_AVX512 TARGET_BEGIN(AVX512)
+/* These can leave the 512-bit registers out, and `zig cc` has them do so. */
+#undef AVX512
+#define AVX512 AVX512_ ",evex512"
 #endif
 #define TARGET_BEGIN_(text) _Pragma(#text)
 #define TARGET_BEGIN(flags) \
@@ -34,8 +34,6 @@ enum { NEAR = 1024, LINE = 64 };
 #define TARGET_BEGIN_(text) _Pragma(#text)
 #define TARGET_BEGIN(flags) _Pragma("GCC push_options") TARGET_BEGIN_(GCC target(flags))
 #define TARGET_END _Pragma("GCC pop_options")
-/* Clang takes whole vectors by itself, and would drop all of the flags for one it does not know. */
-#define TARGET_AVX512 TARGET_BEGIN(AVX512) TARGET_BEGIN_(GCC target("prefer-vector-width=512"))
 #endif
 
 /* Each copy of the loops has NAME(x), to give it its own names, and
@@ -147,7 +145,7 @@ TARGET_BEGIN("avx2,fma,f16c")
 #undef SMALLER
 #undef HALVES_AT
 TARGET_END
-TARGET_AVX512
+TARGET_BEGIN(AVX512)
 #define NAME(x) x##_avx512
 #define VECTOR 64
 #define FAR NEAR
