@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import matrix
 from gradclip.core.versions import require
 from host import run_python
 
@@ -46,6 +47,24 @@ def test_every_framework_that_is_asked_for_is_an_extra_with_this_floor() -> None
 
 def _name(requirement: str) -> str:
     return re.split(r"[^\w.-]", requirement, maxsplit=1)[0].removesuffix("-cpu")
+
+
+def test_a_row_takes_the_place_of_an_older_run_alone() -> None:
+    page = "before\n<!-- matrix -->\n<!-- /matrix -->\nafter\n"
+    rows = [
+        matrix.Row("torch", version, python, "9", "1", failed, "2026-01-01", "a processor")
+        for version, python, failed in (
+            ("2.10.0", "3.13.0", "0"),
+            ("2.6.0+cpu", "3.11.7", "2"),
+            ("2.6.0+cpu", "3.12.1", "0"),
+            ("2.6.0+cpu", "3.11.7", "0"),
+        )
+    ]
+    for row in rows:
+        page = matrix.with_row(page, row)
+    assert matrix.rows_of(page) == [rows[3], rows[2], rows[0]]
+    assert page.startswith("before\n<!-- matrix -->\n| framework | version |")
+    assert page.endswith(f"{rows[0]}\n<!-- /matrix -->\nafter\n")
 
 
 @pytest.mark.slow
