@@ -144,13 +144,16 @@ def take(arrays: list[Any], decode: list[bytes | None] | None, *, writable: bool
     return _cpu.take(arrays, writable, decode)
 
 
-def use_handles(functions: tuple[int, ...], numbers: tuple[int, ...], of: type) -> None:
+def use_handles(
+    functions: tuple[int, ...], numbers: tuple[int, ...], of: type, strided: object
+) -> None:
     """Tell the C kernel by which C functions objects of a type say where their memory is.
 
     Each of those takes a handle, which points into such an object. `handles.c` has their order.
+    ``strided`` is the ``layout`` of objects whose elements lie one by one in their storage.
     """
     assert _cpu is not None, "the C kernel is in use"
-    _cpu.use_handles(functions, numbers, of)
+    _cpu.use_handles(functions, numbers, of, strided)
 
 
 def take_handles(
