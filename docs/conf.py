@@ -39,6 +39,7 @@ autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True}
 default_role = "py:obj"
 highlight_language = "none"
+smartquotes = False  # which would make one dash of the two before an option
 napoleon_use_ivar = True
 napoleon_use_rtype = False
 napoleon_attr_annotations = False

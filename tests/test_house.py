@@ -24,12 +24,19 @@ ROOT = Path(__file__).parent.parent
 # Who may import what of ours. A name ending in "." stands for everything below it; the room of
 # NumPy is the model of a framework's.
 ARROWS = {
-    "gradclip": {"_clip", "core.norms:Norms", "core.sparse:IndexedSlices", "record:Record"},
-    "_clip": {"_compiler", "core.", "kernels.cpu.arithmetic", "kernels.cpu:kinds"},
+    "gradclip": {
+        "_clip",
+        "limits",
+        "core.norms:Norms",
+        "core.sparse:IndexedSlices",
+        "record:Record",
+    },
+    "_clip": {"_compiler", "_types", "core.", "kernels.cpu.arithmetic", "kernels.cpu:kinds"},
     "_compiler": set(),
+    "_types": {"core.limits"},
     "limits": {"core.limits"},
     "core.": {"core."},
-    "record.": {"core.", "record."},
+    "record.": {"_types", "core.", "record."},
     "lightning": {"record", "torch", "torch.observing"},
     "transformers": {"record", "torch.observing"},
     "kernels.": {"kernels.", "core.exact", "core.held", "core.workers"},
@@ -42,7 +49,7 @@ ARROWS = {
     "tensorflow.": {"core.", "kernels.", "tensorflow."},
     "torch.": {"core.", "kernels.", "torch."},
     # Doors, and what PyTorch calls back, stand on the flow too.
-    "tensorflow": {"_clip", "core.", "tensorflow.", "keras.patch"},
+    "tensorflow": {"_clip", "_types", "core.", "tensorflow.", "keras.patch"},
     "torch": {"_clip", "core.", "torch."},
     "torch.compiled": {"_clip", "core.", "torch."},
     "torch.library": {"_clip", "core.", "torch."},

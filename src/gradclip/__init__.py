@@ -10,6 +10,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from gradclip import limits
 from gradclip._clip import clip_by_global_norm, clip_by_global_norm_, global_norm, norms
 from gradclip.core.norms import Norms
 from gradclip.core.sparse import IndexedSlices
@@ -27,6 +28,7 @@ __all__ = [
     "clip_by_global_norm",
     "clip_by_global_norm_",
     "global_norm",
+    "limits",
     "norms",
 ]
 __version__ = "0.1.0"

@@ -1,9 +1,12 @@
-"""The one flow: open the nest, hold the leaves, have them clipped, rebuild."""
+"""The one flow: open the nest, hold the leaves, have them clipped, rebuild.
+
+The file is long for the docstrings and overloads of the public functions, which users see.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 from gradclip import _compiler
 from gradclip.core.decide import (
@@ -25,7 +28,86 @@ from gradclip.core.tree import Tree
 from gradclip.kernels.cpu import kinds
 from gradclip.kernels.cpu.arithmetic import ieee_arithmetic
 
+if TYPE_CHECKING:
+    import jax
+    import numpy.typing as npt
+    import tensorflow as tf
+    import torch
 
+    from gradclip import _types
+    from gradclip._types import ClipNorm, NumPyNorm, Scalar
+
+
+@overload
+def clip_by_global_norm(
+    t_list: _types.Untold,
+    clip_norm: ClipNorm,
+    use_norm: Scalar | None = None,
+    name: str | None = None,
+    *,
+    on_nonfinite: OnNonfinite = "nan",
+    group: Any = None,
+) -> tuple[_types.Untold, Any]: ...
+@overload
+def clip_by_global_norm(
+    t_list: _types.NumPyNest,
+    clip_norm: ClipNorm,
+    use_norm: Scalar | None = None,
+    name: str | None = None,
+    *,
+    on_nonfinite: OnNonfinite = "nan",
+    group: Any = None,
+) -> tuple[_types.NumPyNest, NumPyNorm]: ...
+@overload
+def clip_by_global_norm(
+    t_list: _types.TorchNest,
+    clip_norm: ClipNorm,
+    use_norm: Scalar | None = None,
+    name: str | None = None,
+    *,
+    on_nonfinite: OnNonfinite = "nan",
+    group: Any = None,
+) -> tuple[_types.TorchNest, torch.Tensor]: ...
+@overload
+def clip_by_global_norm(
+    t_list: _types.JaxNest,
+    clip_norm: ClipNorm,
+    use_norm: Scalar | None = None,
+    name: str | None = None,
+    *,
+    on_nonfinite: OnNonfinite = "nan",
+    group: Any = None,
+) -> tuple[_types.JaxNest, jax.Array]: ...
+@overload
+def clip_by_global_norm(
+    t_list: _types.TensorFlowNest,
+    clip_norm: ClipNorm,
+    use_norm: Scalar | None = None,
+    name: str | None = None,
+    *,
+    on_nonfinite: OnNonfinite = "nan",
+    group: Any = None,
+) -> tuple[_types.TensorFlowNest, tf.Tensor]: ...
+@overload
+def clip_by_global_norm(
+    t_list: _types.Read[_types.Leaf],
+    clip_norm: ClipNorm,
+    use_norm: Scalar | None = None,
+    name: str | None = None,
+    *,
+    on_nonfinite: OnNonfinite = "nan",
+    group: Any = None,
+) -> tuple[list[_types.Leaf], Any]: ...
+@overload
+def clip_by_global_norm(
+    t_list: _types.AnyNest,
+    clip_norm: ClipNorm,
+    use_norm: Scalar | None = None,
+    name: str | None = None,
+    *,
+    on_nonfinite: OnNonfinite = "nan",
+    group: Any = None,
+) -> tuple[_types.AnyNest, Any]: ...
 def clip_by_global_norm(
     t_list: Any,
     clip_norm: Any,
@@ -145,6 +227,51 @@ def clipped(
         return tree.rebuild(leaves), norm, clip.each
 
 
+@overload
+def clip_by_global_norm_(
+    t_list: _types.UntoldLeaves,
+    clip_norm: ClipNorm,
+    use_norm: Scalar | None = None,
+    *,
+    on_nonfinite: OnNonfinite = "nan",
+    group: Any = None,
+) -> Any: ...
+@overload
+def clip_by_global_norm_(
+    t_list: _types.NumPyLeaves,
+    clip_norm: ClipNorm,
+    use_norm: Scalar | None = None,
+    *,
+    on_nonfinite: OnNonfinite = "nan",
+    group: Any = None,
+) -> NumPyNorm: ...
+@overload
+def clip_by_global_norm_(
+    t_list: _types.TorchLeaves,
+    clip_norm: ClipNorm,
+    use_norm: Scalar | None = None,
+    *,
+    on_nonfinite: OnNonfinite = "nan",
+    group: Any = None,
+) -> torch.Tensor: ...
+@overload
+def clip_by_global_norm_(
+    t_list: _types.TensorFlowLeaves,
+    clip_norm: ClipNorm,
+    use_norm: Scalar | None = None,
+    *,
+    on_nonfinite: OnNonfinite = "nan",
+    group: Any = None,
+) -> tf.Tensor: ...
+@overload
+def clip_by_global_norm_(
+    t_list: Any,
+    clip_norm: ClipNorm,
+    use_norm: Scalar | None = None,
+    *,
+    on_nonfinite: OnNonfinite = "nan",
+    group: Any = None,
+) -> Any: ...
 def clip_by_global_norm_(
     t_list: Any,
     clip_norm: Any,
@@ -196,6 +323,28 @@ def clip_by_global_norm_(
         return norm
 
 
+@overload
+def global_norm(
+    t_list: _types.UntoldLeaves, name: str | None = None, *, group: Any = None
+) -> Any: ...
+@overload
+def global_norm(
+    t_list: _types.NumPyLeaves, name: str | None = None, *, group: Any = None
+) -> NumPyNorm: ...
+@overload
+def global_norm(
+    t_list: _types.TorchLeaves, name: str | None = None, *, group: Any = None
+) -> torch.Tensor: ...
+@overload
+def global_norm(
+    t_list: _types.JaxLeaves, name: str | None = None, *, group: Any = None
+) -> jax.Array: ...
+@overload
+def global_norm(
+    t_list: _types.TensorFlowLeaves, name: str | None = None, *, group: Any = None
+) -> tf.Tensor: ...
+@overload
+def global_norm(t_list: Any, name: str | None = None, *, group: Any = None) -> Any: ...
 def global_norm(
     t_list: Any,
     name: str | None = None,
@@ -239,6 +388,22 @@ def global_norm(
             return held.norm(clip)
 
 
+@overload
+def norms(t_list: _types.UntoldLeaves, *, group: Any = None) -> Norms: ...
+@overload
+def norms(
+    t_list: _types.NumPyLeaves, *, group: Any = None
+) -> Norms[npt.NDArray[NumPyNorm], NumPyNorm]: ...
+@overload
+def norms(
+    t_list: _types.TorchLeaves, *, group: Any = None
+) -> Norms[torch.Tensor, torch.Tensor]: ...
+@overload
+def norms(t_list: _types.JaxLeaves, *, group: Any = None) -> Norms[jax.Array, jax.Array]: ...
+@overload
+def norms(t_list: _types.TensorFlowLeaves, *, group: Any = None) -> Norms[tf.Tensor, tf.Tensor]: ...
+@overload
+def norms(t_list: Any, *, group: Any = None) -> Norms: ...
 def norms(t_list: Any, *, group: Any = None) -> Norms:
     """The norm of each leaf, and the global norm, from one pass over the leaves.
 

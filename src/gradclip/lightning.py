@@ -15,9 +15,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from typing import Any
+from typing import Any, Unpack
 
-from gradclip.record import Lent, Record
+from gradclip.record import Lent, Options, Record
 from gradclip.torch.observing import limit_in_force, measured
 
 __all__ = ["GradientRecord"]
@@ -47,7 +47,7 @@ class GradientRecord(_Callback):  # type: ignore[misc]
         RuntimeError: at the end of a training in which no optimizer stepped in its sight.
     """
 
-    def __init__(self, record: Record | str | os.PathLike[str], **options: Any) -> None:
+    def __init__(self, record: Record | str | os.PathLike[str], **options: Unpack[Options]) -> None:
         self._lent = Lent(record, options)
         self._waiting: list[tuple[int, Any, Any]] = []  # steps, norms, limits
         self._batches = self._steps = 0

@@ -19,7 +19,8 @@ kind            clips
 ==============  ==========================================================================
 
 A limit keeps what it has learnt: ``state_dict`` saves it, ``load_state_dict`` goes on to the bit.
-One object is for one list of gradients. A norm that is NaN, inf or 0 teaches nothing.
+One object is for one list of gradients. A norm that is NaN, inf or 0 teaches nothing. In formulas n
+is the norm before clipping, and m the smaller one of n and what the rule allows.
 """
 
 from gradclip.core.limits import Average, Percentile, PerTensor, ZScore

@@ -14,12 +14,12 @@ Then ``gradclip report run.db``. A loop of one's own over accelerate needs none 
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, Unpack
 
 from torch import Tensor
 from transformers import TrainerCallback
 
-from gradclip.record import Lent, Record
+from gradclip.record import Lent, Options, Record
 from gradclip.torch.observing import Observed, Seen
 
 __all__ = ["GradientRecord"]
@@ -44,7 +44,7 @@ class GradientRecord(TrainerCallback):
         RuntimeError: at the end of a training in which nothing was clipped by that function.
     """
 
-    def __init__(self, record: Record | str | os.PathLike[str], **options: Any) -> None:
+    def __init__(self, record: Record | str | os.PathLike[str], **options: Unpack[Options]) -> None:
         self._lent = Lent(record, options)
         self._observed: Observed | None = None
         self._names: dict[int, str] = {}

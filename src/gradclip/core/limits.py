@@ -222,7 +222,7 @@ class Percentile(Limit):
 
     ::
 
-        limit = factor * (p-th percentile of the last `history` norms n, this one among them)
+        limit = factor * (p-th percentile of the last history norms n, this one among them)
 
     with linear interpolation between two, as ``numpy.percentile``.
 
@@ -410,7 +410,7 @@ class PerTensor(Limit):
     [array([3.]), array([1.])]
     """
 
-    kind: Any
+    kind: ZScore | Percentile | Average
     per_tensor: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -433,15 +433,13 @@ class PerTensor(Limit):
         return self.kind.begin(ops, shape)
 
     def kept(self, state: Any) -> dict[str, Any]:
-        found: dict[str, Any] = self.kind.kept(state)
-        return found
+        return self.kind.kept(state)
 
     def restored(self, **kept: Any) -> Any:
         return self.kind.restored(**kept)
 
     def judge(self, ops: Arithmetic, state: Any, norm: Any, whole: Any = None) -> Ruling:
-        ruling: Ruling = self.kind.judge(ops, state, norm, whole)
-        return ruling
+        return self.kind.judge(ops, state, norm, whole)
 
 
 # ---- what they share ----

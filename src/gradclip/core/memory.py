@@ -51,7 +51,7 @@ class Memory:
         self.place: Any = None  # of the state, as `Lesson.judge` is told; None: of the host
         self.home: Home | None = None
         self._limit: Any = math.nan
-        self.seen = 0  # how many norms were looked at
+        self.seen: int = 0  # how many norms were looked at
         self.user: Any = None  # a weak reference to what alone it is for, if something says so
 
     def __getstate__(self) -> dict[str, Any]:
@@ -162,8 +162,8 @@ class Lesson:
     def __init__(
         self, kind: Any, keys: Sequence[Any] | None = None, memory: Memory | None = None
     ) -> None:
-        self.kind = kind
-        self.keys = keys  # of the tensors that are clipped
+        self.kind: Any = kind
+        self.keys: Sequence[Any] | None = keys  # of the tensors that are clipped
         self.memory: Memory = kind._memory if memory is None else memory
         self.in_force: Any = None  # the limit; of tensors, a vector
         self.skip: Any = False  # if the step is not to be taken

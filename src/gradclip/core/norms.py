@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic
 
 import numpy as np
 import numpy.typing as npt
 
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar  # which says what a plain `Norms` is of
+
+    Vector = TypeVar("Vector", default=Any)
+    Number = TypeVar("Number", default=Any)
+else:
+    from typing import TypeVar
+
+    Vector, Number = TypeVar("Vector"), TypeVar("Number")
+
 Names = Sequence[Any] | Callable[[], Sequence[Any]]
 
 
-class Norms:
+class Norms(Generic[Vector, Number]):
     """Each leaf's norm and the global one, from one pass, where the leaves are.
 
     ::
@@ -41,9 +51,9 @@ class Norms:
 
     __slots__ = ("_names", "global_norm", "values")
 
-    def __init__(self, values: Any, global_norm: Any, names: Names) -> None:
-        self.values = values
-        self.global_norm = global_norm
+    def __init__(self, values: Vector, global_norm: Number, names: Names) -> None:
+        self.values: Vector = values
+        self.global_norm: Number = global_norm
         self._names = names
 
     @property
@@ -87,7 +97,8 @@ class Norms:
         return [self.paths[place] for place in places]
 
     def __len__(self) -> int:
-        return int(self.values.shape[0])
+        values: Any = self.values
+        return int(values.shape[0])
 
     def __repr__(self) -> str:
         return f"Norms(global_norm={self.global_norm!r}, values={self.values!r})"

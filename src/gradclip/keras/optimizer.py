@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, SupportsFloat, cast
 
 import keras
 
@@ -51,12 +51,12 @@ class ExactGlobalNorm:
     assign: Callable[[Any, Any], None]
 
     @property
-    def global_clipnorm(self) -> Any:
+    def global_clipnorm(self) -> float | Any:
         """The limit, a number or one that learns, or None for Keras's own behaviour."""
         return self._global_clipnorm
 
     @global_clipnorm.setter
-    def global_clipnorm(self, limit: Any) -> None:
+    def global_clipnorm(self, limit: SupportsFloat | Limit | None) -> None:
         if isinstance(limit, Limit):
             self._check(limit)
         elif limit is not None:
@@ -330,7 +330,6 @@ COMPOSITES = tuple(
 )
 
 
-@functools.cache
 def exact(optimizer_class: Any) -> Any:
     """The subclass of a Keras 3 optimizer that clips by the exact global norm.
 
@@ -374,6 +373,11 @@ def exact(optimizer_class: Any) -> Any:
             f"{optimizer_class.__name__} hands its gradients to other optimizers; "
             "make those exact instead"
         )
+    return _exact(optimizer_class)
+
+
+@functools.cache
+def _exact(optimizer_class: Any) -> Any:
     if issubclass(optimizer_class, ExactGlobalNorm):
         return optimizer_class
     name, module = optimizer_class.__name__, optimizer_class.__module__

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, SupportsFloat
 
 import jax
 import optax
@@ -16,7 +16,7 @@ from gradclip.optax.arrays import arrays_of, is_leaf
 
 
 def adaptive_grad_clip(
-    clipping: Any, eps: Any = 1e-3, axis: int | tuple[int, ...] | None = None
+    clipping: SupportsFloat, eps: SupportsFloat = 1e-3, axis: int | tuple[int, ...] | None = None
 ) -> optax.GradientTransformation:
     """Scale the update of each unit down to at most ``clipping`` times the norm of its weights.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsFloat
 
 import jax
 import jax.numpy as jnp
@@ -91,7 +91,7 @@ State = Inner | ClipPerLeafState
 
 
 def clip_by_global_norm(
-    max_norm: Any | Callable[[Any], Any] | Limit,
+    max_norm: SupportsFloat | Callable[[Any], Any] | Limit,
     *,
     on_nonfinite: OnNonfinite = "nan",
     axis_name: Any = None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any
+from typing import Any, SupportsFloat, TypeVar
 
 import jax
 import numpy as np
@@ -16,8 +16,12 @@ from gradclip.jax.leaf import checked
 from gradclip.jax.traced import limit_of
 from gradclip.optax.arrays import arrays_of, is_leaf
 
+Tree = TypeVar("Tree")
 
-def per_example_global_norm_clip(grads: Any, l2_norm_clip: Any) -> tuple[Any, Any]:
+
+def per_example_global_norm_clip(
+    grads: Tree, l2_norm_clip: SupportsFloat
+) -> tuple[Tree, jax.Array]:
     """Clip the gradient of each example by its own global norm, and add them up.
 
     ::

@@ -12,7 +12,7 @@ from gradclip.optax.arrays import is_clipped
 from gradclip.optax.clipping import ClipPerLeafState
 
 
-def norms_of(state: Any, params: Any) -> Norms:
+def norms_of(state: Any, params: Any) -> Norms[jax.Array, jax.Array]:
     """The norm of each leaf of the latest updates, before clipping, from an optimizer's state.
 
     Args:

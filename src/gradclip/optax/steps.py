@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, SupportsFloat
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from gradclip.core.decide import OnNonfiniteStep, check_on_nonfinite
+from gradclip.core.limits import Limit
 from gradclip.optax.clipping import Clipping, State
 
 
@@ -28,7 +30,7 @@ class ApplyClippedState(NamedTuple):
 
 def apply_clipped(
     inner: optax.GradientTransformation,
-    max_norm: Any,
+    max_norm: SupportsFloat | Callable[[Any], Any] | Limit,
     *,
     on_nonfinite: OnNonfiniteStep = "nan",
     axis_name: Any = None,

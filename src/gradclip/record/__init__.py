@@ -4,9 +4,9 @@
 """
 
 from gradclip.record.reading import History, TensorNorms
-from gradclip.record.recording import Lent, Record
+from gradclip.record.recording import Lent, Options, Record
 
-__all__ = ["History", "Lent", "Record", "TensorNorms"]
+__all__ = ["History", "Lent", "Options", "Record", "TensorNorms"]
 
 History.__module__ = TensorNorms.__module__ = __name__
 Record.__module__ = "gradclip"

@@ -78,6 +78,14 @@ class History:
     [0 1 2] [ 1.  5. inf] [1.  0.5 0. ] ['keep' 'clip' 'nonfinite']
     """
 
+    path: Path
+    time: _Floats
+    norm: _Floats
+    limit: _Floats
+    factor: _Floats
+    names: tuple[str, ...]
+    tensor_steps: _Ints
+
     def __init__(self, file: sqlite3.Connection, path: Path, after: int) -> None:
         self.path, self._file = path, file
         rows = file.execute(_STEPS, (after,)).fetchall()

@@ -8,7 +8,7 @@ import os
 import time
 import weakref
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, SupportsIndex, TypedDict
 
 from gradclip.core.norms import Norms
 from gradclip.core.reading import Reading
@@ -18,6 +18,25 @@ from gradclip.record.ranks import rank_of
 from gradclip.record.store import Store
 from gradclip.record.values import kept, kept_norms, mark_of
 from gradclip.record.writing import Writer
+
+if TYPE_CHECKING:
+    from gradclip._types import Scalar
+
+
+class Telling(Protocol):
+    """What tells all of its latest step, as a clipper does."""
+
+    def _reading(self) -> Reading: ...
+
+
+class Options(TypedDict, total=False):
+    """What a `Record` is given beside its path."""
+
+    per_tensor_every: int
+    hard: float
+    ring: int
+    rank: int | None
+    log: Log | None
 
 
 class Record:
@@ -110,11 +129,11 @@ class Record:
 
     def __call__(
         self,
-        step: int,
-        source: Any,
+        step: SupportsIndex,
+        source: Reading | Norms | Scalar | Telling,
         *,
-        limit: Any = None,
-        factor: Any = None,
+        limit: Scalar | None = None,
+        factor: Scalar | None = None,
         skipped: bool | None = None,
     ) -> None:
         """Tell of a step, after it.
@@ -214,7 +233,7 @@ class Record:
         )
 
     @staticmethod
-    def of_state(state: Any, names: Any = None) -> Any:
+    def of_state(state: Any, names: Any = None) -> Reading:
         """What a state of optax tells of the latest update, for a record.
 
         Args:
@@ -248,7 +267,7 @@ class Lent:
         TypeError: there are options for one that is open, or unknown ones.
     """
 
-    def __init__(self, record: Record | str | os.PathLike[str], options: dict[str, Any]) -> None:
+    def __init__(self, record: Record | str | os.PathLike[str], options: Options) -> None:
         if isinstance(record, Record) and options:
             raise TypeError(
                 f"{', '.join(options)} are options of Record: {record!r} is open already"

@@ -39,7 +39,7 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import tensorflow as tf
 from tensorflow.python.ops import clip_ops
@@ -49,12 +49,29 @@ from gradclip.core.limits import Limit
 from gradclip.core.patch import Patch
 from gradclip.tensorflow.graph import Scope
 
+if TYPE_CHECKING:
+    from gradclip._types import ClipNorm, Scalar, TensorFlowLeaf
+
 __all__ = ["clip_by_global_norm", "global_norm", "patch", "variables_of"]
 
 
+@overload
+def clip_by_global_norm(
+    t_list: Sequence[TensorFlowLeaf],
+    clip_norm: ClipNorm,
+    use_norm: Scalar | None = None,
+    name: str | None = None,
+) -> tuple[list[TensorFlowLeaf], tf.Tensor]: ...
+@overload
+def clip_by_global_norm(
+    t_list: Sequence[Any],
+    clip_norm: ClipNorm,
+    use_norm: Scalar | None = None,
+    name: str | None = None,
+) -> tuple[list[Any], tf.Tensor]: ...
 def clip_by_global_norm(
     t_list: Sequence[Any], clip_norm: Any, use_norm: Any = None, name: str | None = None
-) -> tuple[list[Any], Any]:
+) -> tuple[list[Any], tf.Tensor]:
     """Scale tensors down together so that their global norm is at most ``clip_norm``.
 
     ::
@@ -95,7 +112,7 @@ def clip_by_global_norm(
     return leaves, use_norm if tf.is_tensor(use_norm) else _tensor(norm, name or first)
 
 
-def global_norm(t_list: Sequence[Any], name: str | None = None) -> Any:
+def global_norm(t_list: Sequence[Any], name: str | None = None) -> tf.Tensor:
     """The square root of the sum of ``|x|^2`` over every element of every tensor.
 
     Args:

@@ -41,7 +41,7 @@ import types
 import warnings
 from collections.abc import Iterable
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, SupportsFloat, overload
 
 import torch
 from torch import Tensor
@@ -86,9 +86,45 @@ attach = Clipper
 Clipper.__module__ = __name__  # by which copies are pickled, wherever the code stands
 
 
+@overload
 def clip_grad_norm_(
     parameters: Tensor | Iterable[Tensor] | Named,
-    max_norm: float | Limit,
+    max_norm: SupportsFloat | Limit,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+    *,
+    on_nonfinite: OnNonfinite | None = None,
+    group: Any = None,
+    norms: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def clip_grad_norm_(
+    parameters: Tensor | Iterable[Tensor] | Named,
+    max_norm: SupportsFloat | Limit,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+    *,
+    on_nonfinite: OnNonfinite | None = None,
+    group: Any = None,
+    norms: Literal[True],
+) -> Norms[Tensor, Tensor]: ...
+@overload
+def clip_grad_norm_(
+    parameters: Tensor | Iterable[Tensor] | Named,
+    max_norm: SupportsFloat | Limit,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+    *,
+    on_nonfinite: OnNonfinite | None = None,
+    group: Any = None,
+    norms: bool,
+) -> Tensor | Norms[Tensor, Tensor]: ...
+def clip_grad_norm_(
+    parameters: Tensor | Iterable[Tensor] | Named,
+    max_norm: SupportsFloat | Limit,
     norm_type: float = 2.0,
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
@@ -96,7 +132,7 @@ def clip_grad_norm_(
     on_nonfinite: OnNonfinite | None = None,
     group: Any = None,
     norms: bool = False,
-) -> Any:
+) -> Tensor | Norms[Tensor, Tensor]:
     """Scale the gradients of parameters down together so that their norm is at most ``max_norm``.
 
     ::
@@ -173,7 +209,10 @@ def clip_grad_norm_(
         keys,
         wants_each=norms,
     )
-    return Norms(each, total_norm, keys) if norms else total_norm
+    if not norms:
+        return total_norm
+    assert each is not None, "it was wanted"
+    return Norms(each, total_norm, keys)
 
 
 def get_total_norm(
@@ -219,8 +258,8 @@ def get_total_norm(
 
 def clip_grads_with_norm_(
     parameters: Tensor | Iterable[Tensor] | Named,
-    max_norm: float,
-    total_norm: Tensor,
+    max_norm: SupportsFloat | Limit,
+    total_norm: SupportsFloat,
     foreach: bool | None = None,
 ) -> None:
     """Scale the gradients of parameters by ``max_norm / total_norm`` if that is below 1.
@@ -279,7 +318,7 @@ class patch(Patch):  # noqa: N801  (used as a function)
 
     _limit: ClassVar[Any] = None
 
-    def __init__(self, *, limit: Limit | float | None = None) -> None:
+    def __init__(self, *, limit: SupportsFloat | Limit | None = None) -> None:
         if limit is not None and not isinstance(limit, Limit):
             limit = check_clip_norm(limit, "limit")
         if patch._active and limit is not patch._limit:

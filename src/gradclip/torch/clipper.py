@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from gradclip.core.decide import OnNonfiniteStep, check_on_nonfinite
+from gradclip.core.norms import Norms
 from gradclip.core.opening import Opening, taking_part
 from gradclip.core.reading import Reading
 from gradclip.kernels.cpu.arithmetic import ieee_arithmetic
@@ -197,13 +198,16 @@ class Clipper(hooks.Hooked):
 
     # ---- what it tells, and is told ----
 
+    # To type checkers each is first what it is with one limit that is a number. What else it may be
+    # is Any: whoever has such a limit knows it, and nobody else has to rule it out.
+
     def __repr__(self) -> str:
         names = ("norm", "factor", "steps", "clipped_steps", "skipped_steps")
         told = [f"{name}={getattr(self, name).tolist()}" for name in names]
         return f"Clipper(max_norm={self.max_norm}, {', '.join(told)})"
 
     @property
-    def max_norm(self) -> Any:
+    def max_norm(self) -> float | Any:
         """The limit, or the schedule; a tuple if each parameter group has one. May be set.
 
         Raises:
@@ -212,7 +216,7 @@ class Clipper(hooks.Hooked):
         return self._limits.given
 
     @max_norm.setter
-    def max_norm(self, max_norm: Any) -> None:
+    def max_norm(self, max_norm: Limit | Sequence[Limit]) -> None:
         new = self._limits.replaced_by(max_norm)
         if new.may_skip and not self._may_skip:
             raise ValueError(
@@ -232,7 +236,7 @@ class Clipper(hooks.Hooked):
         return self._books.norm(per_group=self._limits.per_group)
 
     @property
-    def norms(self) -> Any:
+    def norms(self) -> Norms[Tensor, Tensor] | Any:
         """A `gradclip.Norms` of each gradient in the latest step, and the global one.
 
         As they were before clipping, by the parameters' names where the optimizer has them. A tuple
@@ -251,7 +255,7 @@ class Clipper(hooks.Hooked):
         return found[0] if found else None
 
     @property
-    def limit(self) -> Any:
+    def limit(self) -> Tensor | Any:
         """The limit that was in force in the latest step, float64; NaN before the first.
 
         With `gradclip.limits.PerTensor` that of each gradient there was, in the optimizer's order;

@@ -113,7 +113,7 @@ def _clip_op(
     tree, policy = _named(leaves, paths), cast(OnNonfinite, on_nonfinite)
     limit, given = number(clip_norm), number(use_norm)
     if not is_derived:
-        new, norm = _clip.clip_by_global_norm(tree, limit, given, on_nonfinite=policy)
+        new, norm, _ = _clip.clipped(tree, limit, given, on_nonfinite=policy)
         return norm, norm.to(torch.float64, copy=True), new
     return clipped_plainly(leaves, tree.path, limit, given, policy)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsFloat
 
 from torch import Tensor
 
@@ -13,7 +13,7 @@ from gradclip.core.limits import Limit as Learning
 
 # What a limit may be: a number, or a schedule: from how many steps were begun before to a number;
 # or one that learns.
-Limit = float | Callable[[int], Any] | Learning
+Limit = SupportsFloat | Callable[[int], SupportsFloat] | Learning
 
 
 class Limits(NamedTuple):

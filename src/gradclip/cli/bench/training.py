@@ -23,7 +23,7 @@ def steps_that_clip(shrink: int, *, clipping: bool) -> Iterator[Turn]:
 
     model = _model(shrink)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    clips = {"gradclip": clip_grad_norm_, "PyTorch": torch.nn.utils.clip_grad_norm_}
+    clips: dict[str, Any] = {"gradclip": clip_grad_norm_, "PyTorch": torch.nn.utils.clip_grad_norm_}
     while True:
         turn = {}
         for system, clip in clips.items():
