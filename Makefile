@@ -30,7 +30,7 @@ lint: .venv/test ## style, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: .venv/test ## time gradclip against others; appends to bench/results.csv, draws docs/bench.png
 	$(BIN)/gradclip bench --csv bench/results.csv
