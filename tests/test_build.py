@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -253,3 +254,76 @@ def test_a_build_that_fails_leaves_no_older_kernel_in_its_place(tmp_path: Path) 
     norms, told, kernel, xla, why = told_of(path=tmp_path / "src")
     assert (norms, kernel, xla, why) == ([5.0, 5.0], "numpy", False, "was not built")
     assert told == [f"gradclip's C kernel was not built{WAY_OUT}"]
+
+
+# ---- an install without a kernel ----
+
+
+def pip(*words: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """What pip says by itself of a `copy_tree`; no index is asked."""
+    command = [sys.executable, "-m", "pip", *words, "--no-deps", "--no-build-isolation", "."]
+    return subprocess.run(
+        command,
+        cwd=folder,
+        env={**os.environ, "CC": str(broken_compiler(folder)), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def broken_compiler(folder: Path) -> Path:
+    compiler = folder / "broken"
+    compiler.write_text("#!/bin/sh\necho the compiler is broken >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    return compiler
+
+
+WITHOUT_KERNEL = re.compile(r"gradclip-[0-9.]+-0_without_the_C_kernel-py3-none-any\.whl")
+
+
+@pytest.mark.slow
+def test_pip_shows_that_it_has_no_kernel(tmp_path: Path) -> None:
+    copy_tree(tmp_path)
+    done = pip("install", "--target", str(tmp_path / "site"), folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (line,) = (line for line in done.stdout.splitlines() if "Created wheel" in line)
+    assert WITHOUT_KERNEL.search(line), line
+    assert told_of(path=tmp_path / "site")[-1] == "was not built"
+
+
+@pytest.mark.long
+def test_a_wheel_without_a_kernel_is_for_every_machine(tmp_path: Path) -> None:
+    copy_tree(tmp_path)
+    done = pip("wheel", "--wheel-dir", str(tmp_path / "wheels"), folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = (tmp_path / "wheels").iterdir()
+    assert WITHOUT_KERNEL.fullmatch(wheel.name)
+    with zipfile.ZipFile(wheel) as opened:
+        assert not [name for name in opened.namelist() if name.endswith((".so", ".c"))]
+        (about,) = (name for name in opened.namelist() if name.endswith("/WHEEL"))
+        assert "Root-Is-Purelib: true" in opened.read(about).decode()
+
+
+@pytest.mark.long
+def test_a_wheel_with_a_kernel_is_for_its_machine(tmp_path: Path) -> None:
+    copy_tree(tmp_path)
+    environment = {"CC": " ".join(CC), "GRADCLIP_REQUIRE_KERNEL": "1"}
+    done = pip("wheel", "--wheel-dir", str(tmp_path / "wheels"), folder=tmp_path, **environment)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = (tmp_path / "wheels").iterdir()
+    assert re.fullmatch(r"gradclip-[0-9.]+-cp311-abi3-\w+\.whl", wheel.name)
+    with zipfile.ZipFile(wheel) as opened:
+        assert [name for name in opened.namelist() if name.endswith(".so")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", ["install", pytest.param("wheel", marks=pytest.mark.long)])
+def test_a_kernel_that_is_required_stops_an_install_without_it(verb: str, tmp_path: Path) -> None:
+    copy_tree(tmp_path)
+    option = {"install": "--target", "wheel": "--wheel-dir"}[verb]
+    target = tmp_path / "target"
+    done = pip(verb, option, str(target), folder=tmp_path, GRADCLIP_REQUIRE_KERNEL="1")
+    assert done.returncode == 1
+    assert "the compiler is broken" in done.stdout + done.stderr
+    assert not target.exists() or not [*target.iterdir()]
