@@ -1,6 +1,6 @@
 """The native kernel. Everything else about the package stands in pyproject.toml."""
 
-import platform
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -32,7 +32,7 @@ FLAGS = [
 # CFLAGS are the linker's too, and by any of these it would add code that has the whole process
 # flush subnormal numbers from the import on.
 LINK_FLAGS = ["-O3", "-fno-fast-math", "-fno-unsafe-math-optimizations"]
-if platform.machine() in ("x86_64", "AMD64"):
+if sysconfig.get_platform().endswith(("x86_64", "amd64")):
     FLAGS += [
         # GCC 12 may keep values in MMX registers and leave the x87 unit, which shares them,
         # unusable: the caller's next long double is NaN.
