@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 TELL := $(BIN)/python -c "from gradclip.kernels import cpu; print('kernel:', cpu.kernel(), cpu.why_numpy() or '')"
 SOURCES := pyproject.toml setup.py $(wildcard src/gradclip/kernels/cpu/*.c src/gradclip/kernels/cpu/*.h)
 
-.PHONY: help demo test test-quick test-long lint bench clean
+.PHONY: help demo test test-quick test-long lint bench wheels clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,8 +32,11 @@ bench: .venv/test ## time gradclip against others; appends to bench/results.csv,
 	$(BIN)/gradclip bench --csv bench/results.csv
 	$(BIN)/python bench/draw.py
 
+wheels: .venv/wheels ## build the wheels of all platforms and the sdist into dist/, and check them
+	$(BIN)/python wheels/build.py
+
 clean: ## remove what make has made
-	rm -rf .venv build src/*.egg-info src/gradclip/kernels/cpu/*.so demo.png jax_digits.png spikes.png torch_characters.png torch_sharded.png
+	rm -rf .venv build dist src/*.egg-info src/gradclip/kernels/cpu/*.so demo.png jax_digits.png spikes.png torch_characters.png torch_sharded.png
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -49,3 +52,7 @@ clean: ## remove what make has made
 	$(PIP) --editable '.[test]'
 	@$(TELL)
 	touch $@ .venv/demo
+
+.venv/wheels: .venv/bin/python $(SOURCES)
+	$(PIP) --editable '.[wheels]'
+	touch $@

@@ -111,7 +111,8 @@ def add_library(pure: Path, platform: Platform) -> None:
         library = compile_library(platform, folder)
         shutil.copy(library, content / "gradclip/kernels/cpu" / platform.library)
         (about,) = content.glob("*.dist-info/WHEEL")
-        lines = [line for line in about.read_text().splitlines() if line and "Tag:" not in line]
+        kept = ("Wheel-Version", "Generator", "Root-Is-Purelib")
+        lines = [line for line in about.read_text().splitlines() if line.startswith(kept)]
         tags = [f"Tag: cp311-abi3-{tag}" for tag in platform.tags]
         text = "\n".join([*lines, *tags, ""])
         about.write_text(text.replace("Root-Is-Purelib: true", "Root-Is-Purelib: false"))
