@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 TELL := $(BIN)/python -c "from gradclip.kernels import cpu; print('kernel:', cpu.kernel(), cpu.why_numpy() or '')"
 SOURCES := pyproject.toml setup.py $(wildcard src/gradclip/kernels/cpu/*.c src/gradclip/kernels/cpu/*.h)
 
-.PHONY: help demo test test-quick test-long matrix lint bench docs clean
+.PHONY: help demo test test-quick test-long matrix lint bench docs wheels clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,8 +40,11 @@ docs: .venv/docs ## build the site in docs/_build/html, of which all links but e
 	$(BIN)/sphinx-build --builder html --fail-on-warning --keep-going --nitpicky --fresh-env --quiet docs docs/_build/html
 	$(BIN)/python docs/check.py docs/_build/html
 
+wheels: .venv/wheels ## build the wheels of all platforms and the sdist into dist/, and check them
+	$(BIN)/python wheels/build.py
+
 clean: ## remove what make has made
-	rm -rf .venv .matrix build docs/_build src/*.egg-info src/gradclip/kernels/cpu/*.so demo.png jax_digits.png spikes.png torch_characters.png torch_sharded.png
+	rm -rf .venv .matrix build dist docs/_build src/*.egg-info src/gradclip/kernels/cpu/*.so demo.png jax_digits.png spikes.png torch_characters.png torch_sharded.png
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -61,4 +64,8 @@ clean: ## remove what make has made
 # The reference imports the package with every framework.
 .venv/docs: .venv/test
 	$(PIP) --editable '.[docs]'
+	touch $@
+
+.venv/wheels: .venv/bin/python $(SOURCES)
+	$(PIP) --editable '.[wheels]'
 	touch $@

@@ -6,6 +6,7 @@ The walks are written twice, in C (`cpu.h`) and in NumPy (`plain.py`), and give 
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, TypeVar
@@ -41,7 +42,8 @@ def _samples() -> Iterator[Any]:
 
 if _cpu is not None:
     _cpu.use_arrays(*_samples())
-    os.register_at_fork(after_in_child=_cpu.forget_helpers)
+    if sys.platform != "win32":  # where no process forks
+        os.register_at_fork(after_in_child=_cpu.forget_helpers)
 
 T = TypeVar("T")
 
