@@ -7,6 +7,7 @@ and one for pyright, of which both say when there is nothing to ignore.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import runpy
 import shutil
@@ -37,8 +38,7 @@ NEEDED = {
 @pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")
 @pytest.mark.parametrize("name", NEEDED)
 def test_values_are_of_the_types_that_are_told(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for each in NEEDED[name]:
-        pytest.importorskip(each)
+    skip_without(*NEEDED[name])
     monkeypatch.syspath_prepend(FILES)
     runpy.run_path(str(FILES / f"of_{name}.py"))
 
@@ -48,11 +48,11 @@ def test_every_file_is_run() -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("checker", [("mypy", "tests/typing"), ("pyright",)])
-def test_type_checkers_find_what_is_told(checker: tuple[str, ...]) -> None:
-    for name in sum(NEEDED.values(), ()):
-        pytest.importorskip(name)
-    check(ROOT, *checker)
+@pytest.mark.parametrize("checker", ["mypy", "pyright"])
+def test_type_checkers_find_what_is_told(checker: str) -> None:
+    skip_without(*itertools.chain(*NEEDED.values()))
+    arguments = ["tests/typing"] if checker == "mypy" else ["--pythonpath", sys.executable]
+    check(ROOT, checker, *arguments)
 
 
 @pytest.mark.long
@@ -61,7 +61,7 @@ def test_type_checkers_find_what_is_told(checker: tuple[str, ...]) -> None:
 def test_a_framework_that_is_not_installed_hides_no_other(
     checker: str, name: str, tmp_path: Path
 ) -> None:
-    pytest.importorskip(name)
+    skip_without(name)
     venv.create(tmp_path / "env", symlinks=True)
     (packages,) = tmp_path.glob("env/lib/python*/site-packages")
     (packages / "gradclip").symlink_to(ROOT / "src/gradclip")
@@ -84,6 +84,12 @@ def test_a_framework_that_is_not_installed_hides_no_other(
     }
     (tmp_path / "pyrightconfig.json").write_text(json.dumps(settings))
     check(tmp_path, "pyright")
+
+
+def skip_without(*names: str) -> None:
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"{name} is not installed")
 
 
 def check(folder: Path, checker: str, *arguments: str) -> None:

@@ -40,6 +40,14 @@ one of optax's own optimizer, and go on from there. All of this holds too where 
 new: a state that was saved without it is what an update goes on from, and the other way round.
 """
 
+import jax
+import optax
+
+from gradclip.core.versions import require
+
+require("jax>=0.8.1", jax.__version__)
+require("optax>=0.2.5", optax.__version__)
+
 from gradclip.optax.adaptive import adaptive_grad_clip
 from gradclip.optax.clipping import (
     ClipByGlobalNormState,

@@ -47,6 +47,10 @@ import torch
 from torch import Tensor
 from torch.nn import utils
 
+from gradclip.core.versions import require
+
+require("torch>=2.6", torch.__version__)
+
 from gradclip import _clip
 from gradclip.core.decide import OnNonfinite, check_clip_norm
 from gradclip.core.limits import Limit
