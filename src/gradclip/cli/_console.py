@@ -23,7 +23,7 @@ class CliError(Exception):
 
 def need_extra(module: str) -> CliError:
     """Say how to get a missing module; its package has the same name."""
-    return CliError(f"{module} is not installed; pip install {module}, or gradclip with its extra [cli]")
+    return CliError(f"{module} is not installed: pip install {module} (all: gradclip[cli])")
 
 
 def printable(text: str) -> str:
