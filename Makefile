@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 TELL := $(BIN)/python -c "from gradclip.kernels import cpu; print('kernel:', cpu.kernel(), cpu.why_numpy() or '')"
 SOURCES := pyproject.toml setup.py $(wildcard src/gradclip/kernels/cpu/*.c src/gradclip/kernels/cpu/*.h)
 
-.PHONY: help demo test test-quick test-long lint bench clean
+.PHONY: help demo test test-quick test-long matrix lint bench docs wheels clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,6 +23,9 @@ test-quick: .venv/test ## the tests that together take under a minute
 test-long: .venv/test ## what `make test` leaves out: long counts, all mutations, many ranks
 	GRADCLIP_REQUIRE_ALL=1 $(BIN)/python -m pytest -n auto --dist worksteal -m long
 
+matrix: ## each framework's tests with its lowest and its newest version; CELL=torch-2.8 runs one
+	$(PYTHON) tests/matrix.py $(CELL)
+
 lint: .venv/test ## style, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -33,8 +36,15 @@ bench: .venv/test ## time gradclip against others; appends to bench/results.csv,
 	$(BIN)/gradclip bench --csv bench/results.csv
 	$(BIN)/python bench/draw.py
 
+docs: .venv/docs ## build the site in docs/_build/html, of which all links but external ones are checked
+	$(BIN)/sphinx-build --builder html --fail-on-warning --keep-going --nitpicky --fresh-env --quiet docs docs/_build/html
+	$(BIN)/python docs/check.py docs/_build/html
+
+wheels: .venv/wheels ## build the wheels of all platforms and the sdist into dist/, and check them
+	$(BIN)/python wheels/build.py
+
 clean: ## remove what make has made
-	rm -rf .venv build src/*.egg-info src/gradclip/kernels/cpu/*.so demo.png jax_digits.png spikes.png torch_characters.png torch_sharded.png
+	rm -rf .venv .matrix build dist docs/_build src/*.egg-info src/gradclip/kernels/cpu/*.so demo.png jax_digits.png spikes.png torch_characters.png torch_sharded.png
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -50,3 +60,12 @@ clean: ## remove what make has made
 	$(PIP) --editable '.[test]'
 	@$(TELL)
 	touch $@ .venv/demo
+
+# The reference imports the package with every framework.
+.venv/docs: .venv/test
+	$(PIP) --editable '.[docs]'
+	touch $@
+
+.venv/wheels: .venv/bin/python $(SOURCES)
+	$(PIP) --editable '.[wheels]'
+	touch $@

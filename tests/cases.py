@@ -28,6 +28,7 @@ NARROW = {
             "float8_e5m2",
             "float8_e5m2fnuz",
         )
+        if hasattr(ml_dtypes, name)  # two of them since 0.5
     },
 }
 WIDE = {"float64": np.dtype(np.float64), "complex128": np.dtype(np.complex128)}

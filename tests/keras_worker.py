@@ -39,6 +39,7 @@ import ml_dtypes
 import gradclip
 import gradclip.keras
 from gradclip.keras import clipping
+from gradclip.keras.optimizer import COMPOSITES
 from gradclip.keras.patch import Installed
 
 pytestmark = [
@@ -271,7 +272,7 @@ def test_exact_of_no_optimizer_class(wrong: Any) -> None:
         gradclip.keras.exact(wrong)
 
 
-@pytest.mark.parametrize("name", ["LossScaleOptimizer", "MultiOptimizer"])
+@pytest.mark.parametrize("name", [each.__name__ for each in COMPOSITES])
 def test_exact_of_an_optimizer_of_optimizers(name: str) -> None:
     message = f"{name} hands its gradients to other optimizers; make those exact instead"
     with pytest.raises(TypeError, match=f"^{message}$"):

@@ -121,7 +121,7 @@ def test_what_needs_an_extra_names_it(
     monkeypatch.chdir(tmp_path)
     save(Path("a.safetensors"), {"w": np.float32([3, 4])})
     done = run_bare(*arguments)
-    message = f"gradclip: {module} is not installed; pip install 'gradclip[cli]' brings it\n"
+    message = f"gradclip: {module} is not installed: pip install {module} (all: gradclip[cli])\n"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", message)
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
 

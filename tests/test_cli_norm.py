@@ -314,7 +314,7 @@ def test_without_a_format_s_library(
 ) -> None:
     path = save(tmp_path / "a.safetensors", {"a": np.ones(1, ml_dtypes.bfloat16)})
     monkeypatch.setitem(sys.modules, module, None)
-    message = f"gradclip: {module} is not installed; pip install 'gradclip[cli]' brings it\n"
+    message = f"gradclip: {module} is not installed: pip install {module} (all: gradclip[cli])\n"
     assert run_main("norm", path) == (2, "", message)
 
 

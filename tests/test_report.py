@@ -434,7 +434,7 @@ def test_without_bokeh_json_works_and_a_page_says_what_is_missing(tmp_path: Path
         "from gradclip.cli import main; sys.exit(main(sys.argv[1:]))"
     )
     done = cli_files.run([sys.executable, "-c", code, "report", path])
-    message = "gradclip: bokeh is not installed; pip install 'gradclip[cli]' brings it\n"
+    message = "gradclip: bokeh is not installed: pip install bokeh (all: gradclip[cli])\n"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", message)
     done = cli_files.run([sys.executable, "-c", code, "report", path, "--json"])
     assert (done.returncode, done.stderr) == (0, "")

@@ -126,7 +126,7 @@ def test_without_rich_it_says_what_is_missing(tmp_path: Path) -> None:
     )
     run = [cli_files.sys.executable, "-c", code, "watch", path]
     done = cli_files.run([*run, "--once"])
-    message = "gradclip: rich is not installed; pip install 'gradclip[cli]' brings it\n"
+    message = "gradclip: rich is not installed: pip install rich (all: gradclip[cli])\n"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", message)
     assert cli_files.run([*run, "--json"]).stdout == run_process("watch", path, "--json").stdout
 

@@ -362,7 +362,7 @@ def global_norm(
         group: as in `clip_by_global_norm`.
 
     Returns:
-        A scalar: float64 if a leaf is float64 or complex128, else float32.
+        A scalar, float64 if a leaf is float64 or complex128, else float32.
 
     Raises:
         TypeError: a leaf is not of a dtype or framework that is served.

@@ -18,8 +18,9 @@ kind            clips
 `PerTensor`     each tensor by itself, by one of these (AdaGC)
 ==============  ==========================================================================
 
-A limit keeps what it has learnt: `state_dict` saves it and ``load_state_dict`` goes on to the bit.
-One object is for one list of gradients. A norm that is NaN, inf or 0 teaches nothing.
+A limit keeps what it has learnt: ``state_dict`` saves it, ``load_state_dict`` goes on to the bit.
+One object is for one list of gradients. A norm that is NaN, inf or 0 teaches nothing. In formulas n
+is the norm before clipping, and m the smaller one of n and what the rule allows.
 """
 
 from gradclip.core.limits import Average, Percentile, PerTensor, ZScore

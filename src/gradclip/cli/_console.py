@@ -22,8 +22,8 @@ class CliError(Exception):
 
 
 def need_extra(module: str) -> CliError:
-    """Say which extra brings a missing module."""
-    return CliError(f"{module} is not installed; pip install 'gradclip[cli]' brings it")
+    """Say how to get a missing module; its package has the same name."""
+    return CliError(f"{module} is not installed: pip install {module} (all: gradclip[cli])")
 
 
 def printable(text: str) -> str:

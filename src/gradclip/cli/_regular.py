@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -47,8 +48,14 @@ def open_regular(path: Path) -> Iterator[IO[bytes]]:
         yield stream
 
 
+if sys.platform == "win32":  # which has no FIFO among its files
+    _NONBLOCK = 0
+else:
+    _NONBLOCK = os.O_NONBLOCK
+
+
 def _at_once(name: str, flags: int) -> int:
-    return os.open(name, flags | os.O_NONBLOCK)
+    return os.open(name, flags | _NONBLOCK)
 
 
 def _check(mode: int) -> None:

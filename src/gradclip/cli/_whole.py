@@ -11,6 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+if sys.platform == "win32":  # which has no terminal that hangs up
+    _ENDING = (signal.SIGTERM,)
+else:
+    _ENDING = (signal.SIGTERM, signal.SIGHUP)
+
 
 @contextlib.contextmanager
 def appearing(out: Path) -> Iterator[Path]:
@@ -30,7 +35,7 @@ def appearing(out: Path) -> Iterator[Path]:
 def _terminable() -> Iterator[None]:
     """Let signals that end a job (a batch system's, a lost terminal's) clean up, as Ctrl-C does."""
     # Under nohup a signal is ignored, and stays so.
-    ending = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is signal.SIG_DFL]
+    ending = [n for n in _ENDING if signal.getsignal(n) is signal.SIG_DFL]
     for number in ending:
         signal.signal(number, lambda number, _frame: sys.exit(128 + number))
     try:
@@ -49,7 +54,7 @@ def created(path: Path, like: Path, replaced: Path | None = None) -> Iterator[IO
     mode = like.stat().st_mode & 0o777
     with open(path, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
         if replaced:
-            os.fchmod(file.fileno(), replaced.stat().st_mode & 0o777)
+            os.chmod(path, replaced.stat().st_mode & 0o777)
         yield file
         file.flush()
         os.fsync(file.fileno())
@@ -57,7 +62,12 @@ def created(path: Path, like: Path, replaced: Path | None = None) -> Iterator[IO
 
 def to_disk(path: Path) -> None:
     """Wait until a file, or a folder's list of names, has reached the disk."""
-    handle = os.open(path, os.O_RDONLY)
+    if sys.platform == "win32":
+        if path.is_dir():  # of which only an administrator's process has a handle to flush
+            return
+        handle = os.open(path, os.O_RDWR)  # it flushes only what may be written
+    else:
+        handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -222,7 +222,7 @@ class Percentile(Limit):
 
     ::
 
-        limit = factor * (p-th percentile of the last `history` norms n, this one among them)
+        limit = factor * (p-th percentile of the last history norms n, this one among them)
 
     with linear interpolation between two, as ``numpy.percentile``.
 

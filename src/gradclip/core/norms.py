@@ -58,7 +58,7 @@ class Norms(Generic[Vector, Number]):
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """The name of each leaf: a parameter's own, or the keys that lead to it, joined by "/"."""
+        """A name for each leaf, a parameter's own, or the keys that lead to it, joined by "/"."""
         if callable(self._names):
             self._names = self._names()
         if type(self._names) is not tuple:

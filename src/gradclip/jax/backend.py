@@ -15,6 +15,10 @@ import jax
 import numpy as np
 from jax.experimental.sparse import BCOO
 
+from gradclip.core.versions import require
+
+require("jax>=0.8.1", jax.__version__)
+
 from gradclip.core.exact import Scaled, ScaledArray
 from gradclip.core.norms import Norms
 from gradclip.core.protocol import Beside

@@ -44,7 +44,6 @@ def _clipped_sum(count: int, values: list[Any], limit: Any) -> tuple[list[Any], 
 def _clipped_sum_jvp(count: int, primals: Any, tangents: Any) -> Any:
     """Example after example: a tangent needs more than the norm and the decision."""
     values, limit = primals
-    d_values, d_limit = tangents
 
     def clipped(example: list[Any], limit: Any) -> list[Any]:
         limit = jnp.where(limit > 0, limit, 0).astype("float64")
@@ -52,19 +51,22 @@ def _clipped_sum_jvp(count: int, primals: Any, tangents: Any) -> Any:
             -1
         ]
 
-    def add(sums: list[Any], each: Any) -> tuple[list[Any], None]:
-        example, d_example = each
-        _, changes = jax.jvp(clipped, (example, limit), (d_example, d_limit))
-        return [s + x.astype(s.dtype) for s, x in zip(sums, changes, strict=True)], None
-
     def zeros(x: Any) -> Any:
         return jnp.zeros(x.shape[1:], "complex128" if jnp.iscomplexobj(x) else "float64")
 
-    with jax.enable_x64(True):
-        found = _clipped_sum(count, values, limit)
+    # The loop itself is differentiated: JAX before 0.10 has no transpose of one over tangents.
+    def summed(values: list[Any], limit: Any) -> list[Any]:
+        def add(sums: list[Any], example: list[Any]) -> tuple[list[Any], None]:
+            new = clipped(example, limit)
+            return [s + x.astype(s.dtype) for s, x in zip(sums, new, strict=True)], None
+
         # The sum varies, among the shards of shard_map, as the examples and the limit do.
         every = jax.tree.leaves((primals, tangents))
         start = xla.varying_alike([*map(zeros, values), *every])[: len(values)]
-        sums, _ = lax.scan(add, start, (values, d_values), length=count)
-        changes = [s.astype(x.dtype) for s, x in zip(sums, values, strict=True)]
+        sums, _ = lax.scan(add, start, values, length=count)
+        return [s.astype(x.dtype) for s, x in zip(sums, values, strict=True)]
+
+    with jax.enable_x64(True):
+        found = _clipped_sum(count, values, limit)
+        _, changes = jax.jvp(summed, primals, tangents)
         return found, (changes, np.zeros((), jax.dtypes.float0))

@@ -96,7 +96,7 @@ def carry_out(xs: Arrays, action: Any, factor: Number) -> list[Any]:
     # Those that vary alike go together: what is the same on all devices is to stay so.
     alike: dict[Any, list[int]] = {}
     for place, x in enumerate(xs):
-        alike.setdefault(jax.typeof(x).mat.varying, []).append(place)
+        alike.setdefault(_varying(x), []).append(place)
     new = list(xs)
     for places in alike.values():
         for begin in range(0, len(places), _SCALED_AT_ONCE):
@@ -129,7 +129,7 @@ def _decision(action: Any, factor: Number) -> Any:
 
 def varying_alike(xs: Arrays) -> list[Any]:
     """Arrays that all vary along the same axes of a mesh, as shard_map wants it said."""
-    axes = [jax.typeof(x).mat.varying for x in xs]
+    axes = [_varying(x) for x in xs]
     every = frozenset().union(*axes)
     if all(each == every for each in axes):
         return list(xs)
@@ -137,6 +137,14 @@ def varying_alike(xs: Arrays) -> list[Any]:
         lax.pcast(x, tuple(every - each), to="varying") if every - each else x
         for x, each in zip(xs, axes, strict=True)
     ]
+
+
+def _varying(x: Any) -> frozenset[Any]:
+    """The axes of a mesh along which an array varies, in shard_map."""
+    aval = jax.typeof(x)
+    # Before JAX 0.10 it stood there by itself.
+    axes: frozenset[Any] = aval.mat.varying if hasattr(aval, "mat") else aval.vma
+    return axes
 
 
 # ---- by the operations of XLA ----

@@ -37,6 +37,10 @@ from typing import TYPE_CHECKING, Any
 
 import keras
 
+from gradclip.core.versions import require
+
+require("keras>=3.10", keras.__version__)
+
 from gradclip.keras.callback import GlobalNorm
 from gradclip.keras.optimizer import COMPOSITES, ExactGlobalNorm, exact
 from gradclip.keras.optimizer import _restored as _restored

@@ -10,7 +10,7 @@
   leaf's dtype, which it changes where ``max_norm`` is an array of a wider one.
 - At a norm equal to ``max_norm`` each leaf is bit for bit its input; optax scales there.
 - A NaN anywhere makes every leaf NaN, as in optax; so does an inf, of which optax makes NaN in its
-  own place and 0 elsewhere. `on_nonfinite` has three other ways.
+  own place and 0 elsewhere. ``on_nonfinite`` has three other ways.
 - ``max_norm`` of 0, below 0 or NaN is a ValueError, where it is known. Traced, what is below 0
   acts as 0, where optax turns the updates around. Updates of norm 0 are kept there; optax makes
   them NaN.
@@ -25,7 +25,7 @@
 in optax.
 
 A state that ``optax.clip_by_global_norm`` has left, alone or in a chain, is taken over: where an
-update finds ``optax.EmptyState()`` or None it begins as `init` does, a schedule at 0 too. The state
+update finds ``optax.EmptyState()`` or None it begins as by ``init``, a schedule at 0 too. The state
 that comes back has another structure, for which ``jax.jit`` compiles once more and ``lax.scan``,
 ``optax.MultiSteps`` and ``optax.apply_if_finite`` fail. For them, put the states in first::
 
@@ -39,6 +39,14 @@ Orbax and ``flax.serialization`` restore into a state of the structure that was 
 one of optax's own optimizer, and go on from there. All of this holds too where ``per_leaf=True`` is
 new: a state that was saved without it is what an update goes on from, and the other way round.
 """
+
+import jax
+import optax
+
+from gradclip.core.versions import require
+
+require("jax>=0.8.1", jax.__version__)
+require("optax>=0.2.5", optax.__version__)
 
 from gradclip.optax.adaptive import adaptive_grad_clip
 from gradclip.optax.clipping import (

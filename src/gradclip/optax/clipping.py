@@ -47,14 +47,16 @@ class ClipByLimitState(NamedTuple):
     """What `clip_by_global_norm` has measured and learnt, by a limit of `gradclip.limits`.
 
     Attributes:
-        global_norm, factor, count, clipped_count: as in `ClipByGlobalNormState`; a step that is to
-            be skipped counts as clipped, with a factor of 0.
+        global_norm: as in `ClipByGlobalNormState`.
+        factor: as there; 0 in a step that is to be skipped.
+        count: as there.
+        clipped_count: as there; a step that is to be skipped counts as clipped.
         limit: that was in force in the latest update, of the dtype of ``global_norm``; inf before
-            the first. Of `limits.PerTensor` this and ``factor`` are vectors, in the order of
-            ``jax.tree.leaves``; an update counts as clipped if one of its leaves was.
+            the first. Of `gradclip.limits.PerTensor` this and ``factor`` are vectors, in the order
+            of ``jax.tree.leaves``; an update counts as clipped if one of its leaves was.
         limit_state: what the limit has learnt: of each float64 or int64 the two halves as uint32,
             the lower one first, which all keep that copy, restore or accumulate states without
-            ``jax_enable_x64``. `learnt` has the numbers.
+            ``jax_enable_x64``. ``learnt`` has the numbers.
     """
 
     global_norm: jax.Array

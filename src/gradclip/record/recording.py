@@ -237,9 +237,9 @@ class Record:
         """What a state of optax tells of the latest update, for a record.
 
         Args:
-            state: of an optimizer with `gradclip.optax.clip_by_global_norm` or `apply_clipped`
-                somewhere in it. What is read of it is copied, so that the next step may be given
-                its memory.
+            state: of an optimizer with `gradclip.optax.clip_by_global_norm` or
+                `gradclip.optax.apply_clipped` somewhere in it. What is read of it is copied, so
+                that the next step may be given its memory.
             names: of the tensors, where the state has their norms: a sequence of str, as
                 ``gradclip.norms(params).paths``, which costs least; or a tree like the updates.
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sqlite3
+import sys
 from pathlib import Path
 
 VERSION = 1
@@ -128,5 +130,10 @@ class Lock:
 
     def free(self) -> None:
         """Let others write."""
-        self._path.unlink(missing_ok=True)
-        self._held.close()
+        if sys.platform == "win32":
+            self._held.close()
+            with contextlib.suppress(PermissionError):  # another has it by now
+                self._path.unlink(missing_ok=True)
+        else:
+            self._path.unlink(missing_ok=True)
+            self._held.close()

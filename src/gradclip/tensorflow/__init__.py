@@ -44,6 +44,10 @@ from typing import TYPE_CHECKING, Any, overload
 import tensorflow as tf
 from tensorflow.python.ops import clip_ops
 
+from gradclip.core.versions import require
+
+require("tensorflow>=2.17", tf.__version__)
+
 from gradclip import _clip
 from gradclip.core.limits import Limit
 from gradclip.core.patch import Patch

@@ -47,6 +47,10 @@ import torch
 from torch import Tensor
 from torch.nn import utils
 
+from gradclip.core.versions import require
+
+require("torch>=2.6", torch.__version__)
+
 from gradclip import _clip
 from gradclip.core.decide import OnNonfinite, check_clip_norm
 from gradclip.core.limits import Limit
@@ -155,7 +159,7 @@ def clip_grad_norm_(
         norms: if the norm of each gradient is to be told as well, from the same pass.
 
     Returns:
-        total_norm before clipping, a scalar: float64 if a gradient is float64 or complex128, else
+        The norm before clipping, a scalar, float64 if a gradient is float64 or complex128, else
         float32; 0 if there is no gradient. With ``norms`` in its place a `gradclip.Norms`, which
         has it as ``global_norm``, by the names of parameters that came with them, else their
         places.
@@ -229,7 +233,7 @@ def get_total_norm(
         group: as in `clip_grad_norm_`; None: those over whose meshes DTensors are spread.
 
     Returns:
-        A scalar: float64 if a tensor is float64 or complex128, else float32.
+        A scalar, float64 if a tensor is float64 or complex128, else float32.
 
     Raises:
         TypeError, ValueError: a tensor is not of the dtypes and layouts that are clipped, or

@@ -80,7 +80,6 @@ class Clipper(hooks.Hooked):
         group: as in `gradclip.torch.clip_grad_norm_`; every worker attaches, and steps. With it,
             what GradScaler finds to be inf has to be made known to all before, or they do not step
             alike.
-
         per_tensor: if ``norms`` is to tell that of each gradient, too, found in the same pass.
 
     On a GPU gradients are clipped before the step, by two launches for which the host does not
@@ -238,7 +237,7 @@ class Clipper(hooks.Hooked):
 
     @property
     def norms(self) -> Norms[Tensor, Tensor] | Any:
-        """The norm of each gradient in the latest step, and the global one: a `gradclip.Norms`.
+        """A `gradclip.Norms` of each gradient in the latest step, and the global one.
 
         As they were before clipping, by the parameters' names where the optimizer has them. A tuple
         of them if each parameter group has a limit; None before the first step.
@@ -276,7 +275,7 @@ class Clipper(hooks.Hooked):
 
     @property
     def clipped_steps(self) -> Tensor:
-        """In how many of them a norm was not at most its limit: above it, or NaN; int64."""
+        """In how many of them a norm was above its limit, or NaN; int64."""
         return self._settled().count("clipped_steps")
 
     @property

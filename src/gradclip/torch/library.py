@@ -93,7 +93,15 @@ def _paths(leaves: Sequence[Tensor], path: Callable[[int], str]) -> str:
 # ---- what PyTorch calls ----
 
 
-@torch.library.custom_op("gradclip::clip", mutates_args=())
+# The schemas are written out, since PyTorch 2.6 does not read `list[Tensor]` off a function.
+
+
+@torch.library.custom_op(
+    "gradclip::clip",
+    mutates_args=(),
+    schema="(Tensor[] leaves, Tensor clip_norm, Tensor? use_norm, str on_nonfinite, str paths, "
+    "bool is_derived) -> (Tensor, Tensor, Tensor[])",
+)
 def _clip_op(
     leaves: list[Tensor],
     clip_norm: Tensor,
@@ -110,7 +118,12 @@ def _clip_op(
     return clipped_plainly(leaves, tree.path, limit, given, policy)
 
 
-@torch.library.custom_op("gradclip::clip_", mutates_args=("leaves",))
+@torch.library.custom_op(
+    "gradclip::clip_",
+    mutates_args=("leaves",),
+    schema="(Tensor(a0!)[] leaves, Tensor clip_norm, Tensor? use_norm, str on_nonfinite, "
+    "str paths) -> Tensor",
+)
 def _clip_op_(
     leaves: list[Tensor],
     clip_norm: Tensor,
@@ -122,7 +135,9 @@ def _clip_op_(
     return _clip.clip_by_global_norm_(_named(leaves, paths), *limits, on_nonfinite=policy)
 
 
-@torch.library.custom_op("gradclip::norm", mutates_args=())
+@torch.library.custom_op(
+    "gradclip::norm", mutates_args=(), schema="(Tensor[] leaves, str paths) -> Tensor"
+)
 def _norm_op(leaves: list[Tensor], paths: str) -> Tensor:
     return _clip.global_norm(_named(leaves, paths))
 

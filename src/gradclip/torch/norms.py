@@ -267,7 +267,12 @@ def clip_with_norm_(
 # ---- operations that torch.compile takes as they are ----
 
 
-@torch.library.custom_op("gradclip::clip_grads_", mutates_args=("grads",))
+@torch.library.custom_op(
+    "gradclip::clip_grads_",
+    mutates_args=("grads",),
+    schema="(Tensor(a0!)[] grads, Tensor max_norm, float norm_type, str on_nonfinite, "
+    "bool error_if_nonfinite) -> Tensor",
+)
 def _clip_grads_op(
     grads: list[Tensor],
     max_norm: Tensor,
@@ -280,13 +285,21 @@ def _clip_grads_op(
     return clip_(grads, path, number(max_norm), norm_type, policy, error_if_nonfinite)[0]
 
 
-@torch.library.custom_op("gradclip::clip_grads_with_norm_", mutates_args=("grads",))
+@torch.library.custom_op(
+    "gradclip::clip_grads_with_norm_",
+    mutates_args=("grads",),
+    schema="(Tensor(a0!)[] grads, Tensor max_norm, Tensor total_norm) -> ()",
+)
 def _clip_grads_with_norm_op(grads: list[Tensor], max_norm: Tensor, total_norm: Tensor) -> None:
     limits = number(max_norm), number(total_norm)
     clip_with_norm_(grads, "gradients[{}]".format, *limits)
 
 
-@torch.library.custom_op("gradclip::total_norm", mutates_args=())
+@torch.library.custom_op(
+    "gradclip::total_norm",
+    mutates_args=(),
+    schema="(Tensor[] tensors, float norm_type, bool error_if_nonfinite) -> Tensor",
+)
 def _total_norm_op(tensors: list[Tensor], norm_type: float, error_if_nonfinite: bool) -> Tensor:
     return total_norm(tensors, "tensors[{}]".format, norm_type, error_if_nonfinite)
 

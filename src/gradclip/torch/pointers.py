@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -43,46 +44,71 @@ def _cuda_number() -> int:
     return int(_shim().aoti_torch_device_type_cuda())
 
 
-_FUNCTIONS = (
-    "get_data_ptr",
-    "get_dim",
-    "get_sizes",
-    "get_strides",
-    "get_storage_offset",
-    "get_storage_size",
-    "get_dtype",
-    "get_device_type",
-    "get_layout",
-    "get_device_index",
+# In the order of `use_handles`.
+_FUNCTIONS = tuple(
+    f"aoti_torch_get_{name}"
+    for name in (
+        "data_ptr",
+        "dim",
+        "sizes",
+        "strides",
+        "storage_offset",
+        "storage_size",
+        "dtype",
+        "device_type",
+        "layout",
+        "device_index",
+    )
 )
-_NUMBERS = (
-    "dtype_float16",
-    "dtype_bfloat16",
-    "dtype_float32",
-    "dtype_float64",
-    "dtype_complex64",
-    "dtype_complex128",
-    "device_type_cpu",
-    "layout_strided",
+_NUMBERS = tuple(
+    f"aoti_torch_{name}"
+    for name in (
+        "dtype_float16",
+        "dtype_bfloat16",
+        "dtype_float32",
+        "dtype_float64",
+        "dtype_complex64",
+        "dtype_complex128",
+        "device_type_cpu",
+        "layout_strided",
+    )
 )
+# PyTorch before 2.9 has none: the kernel asks for the attribute `layout` then.
+_MAY_LACK = "aoti_torch_get_layout"
+_OPENMP = "omp_get_max_threads", "GOMP_parallel"
 
 
 @functools.cache
 def _c_interface() -> bool:
-    """If this PyTorch has the C interface that the C kernel knows; it is told where."""
+    """If this PyTorch has the C interface that the C kernel knows; it is told where.
+
+    Where it has not, a warning says so, once.
+    """
     shim, place = _shim(), _place_of_a_tensor()
-    if shim is None or place is None:
+    lacking = _lacking(shim, place)
+    if lacking is not None:
+        warnings.warn(
+            f"{lacking}, so gradclip reads tensors as NumPy arrays: the same bits, slower for "
+            "small ones, and gradients are not measured while backward makes them",
+            RuntimeWarning,
+            stacklevel=2,
+        )
         return False
-    names = [f"aoti_torch_{name}" for name in (*_FUNCTIONS, *_NUMBERS)]
-    if not all(hasattr(shim, name) for name in names):
-        return False
-    functions = [getattr(shim, name) for name in names]
-    addresses = [_address(function) for function in functions[: len(_FUNCTIONS)]]
-    for name in ("omp_get_max_threads", "GOMP_parallel"):
-        addresses.append(_address(getattr(shim, name)) if hasattr(shim, name) else 0)
-    numbers = [number() for number in functions[len(_FUNCTIONS) :]]
-    cpu.use_handles(tuple(addresses), (*numbers, place), Tensor)
+    addresses = tuple(_address(shim, name) for name in (*_FUNCTIONS, *_OPENMP))
+    numbers = tuple(getattr(shim, number)() for number in _NUMBERS)
+    cpu.use_handles(addresses, (*numbers, place), Tensor, torch.strided)
     return True
+
+
+def _lacking(shim: Any, place: int | None) -> str | None:
+    """What keeps the C kernel from PyTorch's C interface."""
+    if shim is None:
+        return f"no library of PyTorch {torch.__version__} has its C interface"
+    if place is None:
+        return f"PyTorch {torch.__version__} keeps its tensors where gradclip does not find them"
+    needed = {*_FUNCTIONS, *_NUMBERS} - {_MAY_LACK}
+    missing = sorted(each for each in needed if not hasattr(shim, each))
+    return f"PyTorch {torch.__version__} has no {', '.join(missing)}" if missing else None
 
 
 @functools.cache
@@ -91,8 +117,10 @@ def _shim() -> Any:
     return None if library is None else ctypes.CDLL(str(library))
 
 
-def _address(function: Any) -> int:
-    return ctypes.cast(function, ctypes.c_void_p).value or 0
+def _address(shim: Any, name: str) -> int:
+    """Where a function is; 0 if there is none."""
+    function = getattr(shim, name, None)
+    return 0 if function is None else ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
 def _place_of_a_tensor() -> int | None:

@@ -12,6 +12,7 @@ import csv
 import datetime
 import math
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -61,6 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the cases, each number of threads in a process of its own."""
+    if sys.platform != "linux":
+        raise CliError("gradclip bench reads memory in /proc, which Linux alone has; run it there")
     if args.quick and (args.case or args.csv):
         raise CliError("--quick has cases of its own, to look at; leave out --case and --csv")
     if find_spec("ml_dtypes") is None:

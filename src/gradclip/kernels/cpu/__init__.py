@@ -6,6 +6,7 @@ The walks are written twice, in C (`cpu.h`) and in NumPy (`plain.py`), and give 
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, TypeVar
@@ -41,7 +42,8 @@ def _samples() -> Iterator[Any]:
 
 if _cpu is not None:
     _cpu.use_arrays(*_samples())
-    os.register_at_fork(after_in_child=_cpu.forget_helpers)
+    if sys.platform != "win32":  # where no process forks
+        os.register_at_fork(after_in_child=_cpu.forget_helpers)
 
 T = TypeVar("T")
 
@@ -144,13 +146,16 @@ def take(arrays: list[Any], decode: list[bytes | None] | None, *, writable: bool
     return _cpu.take(arrays, writable, decode)
 
 
-def use_handles(functions: tuple[int, ...], numbers: tuple[int, ...], of: type) -> None:
+def use_handles(
+    functions: tuple[int, ...], numbers: tuple[int, ...], of: type, strided: object
+) -> None:
     """Tell the C kernel by which C functions objects of a type say where their memory is.
 
     Each of those takes a handle, which points into such an object. `handles.c` has their order.
+    ``strided`` is the ``layout`` of objects whose elements lie one by one in their storage.
     """
     assert _cpu is not None, "the C kernel is in use"
-    _cpu.use_handles(functions, numbers, of)
+    _cpu.use_handles(functions, numbers, of, strided)
 
 
 def take_handles(

@@ -22,24 +22,29 @@ static struct {
     int32_t f16, bf16, f32, f64, c64, c128, host, strided;
     int32_t at; /* where in an object that begins which its handle points to; 0: not told yet */
     PyTypeObject *type;
+    PyObject *strided_layout; /* told where get_layout is 0 */
     int (*most_threads)(void);
 } handles;
 
 const char use_handles_doc[] =
-"use_handles(functions, numbers, type)\n--\n\n"
+"use_handles(functions, numbers, type, strided)\n--\n\n"
 "Say by which functions the objects of a type tell where their memory is, and what numbers those\n"
-"use, in the order of handles.c; then come omp_get_max_threads and GOMP_parallel, or 0.";
+"use, in the order of handles.c; then come omp_get_max_threads and GOMP_parallel, or 0. Where\n"
+"there is no function for the layout, and 0 in its place, the objects' attribute is asked, which\n"
+"has to be this one.";
 
 PyObject *use_handles(PyObject *module, PyObject *args) {
     unsigned long long f[12];
-    PyObject *type;
+    PyObject *type, *strided;
     (void)module;
-    if (!PyArg_ParseTuple(args, "(KKKKKKKKKKKK)(iiiiiiiii)O", &f[0], &f[1], &f[2], &f[3], &f[4],
+    if (!PyArg_ParseTuple(args, "(KKKKKKKKKKKK)(iiiiiiiii)OO", &f[0], &f[1], &f[2], &f[3], &f[4],
                           &f[5], &f[6], &f[7], &f[8], &f[9], &f[10], &f[11], &handles.f16, &handles.bf16,
                           &handles.f32, &handles.f64, &handles.c64, &handles.c128,
-                          &handles.host, &handles.strided, &handles.at, &type))
+                          &handles.host, &handles.strided, &handles.at, &type, &strided))
         return NULL;
     Py_INCREF(type);
+    Py_INCREF(strided);
+    handles.strided_layout = strided;
     handles.type = (PyTypeObject *)type;
     handles.get_data = (get_pointer_t *)(uintptr_t)f[0];
     handles.get_ndim = (get_number_t *)(uintptr_t)f[1];
@@ -76,15 +81,30 @@ static int read_dtype(int32_t dtype, kind_t *kind, int *parts) {
     return 0;
 }
 
+static void *handle_of(PyObject *object) { return (char *)object + handles.at; }
+
+/* If an object's elements lie one by one in its storage. */
+static int is_strided(PyObject *object) {
+    int32_t code;
+    if (handles.get_layout)
+        return !handles.get_layout(handle_of(object), &code) && code == handles.strided;
+    PyObject *layout = PyObject_GetAttrString(object, "layout");
+    if (!layout) PyErr_Clear(); /* it is met again by whoever takes care of this object */
+    Py_XDECREF(layout);
+    return layout == handles.strided_layout;
+}
+
 /* 0 and the array, or -1 if its elements do not lie in its storage on the device. */
-static int read_handle(void *handle, int32_t type, int32_t index, array_t *array, leaf_t *leaf) {
-    int32_t on_type, on_index = index, layout, dtype;
+static int read_object(PyObject *object, int32_t type, int32_t index, array_t *array,
+                       leaf_t *leaf) {
+    void *handle = handle_of(object);
+    int32_t on_type, on_index = index, dtype;
     int64_t *shape, *strides, offset, storage;
     void *data;
     if (handles.get_device(handle, &on_type) || on_type != type) return -1;
     if (type != handles.host && handles.get_device_index(handle, &on_index)) return -1;
     if (on_index != index) return -1;
-    if (handles.get_layout(handle, &layout) || layout != handles.strided) return -1;
+    if (!is_strided(object)) return -1;
     if (handles.get_dtype(handle, &dtype) || read_dtype(dtype, &leaf->kind, &array->parts)) return -1;
     if (handles.get_ndim(handle, &array->ndim) || array->ndim > MOST_DIMENSIONS) return -1;
     if (handles.get_shape(handle, &shape) || handles.get_strides(handle, &strides)) return -1;
@@ -103,12 +123,10 @@ static int read_handle(void *handle, int32_t type, int32_t index, array_t *array
     return 0;
 }
 
-static void *handle_of(PyObject *object) { return (char *)object + handles.at; }
-
 int has_handle(PyObject *object) { return Py_TYPE(object) == handles.type; }
 
 int read_host_memory(PyObject *object, array_t *array, leaf_t *leaf) {
-    return read_handle(handle_of(object), handles.host, 0, array, leaf);
+    return read_object(object, handles.host, 0, array, leaf);
 }
 
 const char *address_of(PyObject *object) {
@@ -134,8 +152,8 @@ static int hold_handles(Leaves *self, int32_t type, int32_t index, int writable)
     for (Py_ssize_t i = 0; i < self->count; i++) {
         array_t array;
         ask_ahead(self->objects, self->count, i);
-        void *handle = handle_of(PyTuple_GetItem(self->objects, i));
-        if (read_handle(handle, type, index, &array, &self->leaves[i]) < 0) return NEEDS_CARE;
+        PyObject *object = PyTuple_GetItem(self->objects, i);
+        if (read_object(object, type, index, &array, &self->leaves[i]) < 0) return NEEDS_CARE;
         int outcome = lay_out_leaf(self, i, &array, writable);
         if (outcome) return outcome;
     }

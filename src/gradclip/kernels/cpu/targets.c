@@ -18,19 +18,22 @@ enum { NEAR = 1024, LINE = 64 };
 
 /* ---- the targets ---- */
 
-#define AVX512 "avx2,fma,f16c,avx512f,avx512dq,avx512bw,avx512vl"
+#define AVX512_ "avx2,fma,f16c,avx512f,avx512dq,avx512bw,avx512vl"
+#define AVX512 AVX512_
 #if defined(__clang__)
+#if __clang_major__ >= 18 && __clang_major__ <= 21 && !defined(__apple_build_version__)
+/* These can leave the 512-bit registers out, and `zig cc` has them do so. */
+#undef AVX512
+#define AVX512 AVX512_ ",evex512"
+#endif
 #define TARGET_BEGIN_(text) _Pragma(#text)
 #define TARGET_BEGIN(flags) \
     TARGET_BEGIN_(clang attribute push(__attribute__((target(flags))), apply_to = function))
 #define TARGET_END _Pragma("clang attribute pop")
-#define TARGET_AVX512 TARGET_BEGIN(AVX512)
 #elif defined(__GNUC__)
 #define TARGET_BEGIN_(text) _Pragma(#text)
 #define TARGET_BEGIN(flags) _Pragma("GCC push_options") TARGET_BEGIN_(GCC target(flags))
 #define TARGET_END _Pragma("GCC pop_options")
-/* Clang takes whole vectors by itself, and would drop all of the flags for one it does not know. */
-#define TARGET_AVX512 TARGET_BEGIN(AVX512) TARGET_BEGIN_(GCC target("prefer-vector-width=512"))
 #endif
 
 /* Each copy of the loops has NAME(x), to give it its own names, and
@@ -142,7 +145,7 @@ TARGET_BEGIN("avx2,fma,f16c")
 #undef SMALLER
 #undef HALVES_AT
 TARGET_END
-TARGET_AVX512
+TARGET_BEGIN(AVX512)
 #define NAME(x) x##_avx512
 #define VECTOR 64
 #define FAR NEAR
