@@ -70,7 +70,8 @@ class Clip:
     )
 
     # What errors call the limits.
-    limit_name, norm_name = "clip_norm", "use_norm"
+    limit_name: str = "clip_norm"
+    norm_name: str = "use_norm"
     # Where else a memory that decides is to write what it finds: arguments of `kernels.gpu.runs`.
     into: Mapping[str, Any] = {}
 
@@ -87,15 +88,15 @@ class Clip:
         name: Any = None,
         wants_each: bool = False,
     ) -> None:
-        self.leaves = leaves
-        self.path = path
-        self.clip_norm = clip_norm
-        self.use_norm = use_norm
-        self.on_nonfinite = on_nonfinite
-        self.part = part
-        self.places = places
-        self.name = name
-        self.wants_each = wants_each
+        self.leaves: Sequence[Any] = leaves
+        self.path: Callable[[int], str] = path
+        self.clip_norm: Any = clip_norm
+        self.use_norm: Any = use_norm
+        self.on_nonfinite: Any = on_nonfinite
+        self.part: Joint | None = part
+        self.places: Sequence[int] = places
+        self.name: Any = name
+        self.wants_each: bool = wants_each
         self.each: Any = None
 
     # ---- on the host ----

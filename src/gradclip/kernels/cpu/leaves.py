@@ -56,12 +56,12 @@ class Leaves(Held):
         *,
         writable: bool,
     ) -> None:
-        self.leaves = leaves
-        self.values = values  # the elements of each: of a sparse one its stored values
-        self.codes = codes
-        self.memory = memory  # of `values`
-        self.merged = merged  # None if no leaf is sparse
-        self.writable = writable
+        self.leaves: Sequence[Any] = leaves
+        self.values: list[Array] = values  # the elements of each: of a sparse one its stored values
+        self.codes: list[Float8 | None] | None = codes
+        self.memory: cpu.Leaves = memory  # of `values`
+        self.merged: Merged | None = merged  # None if no leaf is sparse
+        self.writable: bool = writable
 
     @property
     def wide(self) -> bool:

@@ -24,9 +24,9 @@ class Leaves(Held):
     __slots__ = ("leaves", "memory", "values")
 
     def __init__(self, leaves: Sequence[Any], values: Sequence[Any], memory: Memory) -> None:
-        self.leaves = leaves  # of those to be written, each memory once
-        self.values = values  # the elements of each
-        self.memory = memory
+        self.leaves: Sequence[Any] = leaves  # of those to be written, each memory once
+        self.values: Sequence[Any] = values  # the elements of each
+        self.memory: Memory = memory
 
     def runs(self) -> contextlib.AbstractContextManager[Runs]:
         """Where the elements lie, each leaf in one run; what is changed there, is in the leaves."""
