@@ -77,6 +77,15 @@ def test_instructions_in_the_wrong_place_would_be_seen(
     assert wrong <= set(misplaced(library))
 
 
+@pytest.mark.long
+@pytest.mark.skipif(not shutil.which("aarch64-linux-gnu-gcc"), reason="no compiler for aarch64")
+def test_a_compiler_for_another_processor_has_nothing_to_complain_of(tmp_path: Path) -> None:
+    """Nothing is chosen at load there."""
+    target = {"_PYTHON_HOST_PLATFORM": "linux-aarch64", "CFLAGS": STRICT}
+    library = build_strictly("aarch64-linux-gnu-gcc", tmp_path, **target)
+    assert b"avx512" not in library.read_bytes()
+
+
 def functions(library: Path) -> dict[str, str]:
     """The instructions of each function."""
     listing = subprocess.run(
