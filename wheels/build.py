@@ -15,6 +15,7 @@ import sys
 import sysconfig
 import tarfile
 import tempfile
+from distutils.core import run_setup  # setuptools' own
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +23,6 @@ from abi3info import DATAS, FUNCTIONS
 from abi3info.models import PyVersion
 from check import check
 from setuptools import Extension
-from setuptools._distutils.core import run_setup
 
 ROOT = Path(__file__).parent.parent
 DIST = ROOT / "dist"
