@@ -24,7 +24,13 @@ ROOT = Path(__file__).parent.parent
 # Who may import what of ours. A name ending in "." stands for everything below it; the room of
 # NumPy is the model of a framework's.
 ARROWS = {
-    "gradclip": {"_clip", "core.norms:Norms", "core.sparse:IndexedSlices", "record:Record"},
+    "gradclip": {
+        "_clip",
+        "core.interpreters",
+        "core.norms:Norms",
+        "core.sparse:IndexedSlices",
+        "record:Record",
+    },
     "_clip": {"_compiler", "core.", "kernels.cpu.arithmetic", "kernels.cpu:kinds"},
     "_compiler": set(),
     "limits": {"core.limits"},
