@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from conftest import version
+from conftest import ENGINES, lacks, version
 from gradclip.core import exact, workers
 from gradclip.core.workers import Joint
 from ranks import run_ranks
@@ -34,13 +34,13 @@ needs_torch = pytest.mark.skipif(version("torch") is None, reason="torch is not 
         (1, ["splits", "splits_of_more_dtypes"], ""),
         (
             2,
-            ["splits", "splits_of_more_dtypes", "engines", "flat"]
-            + ["there"] * (version("triton") is not None),
+            ["splits", "splits_of_more_dtypes", *ENGINES, "flat"]
+            + ["there"] * (lacks("triton") is None),
             "",
         ),
         (
             4,
-            ["splits", "engines", "flat", "stages", "errors", "attached_errors", "failures"],
+            ["splits", *ENGINES, "flat", "stages", "errors", "attached_errors", "failures"],
             "told\n",
         ),
         pytest.param(
