@@ -95,8 +95,11 @@ def since_torch(lowest: str, why: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(is_old, reason=f"before PyTorch {lowest} {why}")
 
 
-# What ranks do with fully_shard, which needs a GPU before PyTorch 2.7.
-ENGINES = [] if is_below("2.7", version("torch") or "2.7") else ["engines"]
+# What ranks do, and cannot without a GPU before PyTorch 2.7.
+NEEDS_2_7 = "fully_shard, and DTensors of bfloat16 and complex numbers"
+IS_OLD = is_below("2.7", version("torch") or "2.7")
+ENGINES = [] if IS_OLD else ["engines"]
+MORE_DTYPES = [] if IS_OLD else ["splits_of_more_dtypes"]
 
 
 def pytest_collectstart() -> None:
@@ -132,7 +135,7 @@ def pytest_report_header() -> list[str]:
             f"in use: {cpu.kernel()}, {team.number()} threads"
         ),
         f"frameworks: {', '.join(found)}",
-        *(["PyTorch is older than 2.7: what needs fully_shard is left out"] * (not ENGINES)),
+        *([f"PyTorch is older than 2.7: {NEEDS_2_7} are left out"] * IS_OLD),
     ]
 
 
