@@ -10,6 +10,7 @@ import pytest
 
 import matrix
 from gradclip.core.versions import require
+from gradclip.kernels.gpu.launch import TRITON
 from host import run_python
 
 ROOT = Path(__file__).parent.parent
@@ -38,7 +39,7 @@ def test_below_the_floor_one_line_says_what_is_needed(found: str) -> None:
 
 def test_every_framework_that_is_asked_for_is_an_extra_with_this_floor() -> None:
     assert ASKED
-    for floor in ASKED:
+    for floor in [*ASKED, TRITON]:
         name = floor.partition(">=")[0]
         floors = {each for extra in EXTRAS.values() for each in extra if _name(each) == name}
         # The tests may have one version alone.

@@ -35,8 +35,12 @@ from torch.distributed.tensor.parallel import (
 
 import gradclip
 import gradclip.torch as gtorch
+from gradclip.core.versions import is_below
 
 SHAPES = [(17, 6), (8,), (3, 4, 2), (1,), (5, 0), (40, 33)]
+IS_OLD = is_below("2.7", torch.__version__)
+if IS_OLD:  # it makes no shards of a tensor without elements
+    SHAPES.remove((5, 0))
 
 
 def start() -> tuple[int, int]:
