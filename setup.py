@@ -1,9 +1,11 @@
 """The native kernel. Everything else about the package stands in pyproject.toml."""
 
-import platform
+import os
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 FOLDER = Path("src/gradclip/kernels/cpu")
@@ -14,6 +16,8 @@ FLAGS = [
     "-std=c11",
     "-O3",
     "-fopenmp-simd",
+    # And again below, where it counts: Clang before 17 warns where only the one below is there.
+    "-fno-trapping-math",
     "-fno-fast-math",
     "-fno-unsafe-math-optimizations",
     "-fno-associative-math",
@@ -21,7 +25,6 @@ FLAGS = [
     "-fno-finite-math-only",
     "-fsigned-zeros",
     "-fno-rounding-math",
-    "-fexcess-precision=standard",
     # Contraction would change which roundings happen; fma is asked for by name where meant.
     "-ffp-contract=off",
     "-fno-trapping-math",
@@ -30,9 +33,9 @@ FLAGS = [
     "-fvisibility=hidden",
 ]
 # CFLAGS are the linker's too, and by any of these it would add code that has the whole process
-# flush subnormal numbers from the import on.
-LINK_FLAGS = ["-O3", "-fno-fast-math", "-fno-unsafe-math-optimizations"]
-if platform.machine() in ("x86_64", "AMD64"):
+# flush subnormal numbers from the import on. The last is as above, for one command that does both.
+LINK_FLAGS = ["-O3", "-fno-fast-math", "-fno-unsafe-math-optimizations", "-fno-trapping-math"]
+if sysconfig.get_platform().endswith(("x86_64", "amd64")):
     FLAGS += [
         # GCC 12 may keep values in MMX registers and leave the x87 unit, which shares them,
         # unusable: the caller's next long double is NaN.
@@ -45,6 +48,8 @@ if platform.machine() in ("x86_64", "AMD64"):
         "-mno-bmi2",
         "-mno-lzcnt",
         "-mno-popcnt",
+        # Of 512 bits, whole vectors: compilers take halves for some processors.
+        "-mprefer-vector-width=512",
     ]
 
 
@@ -53,14 +58,28 @@ class BuildKernel(build_ext):
 
     def run(self) -> None:
         mapping = self.get_output_mapping()
-        for path in (*self.get_outputs(), *mapping, *mapping.values()):
-            Path(path).unlink(missing_ok=True)
+        paths = [Path(path) for path in (*self.get_outputs(), *mapping, *mapping.values())]
+        for path in paths:
+            path.unlink(missing_ok=True)
+        super().run()
+        if not any(path.exists() for path in paths):
+            self.distribution.ext_modules = None
+
+
+class NameWheel(bdist_wheel):
+    """One without the kernel runs everywhere, and says so by its name: all that pip shows of it."""
+
+    def run(self) -> None:
+        self.run_command("build")
+        if not self.distribution.has_ext_modules():
+            self.root_is_pure = True
+            self.build_number = "0_without_the_C_kernel"
         super().run()
 
 
 setup(
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
-    cmdclass={"build_ext": BuildKernel},
+    cmdclass={"build_ext": BuildKernel, "bdist_wheel": NameWheel},
     ext_modules=[
         Extension(
             "gradclip.kernels.cpu._cpu",
@@ -72,7 +91,7 @@ setup(
             py_limited_api=True,
             # Without a C compiler the install still succeeds; the NumPy path gives the same bits,
             # and the first use says so.
-            optional=True,
+            optional=not os.environ.get("GRADCLIP_REQUIRE_KERNEL"),
         )
     ],
 )

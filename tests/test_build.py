@@ -2,48 +2,149 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
 import shutil
 import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 
-from builds import CC, DEFINE, INCLUDE, SOURCES, build, copy_tree, install, write_sources
+from builds import CC, SOURCES, build, copy_tree, install, write_sources
 from host import HAS_MXCSR, run_python
+
+on_x86 = pytest.mark.skipif(not HAS_MXCSR, reason="looks at what x86-64 Linux has")
 
 # ---- compilers ----
 
-COMPILERS = [CC, *([name] for name in ("clang", "clang-16") if shutil.which(name))]
-# What newer compilers than this one take for errors: GCC since 14, Clang since 16.
-STRICT = (
-    *("-std=c11", "-O2", "-fopenmp-simd", "-fsyntax-only", "-Wall", "-Wextra", "-Werror"),
-    *("-Wincompatible-pointer-types", "-Wint-conversion", "-Wimplicit-function-declaration"),
+OTHERS = [
+    name
+    for name in ("gcc-13", "gcc-14", "gcc-15", *(f"clang-{version}" for version in range(14, 23)))
+    if shutil.which(name)
+]
+if importlib.util.find_spec("ziglang"):
+    OTHERS.append(f"{sys.executable} -m ziglang cc -target x86_64-linux-gnu")
+STRICT = "-Wall -Wextra -Werror"
+
+
+def build_strictly(compiler: str, folder: Path, **environment: str) -> Path:
+    """Install with every warning an error."""
+    copy_tree(folder)
+    return install(folder, CC=compiler, GRADCLIP_REQUIRE_KERNEL="1", **environment)[0]
+
+
+@pytest.mark.slow
+@on_x86
+@pytest.mark.parametrize(
+    "compiler",
+    [" ".join(CC), *(pytest.param(name, marks=pytest.mark.long) for name in OTHERS)],
 )
+def test_each_target_has_its_instructions_and_no_others_have(compiler: str, tmp_path: Path) -> None:
+    """Built without a warning for one machine, the loops are what each other machine needs."""
+    # Zig takes -march for a target of ours, of which single instructions cannot be left out.
+    machine = "" if "zig" in compiler else "-march=sapphirerapids"
+    assert misplaced(build_strictly(compiler, tmp_path, CFLAGS=f"{STRICT} {machine}")) == {}
 
 
-def complaints(compiler: list[str], folder: Path) -> str:
-    sources = [str(source) for source in sorted(folder.glob("*.c"))]
-    command = [*compiler, *STRICT, DEFINE, INCLUDE, *sources]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stderr
+@pytest.mark.slow
+@on_x86
+@pytest.mark.parametrize(
+    ("flags", "wrong"),
+    [
+        ("-mavx512f", {"baseline has newer instructions", "avx2 has 512 bits"}),
+        ("-O0", {"avx512 has no 512 bits"}),
+    ],
+)
+def test_instructions_in_the_wrong_place_would_be_seen(
+    flags: str, wrong: set[str], tmp_path: Path
+) -> None:
+    library = tmp_path / "targets.o"
+    optimised = ("-std=c11", "-O3", "-fopenmp-simd", "-fno-trapping-math")
+    command = [
+        *CC,
+        *optimised,
+        *flags.split(),
+        "-c",
+        str(SOURCES / "targets.c"),
+        "-o",
+        str(library),
+    ]
+    subprocess.run(command, check=True, capture_output=True)
+    assert wrong <= set(misplaced(library))
 
 
-@pytest.mark.parametrize("compiler", COMPILERS, ids=" ".join)
-def test_strict_compilers_have_nothing_to_complain_of(compiler: list[str]) -> None:
-    assert complaints(compiler, SOURCES) == ""
+@pytest.mark.long
+@pytest.mark.skipif(not shutil.which("aarch64-linux-gnu-gcc"), reason="no compiler for aarch64")
+def test_a_compiler_for_another_processor_has_nothing_to_complain_of(tmp_path: Path) -> None:
+    """Nothing is chosen at load there."""
+    target = {"_PYTHON_HOST_PLATFORM": "linux-aarch64", "CFLAGS": STRICT}
+    library = build_strictly("aarch64-linux-gnu-gcc", tmp_path, **target)
+    assert b"avx512" not in library.read_bytes()
+
+
+def functions(library: Path) -> dict[str, str]:
+    """The instructions of each function."""
+    listing = subprocess.run(
+        ["objdump", "-d", "--no-show-raw-insn", str(library)],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    parts = re.split(r"\n\n[0-9a-f]+ <(\w+)[.\w]*>:\n", listing)
+    found: dict[str, str] = {}
+    for name, body in zip(parts[1::2], parts[2::2], strict=True):
+        found[name] = found.get(name, "") + body
+    return found
+
+
+# Not tzcnt: on older processors it is bsf, which Clang wants where it writes it.
+NEWER = re.compile(
+    r"\t(v[a-z0-9]+|sarx|shlx|shrx|rorx|mulx|adcx|adox|andn|blsr|lzcnt|popcnt|pdep|movbe)\s"
+)
+# Registers of AVX-512 alone: 512 bits, masks, and those from the 16th on.
+OF_AVX512 = re.compile(r"%(zmm|k[0-7]|[xy]mm(1[6-9]|2\d|3[01]))")
+
+
+def misplaced(library: Path) -> dict[str, set[str]]:
+    """What is wrong, and where."""
+    copies: dict[str, dict[str, str]] = {"avx512": {}, "avx2": {}, "baseline": {}}
+    for name, body in functions(library).items():
+        # Those that convert float16 are for both of the newer targets.
+        target = "avx2" if re.match("convert_|scale_halves", name) else name.rpartition("_")[2]
+        copies.get(target, copies["baseline"])[name] = body
+    loops = {
+        target: {name.rpartition("_")[0] for name in copy if name.endswith(target)}
+        for target, copy in copies.items()
+    }
+    assert loops["avx512"] == loops["avx2"] == loops["baseline"] != set()
+    # The instruction that converts is of 256 bits, and what it leaves is less than that.
+    wide = {name for name in copies["avx512"] if not re.match("(load|store)_f16", name)}
+    found = {
+        "baseline has newer instructions": having(NEWER, copies["baseline"]),
+        "avx2 has 512 bits": having(OF_AVX512, copies["avx2"]),
+        "avx2 has no 256 bits": set(copies["avx2"]) - having(re.compile("%ymm"), copies["avx2"]),
+        "avx512 has no 512 bits": wide - having(re.compile("%zmm"), copies["avx512"]),
+    }
+    return {what: names for what, names in found.items() if names}
+
+
+def having(pattern: re.Pattern[str], copy: dict[str, str]) -> set[str]:
+    return {name for name, body in copy.items() if pattern.search(body)}
 
 
 def test_what_a_newer_compiler_takes_for_an_error_would_be_seen(tmp_path: Path) -> None:
     pointer = ("scale.c", "const uint8_t *recode, void *out)", "const uint8_t *recode, char *out)")
     write_sources(tmp_path, pointer)
-    assert "incompatible-pointer-types" in complaints(CC, tmp_path)
+    command = [*CC, "-std=c11", *STRICT.split(), "-fsyntax-only", str(tmp_path / "scale.c")]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "incompatible-pointer-types" in run.stderr
 
 
 # ---- flags ----
-
-on_x86 = pytest.mark.skipif(not HAS_MXCSR, reason="looks at what x86-64 Linux has")
 
 LOAD = """
     from host import mxcsr
@@ -81,28 +182,6 @@ def test_flags_for_other_arithmetic_are_undone(flags: str, tmp_path: Path) -> No
 @on_x86
 def test_what_a_linker_adds_to_flush_subnormal_numbers_would_be_seen(tmp_path: Path) -> None:
     assert run_python(LOAD, str(build(tmp_path, "-ffast-math"))).stdout == "False\n"
-
-
-@pytest.mark.slow
-@on_x86
-def test_no_instructions_of_the_machine_it_is_built_on(tmp_path: Path) -> None:
-    """Beyond the loops that are chosen at load: it may be loaded on another machine."""
-    copy_tree(tmp_path)
-    objects = install(tmp_path, CFLAGS="-march=sapphirerapids")
-    listing = subprocess.run(
-        ["objdump", "-d", "--no-show-raw-insn", str(objects[0])],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    functions = re.split(r"\n\n[0-9a-f]+ <(\w+)[.\w]*>:\n", listing)
-    named = zip(functions[1::2], functions[2::2], strict=True)
-    newer = re.compile(
-        r"\t(v[a-z0-9]+|sarx|shlx|shrx|rorx|mulx|andn|blsr|tzcnt|lzcnt|popcnt|pdep)\s"
-    )
-    found = {name for name, body in named if newer.search(body)}
-    assert found
-    assert all(re.search(r"_avx2$|_avx512$|^convert_", name) for name in found), found
 
 
 # ---- a kernel that is not to be used ----
@@ -184,3 +263,76 @@ def test_a_build_that_fails_leaves_no_older_kernel_in_its_place(tmp_path: Path) 
     norms, told, kernel, xla, why = told_of(path=tmp_path / "src")
     assert (norms, kernel, xla, why) == ([5.0, 5.0], "numpy", False, "was not built")
     assert told == [f"gradclip's C kernel was not built{WAY_OUT}"]
+
+
+# ---- an install without a kernel ----
+
+
+def pip(*words: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """What pip says by itself of a `copy_tree`; no index is asked."""
+    command = [sys.executable, "-m", "pip", *words, "--no-deps", "--no-build-isolation", "."]
+    return subprocess.run(
+        command,
+        cwd=folder,
+        env={**os.environ, "CC": str(broken_compiler(folder)), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def broken_compiler(folder: Path) -> Path:
+    compiler = folder / "broken"
+    compiler.write_text("#!/bin/sh\necho the compiler is broken >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    return compiler
+
+
+WITHOUT_KERNEL = re.compile(r"gradclip-[0-9.]+-0_without_the_C_kernel-py3-none-any\.whl")
+
+
+@pytest.mark.slow
+def test_pip_shows_that_it_has_no_kernel(tmp_path: Path) -> None:
+    copy_tree(tmp_path)
+    done = pip("install", "--target", str(tmp_path / "site"), folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (line,) = (line for line in done.stdout.splitlines() if "Created wheel" in line)
+    assert WITHOUT_KERNEL.search(line), line
+    assert told_of(path=tmp_path / "site")[-1] == "was not built"
+
+
+@pytest.mark.long
+def test_a_wheel_without_a_kernel_is_for_every_machine(tmp_path: Path) -> None:
+    copy_tree(tmp_path)
+    done = pip("wheel", "--wheel-dir", str(tmp_path / "wheels"), folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = (tmp_path / "wheels").iterdir()
+    assert WITHOUT_KERNEL.fullmatch(wheel.name)
+    with zipfile.ZipFile(wheel) as opened:
+        assert not [name for name in opened.namelist() if name.endswith((".so", ".c"))]
+        (about,) = (name for name in opened.namelist() if name.endswith("/WHEEL"))
+        assert "Root-Is-Purelib: true" in opened.read(about).decode()
+
+
+@pytest.mark.long
+def test_a_wheel_with_a_kernel_is_for_its_machine(tmp_path: Path) -> None:
+    copy_tree(tmp_path)
+    environment = {"CC": " ".join(CC), "GRADCLIP_REQUIRE_KERNEL": "1"}
+    done = pip("wheel", "--wheel-dir", str(tmp_path / "wheels"), folder=tmp_path, **environment)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = (tmp_path / "wheels").iterdir()
+    assert re.fullmatch(r"gradclip-[0-9.]+-cp311-abi3-\w+\.whl", wheel.name)
+    with zipfile.ZipFile(wheel) as opened:
+        assert [name for name in opened.namelist() if name.endswith(".so")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", ["install", pytest.param("wheel", marks=pytest.mark.long)])
+def test_a_kernel_that_is_required_stops_an_install_without_it(verb: str, tmp_path: Path) -> None:
+    copy_tree(tmp_path)
+    option = {"install": "--target", "wheel": "--wheel-dir"}[verb]
+    target = tmp_path / "target"
+    done = pip(verb, option, str(target), folder=tmp_path, GRADCLIP_REQUIRE_KERNEL="1")
+    assert done.returncode == 1
+    assert "the compiler is broken" in done.stdout + done.stderr
+    assert not target.exists() or not [*target.iterdir()]

@@ -88,8 +88,8 @@ static int read_array(const fields_t *fields, int writable, array_t *array, leaf
     if (!known || fields->nd > MOST_DIMENSIONS) return NEEDS_CARE;
     if (writable && (flags & (WRITEABLE | WARN_ON_WRITE)) != WRITEABLE) return NEEDS_CARE;
     leaf->kind = known->kind;
-    *array = (array_t){fields->data, known->parts, fields->nd,
-                       fields->dimensions, fields->strides, 1};
+    *array = (array_t){fields->data, known->parts, fields->nd, as_int64(fields->dimensions),
+                       as_int64(fields->strides), 1};
     return 0;
 }
 

@@ -66,7 +66,8 @@ static int read_buffer(Leaves *self, Py_ssize_t i, array_t *array) {
     leaf_t *leaf = &self->leaves[i];
     int parts;
     if (read_format(buffer->format, &leaf->kind, &parts, &leaf->swap) < 0) return NEEDS_CARE;
-    *array = (array_t){buffer->buf, parts, buffer->ndim, buffer->shape, buffer->strides, 1};
+    *array = (array_t){buffer->buf, parts, buffer->ndim, as_int64(buffer->shape),
+                       as_int64(buffer->strides), 1};
     if (leaf->kind != BF16 && leaf->kind != BYTE) return 0;
     if (!self->decode) return NEEDS_CARE;
     return leaf->kind == BYTE ? read_table(PyTuple_GetItem(self->decode, i), leaf) : 0;

@@ -272,17 +272,19 @@ static window_t NAME(window_f64)(const double *x, int n, double c1, double c2, d
     return window;
 }
 
-/* out = x where from <= bits of |x| < below, else 0; returns the largest bits below `from`. */
+/* out = x where from <= bits of |x| < below, else 0; returns the largest bits below `from`: less
+ * `from` they run over, and so are above all others. A choice of 0 for those is what Clang 20 cannot
+ * turn into vectors. */
 static uint32_t NAME(select_f32)(const float *x, int n, uint32_t from, uint32_t below, float *out) {
     uint32_t top = 0;
 #pragma omp simd reduction(max : top)
     for (int i = 0; i < n; i++) {
         uint32_t magnitude = bits_of(x[i]) & 0x7fffffff;
         out[i] = magnitude >= from && magnitude < below ? x[i] : 0;
-        uint32_t rest = magnitude < from ? magnitude : 0;
+        uint32_t rest = magnitude - from;
         top = rest > top ? rest : top;
     }
-    return top;
+    return top >> 31 ? top + from : 0;
 }
 
 static uint64_t NAME(select_f64)(const double *x, int n, uint64_t from, uint64_t below,
@@ -292,10 +294,10 @@ static uint64_t NAME(select_f64)(const double *x, int n, uint64_t from, uint64_t
     for (int i = 0; i < n; i++) {
         uint64_t magnitude = bits_of_double(x[i]) & ~((uint64_t)1 << 63);
         out[i] = magnitude >= from && magnitude < below ? x[i] * scale : 0;
-        uint64_t rest = magnitude < from ? magnitude : 0;
+        uint64_t rest = magnitude - from;
         top = rest > top ? rest : top;
     }
-    return top;
+    return top >> 63 ? top + from : 0;
 }
 
 /* ---- scaling ---- */
@@ -331,11 +333,11 @@ static void NAME(scale_bf16)(const uint16_t *x, int n, float c, uint16_t *out) {
 #pragma omp simd
         for (int j = 0; j < pairs; j++) {
             uint32_t both;
-            memcpy(&both, x + i + 2 * j, sizeof both);
+            __builtin_memcpy(&both, x + i + 2 * j, sizeof both);
             uint32_t low = bits_of_bfloat(float_of(both << 16) * c),
                      high = bits_of_bfloat(float_of(both & 0xffff0000) * c);
             both = low >> 16 | (high & 0xffff0000);
-            memcpy(out + i + 2 * j, &both, sizeof both);
+            __builtin_memcpy(out + i + 2 * j, &both, sizeof both);
         }
     }
     if (n % 2) out[n - 1] = bfloat_of(float_of((uint32_t)x[n - 1] << 16) * c);

@@ -1,14 +1,15 @@
 /* The team of an OpenMP. After work its threads wait awake for some milliseconds, so they come at
  * once, and helpers of ours would have to share processors with them. But it waits for each of them,
  * also for one that has no processor: so it is asked only while nothing else wants processors. */
+#define PY_SSIZE_T_CLEAN
+#include "team.h" /* with Python.h, which asks the headers below for what is Linux's alone */
+
 #if defined(__linux__)
-#define _GNU_SOURCE
 #include <sys/resource.h>
 #include <time.h>
 #endif
-#define PY_SSIZE_T_CLEAN
+
 #include "party.h"
-#include "team.h"
 
 static parallel_t *parallel;
 static int alone; /* in a forked child it would be waited for for ever */

@@ -16,6 +16,12 @@ PyObject *take_arrays(PyObject *list, int writable);
 /* 0 and *kind, *parts, *swap for a buffer format that is read, else -1. */
 int read_format(const char *format, kind_t *kind, int *parts, int *swap);
 
+/* Python's sizes as they are; macOS has two types of 64 bits. */
+static inline const int64_t *as_int64(const Py_ssize_t *sizes) {
+    _Static_assert(sizeof *sizes == sizeof(int64_t), "sizes of 64 bits");
+    return (const int64_t *)sizes;
+}
+
 /* If an object has a handle and is of no type derived from the one that has. */
 int has_handle(PyObject *object);
 

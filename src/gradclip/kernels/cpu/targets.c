@@ -18,19 +18,22 @@ enum { NEAR = 1024, LINE = 64 };
 
 /* ---- the targets ---- */
 
-#define AVX512 "avx2,fma,f16c,avx512f,avx512dq,avx512bw,avx512vl"
+#define AVX512_ "avx2,fma,f16c,avx512f,avx512dq,avx512bw,avx512vl"
+#define AVX512 AVX512_
 #if defined(__clang__)
+#if __clang_major__ >= 18 && __clang_major__ <= 21 && !defined(__apple_build_version__)
+/* These can leave the 512-bit registers out, and `zig cc` has them do so. */
+#undef AVX512
+#define AVX512 AVX512_ ",evex512"
+#endif
 #define TARGET_BEGIN_(text) _Pragma(#text)
 #define TARGET_BEGIN(flags) \
     TARGET_BEGIN_(clang attribute push(__attribute__((target(flags))), apply_to = function))
 #define TARGET_END _Pragma("clang attribute pop")
-#define TARGET_AVX512 TARGET_BEGIN(AVX512)
 #elif defined(__GNUC__)
 #define TARGET_BEGIN_(text) _Pragma(#text)
 #define TARGET_BEGIN(flags) _Pragma("GCC push_options") TARGET_BEGIN_(GCC target(flags))
 #define TARGET_END _Pragma("GCC pop_options")
-/* Clang takes whole vectors by itself, and would drop all of the flags for one it does not know. */
-#define TARGET_AVX512 TARGET_BEGIN(AVX512) TARGET_BEGIN_(GCC target("prefer-vector-width=512"))
 #endif
 
 /* Each copy of the loops has NAME(x), to give it its own names, and
@@ -142,7 +145,7 @@ TARGET_BEGIN("avx2,fma,f16c")
 #undef SMALLER
 #undef HALVES_AT
 TARGET_END
-TARGET_AVX512
+TARGET_BEGIN(AVX512)
 #define NAME(x) x##_avx512
 #define VECTOR 64
 #define FAR NEAR
@@ -172,17 +175,36 @@ static const kernel_t KERNELS[] = {
 };
 enum { KERNEL_COUNT = sizeof KERNELS / sizeof KERNELS[0] };
 
+#if defined(__x86_64__) && defined(TARGET_BEGIN)
+/* Asked of the processor itself: Clang's __builtin_cpu_supports does not know f16c, and `zig cc` for
+ * Windows lacks what is behind it. A system has to keep the registers too, which macOS says of those
+ * of AVX-512 only when they have been used: there avx2 is taken. */
+static unsigned registers_kept(void) {
+    unsigned low, high;
+    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return low;
+}
+
+static int has_avx2(void) {
+    const unsigned with_avx2 = bit_OSXSAVE | bit_AVX | bit_FMA | bit_F16C;
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c & with_avx2) == with_avx2 &&
+           (registers_kept() & 0x06) == 0x06 && __get_cpuid_count(7, 0, &a, &b, &c, &d) &&
+           b & bit_AVX2;
+}
+
+static int has_avx512(void) {
+    const unsigned all = bit_AVX512F | bit_AVX512DQ | bit_AVX512BW | bit_AVX512VL;
+    unsigned a, b, c, d;
+    return has_avx2() && (registers_kept() & 0xe6) == 0xe6 &&
+           __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b & all) == all;
+}
+#endif
+
 static int processor_has(const char *name) {
 #if defined(__x86_64__) && defined(TARGET_BEGIN)
-    unsigned a, b, c = 0, d;
-    __builtin_cpu_init();
-    /* Clang's function does not know f16c, which needs no more of the system than avx2 does. */
-    int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-               __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
-    if (!strcmp(name, "avx2")) return avx2;
-    if (!strcmp(name, "avx512"))
-        return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-               __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+    if (!strcmp(name, "avx2")) return has_avx2();
+    if (!strcmp(name, "avx512")) return has_avx512();
 #endif
     return !strcmp(name, "baseline");
 }

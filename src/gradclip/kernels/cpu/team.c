@@ -1,5 +1,7 @@
+#define PY_SSIZE_T_CLEAN
+#include "team.h" /* with Python.h, which asks the headers below for what is Linux's alone */
+
 #if defined(__linux__)
-#define _GNU_SOURCE
 #include <sched.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -7,8 +9,6 @@
 #if !defined(_WIN32)
 #include <signal.h>
 #endif
-#define PY_SSIZE_T_CLEAN
-#include "team.h"
 
 #include "leaves.h"
 #include "party.h"
