@@ -1,11 +1,15 @@
-"""Interpreters beside the main one of a process: where an import works, and one line where not."""
+"""Interpreters beside the main one of a process, and those without its lock: what holds there."""
 
 from __future__ import annotations
 
+import subprocess
 import sys
+import zipfile
+from pathlib import Path
 
 import pytest
 
+import builds
 from host import run_python
 
 pytestmark = pytest.mark.slow
@@ -67,3 +71,25 @@ def test_one_after_the_main_one_is_told_in_one_line() -> None:
 def test_one_that_alone_has_numpy_can_clip() -> None:
     expected = REFUSED if sys.version_info < (3, 12) else "5.0 None"
     assert printed("run_in_another(own_lock=False)") == f"{expected}\n"
+
+
+FREE_THREADED = """
+import sysconfig, sys
+found = sysconfig.get_config_var
+sysconfig.get_config_var = lambda name: 1 if name == "Py_GIL_DISABLED" else found(name)
+sys.argv = ["setup.py", "bdist_wheel"]
+exec(open("setup.py").read())
+"""
+
+
+@pytest.mark.long
+def test_a_free_threaded_python_gets_a_wheel_of_its_own(tmp_path: Path) -> None:
+    pytest.importorskip("setuptools")
+    builds.copy_tree(tmp_path)
+    command = [sys.executable, "-c", FREE_THREADED]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    tag = f"cp3{sys.version_info.minor}"
+    assert f"-{tag}-{tag}-" in wheel.name
+    kernel = f"gradclip/kernels/cpu/_cpu.cpython-3{sys.version_info.minor}"
+    assert any(name.startswith(kernel) for name in zipfile.ZipFile(wheel).namelist())
