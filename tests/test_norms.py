@@ -343,6 +343,8 @@ def test_a_copy_tells_norms_too() -> None:
 
 @needs_torch
 def test_books_that_move_begin_without_norms() -> None:
+    if reason := lacks("triton"):
+        pytest.skip(reason)
     from host_torch import torch_there
 
     (parameter,) = parameters_of([np.float32([3, 4])])

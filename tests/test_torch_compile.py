@@ -515,7 +515,7 @@ def test_make_fx_keeps_the_clip_and_not_its_outcome(
         *itertools.product([new, norms, in_place], [False, True]),
         (gradients, False),
         pytest.param(
-            *(gradients, True), marks=since_torch("2.7", "a strict export sets no gradient")
+            *(gradients, True), marks=since_torch("2.8", "a strict export sets no gradient")
         ),
     ],
 )
