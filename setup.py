@@ -53,6 +53,11 @@ if sysconfig.get_platform().endswith(("x86_64", "amd64")):
     ]
 
 
+# A free-threaded Python has no limited API before 3.15. It takes its lock back when it loads the
+# kernel, which does not say that it could do without, and warns of it.
+LIMITED_API = not sysconfig.get_config_var("Py_GIL_DISABLED")
+
+
 class BuildKernel(build_ext):
     """What an earlier build has left is not to stand in for one that fails."""
 
@@ -78,17 +83,17 @@ class NameWheel(bdist_wheel):
 
 
 setup(
-    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+    options={"bdist_wheel": {"py_limited_api": "cp311"}} if LIMITED_API else {},
     cmdclass={"build_ext": BuildKernel, "bdist_wheel": NameWheel},
     ext_modules=[
         Extension(
             "gradclip.kernels.cpu._cpu",
             sources=sorted(map(str, FOLDER.glob("*.c"))),
             depends=sorted(map(str, FOLDER.glob("*.h"))),
-            define_macros=[("Py_LIMITED_API", "0x030B0000")],
+            define_macros=[("Py_LIMITED_API", "0x030B0000")] if LIMITED_API else [],
             extra_compile_args=FLAGS,
             extra_link_args=LINK_FLAGS,
-            py_limited_api=True,
+            py_limited_api=LIMITED_API,
             # Without a C compiler the install still succeeds; the NumPy path gives the same bits,
             # and the first use says so.
             optional=not os.environ.get("GRADCLIP_REQUIRE_KERNEL"),

@@ -21,8 +21,10 @@ import gradclip
 from cases import Case, lay_out
 from gradclip.cli import _pieces as pieces_of_files
 from gradclip.core.rooms import backend_names
+from gradclip.core.versions import is_below, too_old
 from gradclip.kernels import cpu
 from gradclip.kernels.cpu import threads as team
+from gradclip.kernels.gpu.launch import TRITON
 from machines import KERNELS, THREADS, machine
 from toyarrays import Array
 
@@ -76,6 +78,30 @@ def version(name: str) -> str | None:
     return None
 
 
+def lacks(*names: str) -> str | None:
+    """Why frameworks are not tested: one is not installed, or too old; None where all are."""
+    for name in names:
+        found = version(name)
+        if found is None:
+            return f"{name} is not installed"
+        if name == "triton" and too_old(TRITON, found):
+            return too_old(TRITON, found)
+    return None
+
+
+def since_torch(lowest: str, why: str) -> pytest.MarkDecorator:
+    """Skips what older versions of PyTorch do not do."""
+    is_old = is_below(lowest, version("torch") or lowest)
+    return pytest.mark.skipif(is_old, reason=f"before PyTorch {lowest} {why}")
+
+
+# What ranks do, and cannot without a GPU before PyTorch 2.7.
+NEEDS_2_7 = "fully_shard, and DTensors of bfloat16 and complex numbers"
+IS_OLD = is_below("2.7", version("torch") or "2.7")
+ENGINES = [] if IS_OLD else ["engines"]
+MORE_DTYPES = [] if IS_OLD else ["splits_of_more_dtypes"]
+
+
 def pytest_collectstart() -> None:
     """Load PyTorch and Triton before TensorFlow: the other way round they do not load.
 
@@ -109,6 +135,7 @@ def pytest_report_header() -> list[str]:
             f"in use: {cpu.kernel()}, {team.number()} threads"
         ),
         f"frameworks: {', '.join(found)}",
+        *([f"PyTorch is older than 2.7: {NEEDS_2_7} are left out"] * IS_OLD),
     ]
 
 
@@ -259,8 +286,8 @@ def _torch_elsewhere(*args: Any, **options: Any) -> Any:
 
 
 def _torch_triton(*args: Any, **options: Any) -> Any:
-    if version("triton") is None:
-        pytest.skip("triton is not installed")
+    if reason := lacks("triton"):
+        pytest.skip(reason)
     with importlib.import_module("host_torch").torch_there():
         return gradclip.clip_by_global_norm(*args, **options)
 
@@ -438,7 +465,8 @@ def on_cupy(framework: Callable[[str], Any]) -> Iterator[Any]:
     What is replaced there is said in `host_cupy.no_driver`.
     """
     framework("cupy")
-    framework("triton")
+    if reason := lacks("triton"):
+        pytest.skip(reason)
     host_cupy = _host_cupy()
     if host_cupy.HAS_DEVICE:
         yield host_cupy

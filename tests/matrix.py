@@ -40,9 +40,26 @@ class Part(NamedTuple):
     tests: Sequence[str]  # files in tests/
     beside: Sequence[str] = ()  # what these tests need besides the framework
     package: str | None = None  # where it has another name than the framework
+    first: Sequence[str] = ()  # of what is beside, installed as the framework is, each alone
 
 
 PARTS = {
+    "numpy": Part(
+        tests=(
+            *("test_arrays.py", "test_bits.py", "test_each.py", "test_oracle.py"),
+            *("test_overlap.py", "test_rooms.py", "test_spec.py", "test_process.py"),
+            *("test_limits.py", "test_norms.py", "test_record.py", "test_report.py"),
+            *("test_watch.py", "test_cli_[cemn]*.py", "test_interpreters.py"),
+        ),
+    ),
+    "jax": Part(tests=("test_jax.py", "test_limits_jax.py", "test_norms_jax.py")),
+    "optax": Part(tests=("test_optax*.py", "test_limits_jax.py", "test_norms_jax.py")),
+    "tensorflow": Part(tests=("test_*tensorflow.py",), package="tensorflow-cpu"),
+    "keras": Part(
+        tests=("test_*keras.py",),
+        beside=("jax", "tensorflow-cpu", "torch"),
+        first=("torch",),
+    ),
     "torch": Part(
         tests=(
             *("test_torch*.py", "test_limits_torch.py", "test_norms.py", "test_trainer_records.py"),
@@ -164,7 +181,8 @@ def environment(cell: Cell, part: Part) -> str:
     pinned = package if cell.version == "newest" else f"{package}=={cell.version}"
     install = [python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
     # First and alone: so pip prefers a build for the CPU, where an index has one.
-    subprocess.run([*install, pinned], check=True)
+    for alone in (*map(requirement, part.first), pinned):
+        subprocess.run([*install, alone], check=True)
     version = output(python, "-c", f"from importlib.metadata import *; print(version({package!r}))")
     with tempfile.TemporaryDirectory() as folder:
         builds.copy_tree(Path(folder))

@@ -20,11 +20,11 @@ import gradclip
 import oracle
 from cases import DTYPES, Case, constants_on_boundaries, exact_ties, near_midpoints, random_case
 from compare import assert_leaves, assert_norm, assert_raises, assert_untouched, expected_of
-from conftest import _torch_read, _torch_tensor, some_quick, version
+from conftest import _torch_read, _torch_tensor, lacks, some_quick
 from host import run_python
 
-if version("torch") is None or version("triton") is None:
-    pytest.skip("torch or triton is not installed", allow_module_level=True)
+if reason := lacks("torch", "triton"):
+    pytest.skip(reason, allow_module_level=True)
 if os.environ["TRITON_INTERPRET"] == "0":
     pytest.skip("the kernels are to run on a device", allow_module_level=True)
 import torch

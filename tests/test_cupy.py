@@ -20,7 +20,7 @@ import gradclip
 import oracle
 from cases import DTYPES, Case
 from compare import assert_leaves, assert_norm, assert_same_bits, expected_of
-from conftest import some_quick, version
+from conftest import lacks, some_quick
 from gradclip import (
     IndexedSlices,
     clip_by_global_norm,
@@ -34,8 +34,8 @@ from gradclip.core.exact import Scaled
 from gradclip.core.held import Clip
 from host import run_python
 
-if version("cupy") is None or version("triton") is None:
-    pytest.skip("cupy or triton is not installed", allow_module_level=True)
+if reason := lacks("cupy", "triton"):
+    pytest.skip(reason, allow_module_level=True)
 
 import cupy
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from conftest import version
+from conftest import ENGINES, MORE_DTYPES, lacks, version
 from gradclip.core import exact, workers
 from gradclip.core.workers import Joint
 from ranks import run_ranks
@@ -31,16 +31,15 @@ needs_torch = pytest.mark.skipif(version("torch") is None, reason="torch is not 
 @pytest.mark.parametrize(
     ("count", "functions", "printed"),
     [
-        (1, ["splits", "splits_of_more_dtypes"], ""),
+        (1, ["splits", *MORE_DTYPES], ""),
         (
             2,
-            ["splits", "splits_of_more_dtypes", "engines", "flat"]
-            + ["there"] * (version("triton") is not None),
+            ["splits", *MORE_DTYPES, *ENGINES, "flat"] + ["there"] * (lacks("triton") is None),
             "",
         ),
         (
             4,
-            ["splits", "engines", "flat", "stages", "errors", "attached_errors", "failures"],
+            ["splits", *ENGINES, "flat", "stages", "errors", "attached_errors", "failures"],
             "told\n",
         ),
         pytest.param(
@@ -49,8 +48,8 @@ needs_torch = pytest.mark.skipif(version("torch") is None, reason="torch is not 
             "told\n",
             marks=pytest.mark.long,
         ),
-        pytest.param(3, ["splits_of_more_dtypes"], "", marks=pytest.mark.long),
-        pytest.param(4, ["splits_of_more_dtypes"], "", marks=pytest.mark.long),
+        pytest.param(3, [*MORE_DTYPES], "", marks=pytest.mark.long),
+        pytest.param(4, [*MORE_DTYPES], "", marks=pytest.mark.long),
         pytest.param(8, ["splits"], "", marks=pytest.mark.long),
     ],
 )

@@ -27,6 +27,7 @@ ARROWS = {
     "gradclip": {
         "_clip",
         "limits",
+        "core.interpreters",
         "core.norms:Norms",
         "core.sparse:IndexedSlices",
         "record:Record",

@@ -24,13 +24,13 @@ import gradclip
 import papers
 from cases import DTYPES, near_midpoints
 from compare import assert_same_bits
-from conftest import _torch_read, _torch_tensor, version
+from conftest import _torch_read, _torch_tensor, lacks
 from gradclip import limits
 from gradclip.core import exact
 from gradclip.core.arithmetic import HOST
 
-if version("torch") is None or version("triton") is None:
-    pytest.skip("torch or triton is not installed", allow_module_level=True)
+if reason := lacks("torch", "triton"):
+    pytest.skip(reason, allow_module_level=True)
 if os.environ["TRITON_INTERPRET"] == "0":
     pytest.skip("the kernels are to run on a device", allow_module_level=True)
 import torch

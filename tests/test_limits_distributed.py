@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from conftest import version
+from conftest import ENGINES, version
 from ranks import run_ranks
 
 
@@ -12,4 +12,4 @@ from ranks import run_ranks
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, *(pytest.param(n, marks=pytest.mark.long) for n in (1, 4))])
 def test_every_rank_learns_the_same(count: int) -> None:
-    run_ranks("limits_ranks", ["learning", "communication", "engines", "diverged"], count)
+    run_ranks("limits_ranks", ["learning", "communication", *ENGINES, "diverged"], count)

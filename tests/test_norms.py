@@ -18,7 +18,7 @@ import oracle
 import test_bits
 from cases import DTYPES, Case, near_midpoints
 from compare import build
-from conftest import _torch_read, _torch_tensor, version
+from conftest import ENGINES, _torch_read, _torch_tensor, lacks, version
 from host import run_python
 from ranks import run_ranks
 
@@ -163,8 +163,8 @@ def memory(request: pytest.FixtureRequest) -> Any:
     if request.param == "host":
         yield "host"
         return
-    if version("triton") is None:
-        pytest.skip("triton is not installed")
+    if reason := lacks("triton"):
+        pytest.skip(reason)
     from host_torch import torch_there
 
     with torch_there():
@@ -343,6 +343,8 @@ def test_a_copy_tells_norms_too() -> None:
 
 @needs_torch
 def test_books_that_move_begin_without_norms() -> None:
+    if reason := lacks("triton"):
+        pytest.skip(reason)
     from host_torch import torch_there
 
     (parameter,) = parameters_of([np.float32([3, 4])])
@@ -360,8 +362,8 @@ def test_books_that_move_begin_without_norms() -> None:
 
 @needs_torch
 def test_a_device_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    if version("triton") is None:
-        pytest.skip("triton is not installed")
+    if reason := lacks("triton"):
+        pytest.skip(reason)
     from host_torch import Counted, refuse_to_wait, torch_there
 
     leaves = [torch.randn(5, 7), torch.randn(300)]
@@ -392,7 +394,7 @@ def test_a_device_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
 @needs_torch
 @pytest.mark.parametrize("count", [2, *(pytest.param(n, marks=pytest.mark.long) for n in (1, 4))])
 def test_norms_of_what_is_sharded_are_those_of_the_whole(count: int) -> None:
-    run_ranks("norms_ranks", ["sharded", "engines", "refused"], count)
+    run_ranks("norms_ranks", ["sharded", *ENGINES, "refused"], count)
 
 
 @needs_torch
@@ -426,8 +428,8 @@ def test_torch_compile_runs_it_between_graphs() -> None:
 
 @needs_torch
 def test_cupy() -> None:
-    if version("cupy") is None or version("triton") is None:
-        pytest.skip("cupy or triton is not installed")
+    if reason := lacks("cupy", "triton"):
+        pytest.skip(reason)
     import host_cupy
 
     if host_cupy.HAS_DEVICE:

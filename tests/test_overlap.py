@@ -13,7 +13,7 @@ import pytest
 from scipy import sparse
 
 import gradclip
-from conftest import version
+from conftest import lacks
 from gradclip import IndexedSlices, clip_by_global_norm, clip_by_global_norm_, global_norm
 from gradclip.kernels.layout import Layout, check_apart, layout
 from machines import KERNELS, machine
@@ -57,8 +57,8 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
     """A way in, as what makes a leaf of a view of an array."""
     name = request.param
     for package in ("torch", "triton"):
-        if package in name and version(package) is None:
-            pytest.skip(f"{package} is not installed")
+        if package in name and (reason := lacks(package)):
+            pytest.skip(reason)
     with ExitStack() as stack:
         kernel = name.partition(" by ")[2]
         if kernel in KERNELS:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import gradclip
-from conftest import version
+from conftest import lacks, version
 from gradclip import limits
 from gradclip.record import History
 from host import run_python
@@ -418,7 +418,8 @@ def test_steps_that_grad_scaler_skips(path: Path) -> None:
 
 @pytest.mark.usefixtures("torch")
 def test_books_of_a_device(path: Path) -> None:
-    pytest.importorskip("triton")
+    if reason := lacks("triton"):
+        pytest.skip(reason)
     from host_torch import torch_there
 
     with torch_there(), gradclip.Record(path, per_tensor_every=1) as record:

@@ -20,7 +20,8 @@ import numpy as np
 import pytest
 
 import gradclip
-from conftest import some_quick, version
+from conftest import since_torch, some_quick, version
+from gradclip.core.versions import is_below
 from host import run_python
 
 if version("torch") is None:
@@ -33,7 +34,14 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import gradclip.torch as gtorch
 
 # PyTorch's own modules warn when they are first imported.
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),
+    pytest.mark.filterwarnings(
+        "ignore:Skipping serialization of skipfiles_inline_module:UserWarning"
+    ),
+]
+# There the compiler does not take PyTorch's own clip whole, nor, in some, tell what was raised.
+IS_OLD = is_below("2.11", torch.__version__)
 
 Pair = collections.namedtuple("Pair", ["a", "b"])
 NESTS: dict[str, Callable[[Any, Any], Any]] = {
@@ -62,8 +70,8 @@ def _anew() -> Iterator[None]:
 
 
 def raises(error: type[Exception], text: str) -> Any:
-    """The error with exactly this text."""
-    return pytest.raises(error, match=f"^{re.escape(text)}$")
+    """The error with exactly this text, to which PyTorch may add where in a graph it came up."""
+    return pytest.raises(error, match=f"^{re.escape(text)}($|\n\nWhile executing)")
 
 
 def whole(function: Callable[..., Any], **options: Any) -> Any:
@@ -139,7 +147,7 @@ def test_a_limit_that_changes_takes_no_more_graphs_than_pytorchs(
     limits = [1 / (i + 1) for i in range(12)] if kind is float else list(range(2, 14))
     options = {"dynamic": dynamic, "fullgraph": fullgraph}
     ours, found = graphs(gtorch, clip, limits, **options)
-    theirs, _ = graphs(torch.nn.utils, clip, limits, **options)
+    theirs = 2 if IS_OLD else graphs(torch.nn.utils, clip, limits, **options)[0]
     assert 1 <= ours <= theirs
     for limit, gradient in zip(limits, found, strict=True):
         weight = weight_of(torch.arange(100.0))
@@ -166,10 +174,15 @@ def test_both_limits_of_every_function_may_change(compiler: str) -> None:
     assert counters["stats"]["unique_graphs"] <= 2
 
 
+FRACTION = pytest.param(
+    Fraction(1, 3), marks=since_torch("2.11", "the compiler makes no number of a Fraction")
+)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "limit",
-    [1 / 3, 5e-324, 2, 2**53 + 1, math.inf, np.float64(0.3), np.float32(0.3), Fraction(1, 3)],
+    [1 / 3, 5e-324, 2, 2**53 + 1, math.inf, np.float64(0.3), np.float32(0.3), FRACTION],
     ids=repr,
 )
 def test_no_bit_of_a_limit_is_lost(limit: Any) -> None:
@@ -207,11 +220,13 @@ def test_what_is_no_limit_is_an_error_where_it_is_compiled(limit: Any) -> None:
     def clip() -> Any:
         return gtorch.clip_grad_norm_([weight], limit)
 
-    with pytest.raises(torch._dynamo.exc.Unsupported, match=re.escape(text)):
+    unsupported = torch._dynamo.exc.Unsupported
+    untold = "|Observed exception" * IS_OLD
+    with pytest.raises(unsupported, match=re.escape(text) + untold):
         whole(clip)()
     with raises(TypeError, text):
         torch.compile(clip, backend="aot_eager")()
-    with pytest.raises(torch._dynamo.exc.Unsupported, match=re.escape("on_nonfinite is 'no'")):
+    with pytest.raises(unsupported, match=re.escape("on_nonfinite is 'no'") + untold):
         whole(lambda: gtorch.clip_grad_norm_([weight], 1.0, on_nonfinite="no"))()  # type: ignore[arg-type]
 
 
@@ -494,8 +509,16 @@ def test_make_fx_keeps_the_clip_and_not_its_outcome(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("function", [new, norms, in_place, gradients])
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize(
+    ("function", "strict"),
+    [
+        *itertools.product([new, norms, in_place], [False, True]),
+        (gradients, False),
+        pytest.param(
+            *(gradients, True), marks=since_torch("2.8", "a strict export sets no gradient")
+        ),
+    ],
+)
 def test_export_keeps_the_clip(function: Callable[[Any], Any], strict: bool) -> None:
     x = torch.tensor([3.0, 4.0])
     program = torch.export.export(Module(function), (x,), strict=strict)
@@ -756,6 +779,7 @@ def test_a_clip_over_workers_breaks_the_graph_and_works(world: Any) -> None:
 
 
 @pytest.mark.slow
+@since_torch("2.7", "fully_shard needs a GPU")
 def test_memory_is_estimated_under_patch() -> None:
     code = """
         import contextlib

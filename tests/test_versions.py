@@ -10,6 +10,7 @@ import pytest
 
 import matrix
 from gradclip.core.versions import require
+from gradclip.kernels.gpu.launch import TRITON
 from host import run_python
 
 ROOT = Path(__file__).parent.parent
@@ -38,15 +39,13 @@ def test_below_the_floor_one_line_says_what_is_needed(found: str) -> None:
 
 def test_every_framework_that_is_asked_for_is_an_extra_with_this_floor() -> None:
     assert ASKED
-    for floor in ASKED:
+    for floor in [*ASKED, TRITON]:
         name = floor.partition(">=")[0]
-        floors = {each for extra in EXTRAS.values() for each in extra if _name(each) == name}
+        # TensorFlow's builds for the CPU alone are a package too.
+        every = {each.replace("-cpu", "") for extra in EXTRAS.values() for each in extra}
+        floors = {each for each in every if re.split(r"[^\w.-]", each)[0] == name}
         # The tests may have one version alone.
         assert {each for each in floors if "==" not in each} == {floor}
-
-
-def _name(requirement: str) -> str:
-    return re.split(r"[^\w.-]", requirement, maxsplit=1)[0].removesuffix("-cpu")
 
 
 def test_a_row_takes_the_place_of_an_older_run_alone() -> None:

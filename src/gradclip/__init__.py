@@ -10,6 +10,10 @@
 
 from typing import TYPE_CHECKING, Any
 
+from gradclip.core import interpreters
+
+interpreters.check()
+
 from gradclip import limits
 from gradclip._clip import clip_by_global_norm, clip_by_global_norm_, global_norm, norms
 from gradclip.core.norms import Norms

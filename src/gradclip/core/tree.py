@@ -29,6 +29,7 @@ def flatten(
     called: str | Callable[[int], str] = "t_list",
     read: list[Any] | None = None,
     kinds_of: Callable[[list[Any]], set[type]] = lambda items: set(map(type, items)),
+    apart: Callable[[Any, str], Flat] | None = None,
 ) -> Tree:
     """Take a nest apart; an iterator is read once, into a list. One that has been stays so.
 
@@ -39,23 +40,25 @@ def flatten(
         called: what paths call it; or for a flat list, a function that names each place.
         read: where to put what an iterator gives, also where it raises half way.
         kinds_of: what finds the types of what is in a list, each once; a kernel is faster.
+        apart: what takes a nest apart in the place of optree, and calls paths as it is told.
     """
     if isinstance(t_list, Tree):
         return t_list
-    if type(t_list) is not list and isinstance(t_list, Iterator | ValuesView):
+    if type(t_list) is not list and isinstance(t_list, (Iterator, ValuesView)):
         read = [] if read is None else read
         read.extend(t_list)
         t_list = list(read)
     trees: tuple[Nests, ...] = rooms.trees
-    if type(t_list) is list:
+    if apart is None and type(t_list) is list:
         kinds = kinds_of(t_list)
         if _are_leaves(kinds, t_list, trees):
             names = f"{called}[{{}}]".format if isinstance(called, str) else called
             named = str if isinstance(called, str) else called
             count = range(len(t_list))
             return Tree(t_list, kinds, list, names, count, lambda: list(map(named, count)))
-    every, unflatten, path_of, names_of = _flatten(
-        t_list, called if isinstance(called, str) else "", trees
+    root = called if isinstance(called, str) else ""
+    every, unflatten, path_of, names_of = (
+        _flatten(t_list, root, trees) if apart is None else apart(t_list, root)
     )
     if not isinstance(called, str):
         path_of = called

@@ -15,9 +15,21 @@ def require(floor: str, found: str) -> None:
     Raises:
         ImportError: it is below the floor.
     """
+    lacking = too_old(floor, found)
+    if lacking is not None:
+        raise ImportError(lacking)
+
+
+def too_old(floor: str, found: str) -> str | None:
+    """What to say of a version that is below the floor; None where it is not."""
     name, _, lowest = floor.partition(">=")
-    if _numbers(found) < _numbers(lowest):
-        raise ImportError(f"gradclip needs {floor}, this is {name} {found}")
+    below = is_below(lowest, found)
+    return f"gradclip needs {floor}, this is {name} {found}" if below else None
+
+
+def is_below(lowest: str, found: str) -> bool:
+    """If a version that is installed is older than another."""
+    return _numbers(found) < _numbers(lowest)
 
 
 def _numbers(version: str) -> tuple[int, ...]:

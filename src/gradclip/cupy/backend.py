@@ -17,13 +17,18 @@ import numpy as np
 from gradclip.core.exact import Scaled, ScaledArray, Total, counts
 from gradclip.core.held import Clip
 from gradclip.core.sparse import IndexedSlices, check_rows, merged_rows
+from gradclip.core.versions import require
 from gradclip.core.workers import Workers, nobody, workers_of
 from gradclip.kernels import layout
 from gradclip.kernels.cpu import leaves as host
 from gradclip.kernels.cpu.leaves import Array
+from gradclip.kernels.gpu.launch import TRITON
 from gradclip.kernels.layout import Layout
 
 try:
+    import triton
+
+    require(TRITON, triton.__version__)
     from gradclip.cupy.gpu import Memory, is_run, may_overlap
     from gradclip.kernels.gpu import leaves as gpu
     from gradclip.kernels.gpu.runs import Runs

@@ -17,7 +17,7 @@ from jax.experimental.sparse import BCOO
 
 from gradclip.core.versions import require
 
-require("jax>=0.8.1", jax.__version__)
+require("jax>=0.8.2", jax.__version__)
 
 from gradclip.core.exact import Scaled, ScaledArray
 from gradclip.core.norms import Norms

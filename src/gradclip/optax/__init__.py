@@ -45,7 +45,7 @@ import optax
 
 from gradclip.core.versions import require
 
-require("jax>=0.8.1", jax.__version__)
+require("jax>=0.8.2", jax.__version__)
 require("optax>=0.2.5", optax.__version__)
 
 from gradclip.optax.adaptive import adaptive_grad_clip

@@ -13,10 +13,13 @@ from collections.abc import Callable, Iterator, ValuesView
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from gradclip import _clip
 from gradclip.core.decide import OnNonfinite
 from gradclip.core.limits import Limit
+from gradclip.core.protocol import Flat
+from gradclip.core.sparse import IndexedSlices
 from gradclip.core.tree import Tree, flatten
 from gradclip.torch import library
 from gradclip.torch.following import is_operand
@@ -71,16 +74,31 @@ def norms(t_list: Any, group: Any) -> Any:
 
 
 def _read_once(t_list: Any) -> Any:
-    return list(t_list) if isinstance(t_list, Iterator | ValuesView) else t_list
+    return list(t_list) if isinstance(t_list, (Iterator, ValuesView)) else t_list
 
 
 def _taken_whole(t_list: Any, group: Any) -> Tree | None:
     """A nest taken apart, if its leaves are what an operation takes."""
-    tree = flatten(t_list)
+    tree = flatten(t_list, apart=_as_pytorch_does)
     if group is not None or not tree.leaves or not all(map(is_operand, tree.leaves)):
         return None
     check_dtypes(tree.leaves, tree.path)
     return tree
+
+
+def _as_pytorch_does(t_list: Any, called: str) -> Flat:
+    """As optree does, but for the order of a dict, which changes no bit.
+
+    Of optree the compiler of older versions knows nothing.
+    """
+    found, spec = pytree.tree_flatten_with_path(t_list, is_leaf=_is_leaf)
+    paths = [called + pytree.keystr(path) for path, _ in found]
+    every = [leaf for _, leaf in found]
+    return every, lambda full: pytree.tree_unflatten(full, spec), paths.__getitem__, lambda: paths
+
+
+def _is_leaf(node: Any) -> bool:
+    return isinstance(node, IndexedSlices)
 
 
 def _run(function: Callable[..., Any], t_list: Any, *limits: Any, **options: Any) -> Any:

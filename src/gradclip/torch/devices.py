@@ -11,6 +11,9 @@ import warnings
 
 import torch
 
+from gradclip.core.versions import too_old
+from gradclip.kernels.gpu.launch import TRITON
+
 
 def has_triton(device: torch.device) -> bool:
     """If the kernels of `kernels.gpu` run on a device: NVIDIA's or AMD's, which are "cuda" too."""
@@ -32,8 +35,9 @@ def _without_triton(device: torch.device) -> str | None:
         return "TensorFlow was imported before Triton, which no longer loads: import triton first"
     import triton
 
-    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
-        return f"Triton is {triton.__version__}, and older than 3.6"
+    old = too_old(TRITON, triton.__version__)
+    if old is not None:
+        return old
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         return "Triton finds no C compiler, by which it builds its launcher"
     if torch.version.cuda and torch.cuda.get_device_capability(device) < (8, 0):

@@ -16,7 +16,7 @@ from gradclip.core.sparse import IndexedSlices
 from gradclip.torch.overlap import check_steps
 from gradclip.torch.tensors import PLAIN_TYPES, check_dtypes
 
-_OPERANDS = PLAIN_TYPES | {FakeTensor, FunctionalTensor}
+_OPERANDS = (*PLAIN_TYPES, FakeTensor, FunctionalTensor)
 
 F = TypeVar("F", bound=Callable[..., Any])
 

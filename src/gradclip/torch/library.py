@@ -70,7 +70,7 @@ def operand(name: str, value: Any) -> Tensor | None:
         return torch.as_tensor(value)
     if isinstance(value, Tensor):
         return value
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         is_norm = name in ("use_norm", "total_norm")
         value = float(check_use_norm(value, name)) if is_norm else check_clip_norm(value, name)
     # A product, and no tensor made of the number, for which torch.compile would compile anew

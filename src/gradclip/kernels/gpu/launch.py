@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-# How the kernels of `triton` are compiled.
+# What the kernels of `triton` need.
+TRITON = "triton>=3.6"
+# How they are compiled.
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
 
 
