@@ -436,7 +436,7 @@ def test_objects_are_refused_and_never_made(tmp_path: Path, torch: Any, save: An
     assert not made.exists()
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")
 def test_files_that_torch_save_has_not_written(tmp_path: Path, torch: Any) -> None:
     path = tmp_path / "a.pt"
     torch.jit.script(torch.nn.ReLU()).save(path)

@@ -42,7 +42,7 @@ COMPLEX = [torch.complex32, torch.complex64, torch.complex128]
 
 
 # PyTorch's own modules warn when they are first imported.
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit")
 
 
 def raises(error: type[Exception], text: str) -> Any:

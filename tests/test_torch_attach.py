@@ -880,7 +880,7 @@ def test_a_norm_that_is_subnormal_where_the_host_flushes_those() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning", "ignore:Dynamo:UserWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit", "ignore:Dynamo:UserWarning")
 def test_a_compiled_step() -> None:
     import gradclip
 

@@ -35,7 +35,7 @@ import gradclip.torch as gtorch
 
 # PyTorch's own modules warn when they are first imported.
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.torch.jit"),
     pytest.mark.filterwarnings(
         "ignore:Skipping serialization of skipfiles_inline_module:UserWarning"
     ),

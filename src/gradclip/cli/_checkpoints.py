@@ -121,8 +121,9 @@ def _imported(path: Path) -> Any:
 
 def _reason(error: Exception) -> str:
     """What PyTorch says, without its advice to load the file by running the code in it."""
+    # Older versions put advice before it, in one line.
     lines = [
-        line.strip().removeprefix("WeightsUnpickler error: ") for line in f"{error}".split("\n")
+        line.rpartition("WeightsUnpickler error: ")[2].strip() for line in str(error).split("\n")
     ]
     told = [line for line in lines if line and not _ADVICE.match(line)] or ["no reason is given"]
     line = re.split(r"\. (?=Please |This |In PyTorch )", told[0])[0]
