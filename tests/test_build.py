@@ -47,7 +47,24 @@ def test_each_target_has_its_instructions_and_no_others_have(compiler: str, tmp_
     """Built without a warning for one machine, the loops are what each other machine needs."""
     # Zig takes -march for a target of ours, of which single instructions cannot be left out.
     machine = "" if "zig" in compiler else "-march=sapphirerapids"
-    assert misplaced(build_strictly(compiler, tmp_path, CFLAGS=f"{STRICT} {machine}")) == {}
+    library = build_strictly(compiler, tmp_path, CFLAGS=f"{STRICT} {machine}")
+    assert misplaced(library) == {}
+    done = run_python(KERNELS, str(library))
+    assert done.stdout.split() == kernels_of_this_processor(), done.stderr
+
+
+KERNELS = """
+    from builds import load_instead
+    print(*load_instead(sys.argv[1]).kernels())
+"""
+
+
+def kernels_of_this_processor() -> list[str]:
+    """As Linux sees it."""
+    (flags, *_) = re.findall(r"^flags\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    avx2 = {"avx2", "fma", "f16c"}
+    needed = {"avx512": avx2 | {"avx512f", "avx512dq", "avx512bw", "avx512vl"}, "avx2": avx2}
+    return [*(name for name, all_of in needed.items() if all_of <= {*flags.split()}), "baseline"]
 
 
 @pytest.mark.slow
