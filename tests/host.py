@@ -12,7 +12,7 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
-_libc = ctypes.CDLL(None)
+_libc = ctypes.CDLL("ucrtbase" if sys.platform == "win32" else None)
 HAS_MXCSR = platform.machine() in ("x86_64", "AMD64") and sys.platform == "linux"
 _FENV_SIZE = 32
 _FLUSH_TO_ZERO, _DENORMALS_ARE_ZERO = 0x8000, 0x0040

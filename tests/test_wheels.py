@@ -1,0 +1,97 @@
+"""The wheels: built on this machine for others, the same bytes twice, held to their names."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+for _name in ("ziglang", "abi3info", "lief", "wheel"):
+    pytest.importorskip(_name, reason=f"{_name} is not installed: pip install 'gradclip[wheels]'")
+
+pytestmark = pytest.mark.long
+
+BUILD = """
+import sys
+sys.path.insert(0, "wheels")
+import build
+from pathlib import Path
+build.DIST, pure, target = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+(platform,) = (each for each in build.PLATFORMS if each.target == target)
+build.add_library(pure, platform)
+(wheel,) = build.DIST.glob("*.whl")
+build.check([wheel])
+"""
+
+CHECK = """
+import sys
+sys.path.insert(0, "wheels")
+from check import check
+from pathlib import Path
+check([Path(sys.argv[1])])
+"""
+
+
+def run(code: str, *arguments: Path | str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def pure_wheel(folder: Path) -> Path:
+    """The least that a library can be added to."""
+    about = "Wheel-Version: 1.0\nGenerator: a test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    told = (
+        "Metadata-Version: 2.1\nName: gradclip\nVersion: 0\nDescription-Content-Type: text/plain\n"
+    )
+    wheel = folder / "gradclip-0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as file:
+        file.writestr("gradclip/kernels/cpu/__init__.py", "")
+        file.writestr("gradclip-0.dist-info/WHEEL", about)
+        file.writestr("gradclip-0.dist-info/METADATA", f"{told}\nNothing.\n")
+        file.writestr("gradclip-0.dist-info/RECORD", "")
+    return wheel
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["x86_64-linux-gnu.2.17", "aarch64-linux-musl", "aarch64-macos.11.0", "x86_64-windows-gnu"],
+)
+def test_a_wheel_is_the_same_twice_and_passes_all_checks(target: str, tmp_path: Path) -> None:
+    pure = pure_wheel(tmp_path)
+    found = []
+    for name in ("first", "second"):
+        folder = tmp_path / name
+        folder.mkdir()
+        caches = {"ZIG_LOCAL_CACHE_DIR": str(tmp_path / f"{name}.cache")}
+        done = run(BUILD, folder, pure, target, SOURCE_DATE_EPOCH="315532800", **caches)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "abi3audit" in done.stdout
+        found += [wheel.read_bytes() for wheel in folder.glob("*.whl")]
+    assert len(found) == 2
+    assert found[0] == found[1]
+
+
+def test_a_wheel_with_the_name_of_another_platform_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "dist"
+    folder.mkdir()
+    pure = pure_wheel(tmp_path)
+    done = run(BUILD, folder, pure, "x86_64-linux-musl", SOURCE_DATE_EPOCH="315532800")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = folder.glob("*.whl")
+    wrong = wheel.with_name(wheel.name.replace("musllinux_1_2_x86_64", "win_amd64"))
+    shutil.move(wheel, wrong)
+    done = run(CHECK, wrong)
+    assert done.returncode == 1
+    assert "win_amd64.whl: its tags" in done.stderr
