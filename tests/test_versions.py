@@ -50,6 +50,14 @@ def _name(requirement: str) -> str:
     return re.split(r"[^\w.-]", requirement, maxsplit=1)[0].removesuffix("-cpu")
 
 
+@pytest.mark.parametrize("framework", matrix.PARTS)
+def test_the_page_has_a_run_without_failures_with_the_lowest_version(framework: str) -> None:
+    lowest = matrix.numbers(matrix.floor(framework))
+    rows = [row for row in matrix.rows_of(matrix.PAGE.read_text()) if row.framework == framework]
+    assert min(matrix.numbers(row.version) for row in rows) == lowest
+    assert {row.failed for row in rows if matrix.numbers(row.version) == lowest} == {"0"}
+
+
 def test_a_row_takes_the_place_of_an_older_run_alone() -> None:
     page = "before\n<!-- matrix -->\n<!-- /matrix -->\nafter\n"
     rows = [
