@@ -217,6 +217,45 @@ def test_the_host_s_flush_to_zero_changes_nothing() -> None:
         assert norm_of(gradclip.global_norm(tiny)).tobytes() == norm_of(norm).tobytes()
 
 
+@pytest.mark.slow
+def test_where_no_function_tells_the_layout_the_attribute_does() -> None:
+    code = """
+        import torch
+        from gradclip.torch import pointers
+        pointers._MAY_LACK = "aoti_torch_get_what_none_has"
+        pointers._FUNCTIONS = tuple(
+            pointers._MAY_LACK if name.endswith("layout") else name for name in pointers._FUNCTIONS
+        )
+        dense = torch.tensor([3.0, 4.0])
+        for leaf in (dense, dense.to_sparse(), dense.to_mkldnn(), dense):
+            print(pointers.taken([leaf], writable=True) is not None)
+    """
+    done = run_python(code)
+    assert done.stdout.split() == ["True", "False", "False", "True"], done.stderr
+
+
+@pytest.mark.slow
+def test_a_c_interface_that_lacks_something_is_told_once() -> None:
+    code = """
+        import warnings
+        import torch, gradclip
+        from gradclip.torch import pointers
+        pointers._FUNCTIONS = (*pointers._FUNCTIONS, "aoti_torch_get_what_none_has")
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                print(float(gradclip.global_norm([torch.tensor([3.0, 4.0])])))
+        print(*(each.message for each in told))
+    """
+    done = run_python(code)
+    told = (
+        f"PyTorch {torch.__version__} has no aoti_torch_get_what_none_has, so gradclip reads "
+        "tensors as NumPy arrays: the same bits, slower for small ones, and gradients are not "
+        "measured while backward makes them"
+    )
+    assert done.stdout.splitlines() == ["5.0", "5.0", told], done.stderr
+
+
 def test_without_pytorch_s_c_interface(monkeypatch: pytest.MonkeyPatch) -> None:
     leaves = [torch.randn(50, dtype=torch.float64), torch.randn(3, 4).bfloat16(), torch.randn(7)]
     wanted = gradclip.clip_by_global_norm(leaves, 1.0)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from conftest import since_torch
 from host import run_script, run_script_in_turn
 
 pytest.importorskip("torch")
@@ -18,6 +19,7 @@ EXAMPLE = Path(__file__).parent.parent / "examples" / "torch_sharded.py"
 
 
 @pytest.mark.long
+@since_torch("2.7", "fully_shard needs a GPU")
 def test_shards_are_clipped_as_the_whole(tmp_path: Path) -> None:
     picture = tmp_path / "sharded.png"
     done = run_script(EXAMPLE, tmp_path, "--steps", "21", "--out", str(picture))

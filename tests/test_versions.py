@@ -48,6 +48,14 @@ def test_every_framework_that_is_asked_for_is_an_extra_with_this_floor() -> None
         assert {each for each in floors if "==" not in each} == {floor}
 
 
+@pytest.mark.parametrize("framework", matrix.PARTS)
+def test_the_page_has_a_run_without_failures_with_the_lowest_version(framework: str) -> None:
+    lowest = matrix.numbers(matrix.floor(framework))
+    rows = [row for row in matrix.rows_of(matrix.PAGE.read_text()) if row.framework == framework]
+    assert min(matrix.numbers(row.version) for row in rows) == lowest
+    assert {row.failed for row in rows if matrix.numbers(row.version) == lowest} == {"0"}
+
+
 def test_a_row_takes_the_place_of_an_older_run_alone() -> None:
     page = "before\n<!-- matrix -->\n<!-- /matrix -->\nafter\n"
     rows = [

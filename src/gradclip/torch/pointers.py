@@ -86,7 +86,7 @@ def _c_interface() -> bool:
     """
     shim, place = _shim(), _place_of_a_tensor()
     lacking = _lacking(shim, place)
-    if lacking is not None:
+    if place is None or lacking is not None:
         warnings.warn(
             f"{lacking}, so gradclip reads tensors as NumPy arrays: the same bits, slower for "
             "small ones, and gradients are not measured while backward makes them",
