@@ -327,9 +327,9 @@ def test_a_record_has_them(steps: bool, tmp_path: Path) -> None:
     names = door.norms_of(state, PARAMS).paths
     with gradclip.Record(tmp_path / "run.db", per_tensor_every=1) as record:
         record(0, gradclip.Record.of_state(state, names), limit=2.5)
-    history = History.open(tmp_path / "run.db")
-    assert tuple(history.names) == ("b", "w")
-    assert history.tensor_norms(0, 1).values.tolist() == [[4, 3]]
+    with History.open(tmp_path / "run.db") as history:
+        assert tuple(history.names) == ("b", "w")
+        assert history.tensor_norms(0, 1).values.tolist() == [[4, 3]]
 
 
 def test_no_other_gradient_flows_than_through_the_norms() -> None:

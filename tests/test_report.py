@@ -10,6 +10,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -410,7 +411,7 @@ def test_outputs_that_cannot_be(tmp_path: Path) -> None:
 
 def test_a_later_version_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "run.db", quiet(50, 3))
-    with sqlite3.connect(path) as file:
+    with closing(sqlite3.connect(path)) as file:
         file.execute("PRAGMA user_version = 999")
     status, _, err = run_main("report", path)
     assert status == 2

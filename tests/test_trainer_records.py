@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,8 @@ def read(path: Path) -> Seen:
 
 
 def check_columns(path: Path, limit: float | None) -> None:
-    rows = list(sqlite3.connect(path).execute('SELECT norm, "limit", factor, action FROM steps'))
+    with closing(sqlite3.connect(path)) as file:
+        rows = list(file.execute('SELECT norm, "limit", factor, action FROM steps'))
     assert len(rows) == STEPS
     for norm, bound, factor, action in rows:
         assert bound == limit

@@ -182,10 +182,14 @@ def _open(path: Path) -> sqlite3.Connection:
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; a record is one file")
     try:
-        file = _connected(path)
-        if not schema.check_version(file, path):
+        file = sqlite3.connect(_uri(path), uri=True)
+        try:
+            file.execute("SELECT count(*) FROM sqlite_master").fetchone()
+            if not schema.check_version(file, path):
+                raise ValueError(f"{path} is no record of gradclip: it is empty")
+        except BaseException:
             file.close()
-            raise ValueError(f"{path} is no record of gradclip: it is empty")
+            raise
     except sqlite3.OperationalError as error:
         raise OSError(f"{path} cannot be read: {error}") from error
     except sqlite3.DatabaseError as error:
@@ -193,11 +197,9 @@ def _open(path: Path) -> sqlite3.Connection:
     return file
 
 
-def _connected(path: Path) -> sqlite3.Connection:
+def _uri(path: Path) -> str:
     uri = f"{path.absolute().as_uri()}?mode=ro"
     # In a folder that may not be written SQLite reads only what it is told that nobody writes.
     if not os.access(path.parent, os.W_OK) and not path.with_name(f"{path.name}-wal").exists():
         uri += "&immutable=1"
-    file = sqlite3.connect(uri, uri=True)
-    file.execute("SELECT count(*) FROM sqlite_master").fetchone()
-    return file
+    return uri

@@ -81,16 +81,16 @@ class Record:
         RuntimeError: another Record is writing it.
 
     >>> import sqlite3, tempfile
+    >>> from contextlib import closing
     >>> import numpy as np, gradclip
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     with Record(f"{folder}/run.db") as record:
     ...         for step in range(3):
     ...             gradients = {"w": np.array([3.0 * step]), "b": np.array([4.0 * step])}
     ...             record(step, gradclip.norms(gradients), limit=5.0)
-    ...     for row in sqlite3.connect(f"{folder}/run.db").execute(
-    ...         'SELECT step, norm, "limit", factor, action FROM steps'
-    ...     ):
-    ...         print(row)
+    ...     with closing(sqlite3.connect(f"{folder}/run.db")) as file:
+    ...         for row in file.execute('SELECT step, norm, "limit", factor, action FROM steps'):
+    ...             print(row)
     (0, 0.0, 5.0, 1.0, 'keep')
     (1, 5.0, 5.0, 1.0, 'keep')
     (2, 10.0, 5.0, 0.5, 'clip')
