@@ -79,6 +79,7 @@ class NameWheel(bdist_wheel):
         if not self.distribution.has_ext_modules():
             self.root_is_pure = True
             self.build_number = "0_without_the_C_kernel"
+        self.skip_build = True  # it would compile all of the kernel again
         super().run()
 
 

@@ -332,15 +332,22 @@ def test_a_wheel_without_a_kernel_is_for_every_machine(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_a_wheel_with_a_kernel_is_for_its_machine(tmp_path: Path) -> None:
+def test_a_wheel_with_a_kernel_is_for_its_machine_and_compiled_once(tmp_path: Path) -> None:
     copy_tree(tmp_path)
-    environment = {"CC": " ".join(CC), "GRADCLIP_REQUIRE_KERNEL": "1"}
+    compiler, calls = tmp_path / "compiler", tmp_path / "calls"
+    compiler.write_text(f'#!/bin/sh\necho "$@" >> {calls}\nexec {" ".join(CC)} "$@"\n')
+    compiler.chmod(0o755)
+    environment = {"CC": str(compiler), "GRADCLIP_REQUIRE_KERNEL": "1"}
     done = pip("wheel", "--wheel-dir", str(tmp_path / "wheels"), folder=tmp_path, **environment)
     assert done.returncode == 0, done.stderr
     (wheel,) = (tmp_path / "wheels").iterdir()
     assert re.fullmatch(r"gradclip-[0-9.]+-cp311-abi3-\w+\.whl", wheel.name)
     with zipfile.ZipFile(wheel) as opened:
         assert [name for name in opened.namelist() if name.endswith(".so")]
+    compiled = re.findall(r" -c (\S+\.c) ", calls.read_text())
+    assert sorted(Path(name).name for name in compiled) == sorted(
+        path.name for path in SOURCES.glob("*.c")
+    )
 
 
 @pytest.mark.slow
