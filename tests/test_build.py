@@ -270,6 +270,14 @@ def test_a_kernel_that_cannot_be_loaded_is_told_of(tmp_path: Path) -> None:
     assert told == [f"gradclip's C kernel {why}{WAY_OUT}"]
 
 
+@pytest.mark.long
+def test_a_kernel_of_an_older_gradclip_is_not_used(tmp_path: Path) -> None:
+    library = build(tmp_path, change=("handles.c", "numbers, type, strided)", "numbers, type)"))
+    why = "is of an older gradclip"
+    wanted = [[5.0, 5.0], [f"gradclip's C kernel {why}{WAY_OUT}"], "numpy", False, why]
+    assert told_of(str(library)) == wanted
+
+
 @pytest.mark.slow
 def test_a_build_that_fails_leaves_no_older_kernel_in_its_place(tmp_path: Path) -> None:
     """The install succeeds all the same, and the first use says what it has come to."""

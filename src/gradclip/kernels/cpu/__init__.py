@@ -24,7 +24,8 @@ except ModuleNotFoundError:
 except ImportError as _error:
     _why_numpy = f"cannot be loaded ({_error})"
 else:
-    if not hasattr(getattr(_cpu, "Leaves", None), "rows"):
+    # What has changed last.
+    if "strided" not in str(getattr(getattr(_cpu, "use_handles", None), "__text_signature__", "")):
         _why_numpy = "is of an older gradclip"
     elif (_fault := _cpu.fault()) is not None:
         _why_numpy = f"gets {_fault} wrong on this machine"
