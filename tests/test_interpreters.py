@@ -73,6 +73,14 @@ def test_one_that_alone_has_numpy_can_clip() -> None:
     assert printed("run_in_another(own_lock=False)") == f"{expected}\n"
 
 
+def test_a_python_without_other_interpreters_can_clip() -> None:
+    name = "_xxsubinterpreters" if sys.version_info < (3, 13) else "_interpreters"
+    code = f"sys.modules[{name!r}] = None\n"
+    code += "import numpy, gradclip\nprint(gradclip.global_norm([numpy.array([3.0, 4.0])]))"
+    done = run_python(code)
+    assert done.stdout == "5.0\n", done.stderr
+
+
 FREE_THREADED = """
 import sysconfig, sys
 found = sysconfig.get_config_var

@@ -36,5 +36,8 @@ def check() -> None:
 
 def _is_main() -> bool:
     name = "_xxsubinterpreters" if sys.version_info < (3, 13) else "_interpreters"
-    interpreters = importlib.import_module(name)
+    try:
+        interpreters = importlib.import_module(name)
+    except ModuleNotFoundError:  # as in PyPy, which has no other interpreters
+        return True
     return bool(interpreters.get_current() == interpreters.get_main())
