@@ -131,12 +131,15 @@ def pythons() -> dict[str, Path]:
 
 def cells(wishes: Sequence[str]) -> Iterator[Cell]:
     """The cells that are wished for; of every framework two, if none is."""
-    oldest, *_, newest = pythons()
+    there = list(pythons())
+    oldest, newest = there[0], there[-1]
     for wish in wishes or PARTS:
         name, _, python = wish.partition("@")
         framework, _, version = name.partition("-")
         if framework not in PARTS:
             sys.exit(f"{wish!r} is none of {', '.join(PARTS)}, as in {framework}-newest@{newest}")
+        if python and python not in there:
+            sys.exit(f"{wish!r}: there is no Python {python} here, but {', '.join(there)}")
         for each in [version] if version else [floor(framework), "newest"]:
             yield Cell(framework, each, python or (newest if each == "newest" else oldest))
 
