@@ -162,7 +162,7 @@ def _any_of(*tensors: Tensor) -> bool:
     return any(map(operator.attrgetter("requires_grad"), tensors))
 
 
-# PyTorch 2.4 has none.
+# PyTorch 2.6 has none.
 _any_requires_grad: Callable[..., bool] = getattr(torch._C, "_any_requires_grad", _any_of)
 
 
