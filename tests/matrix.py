@@ -122,7 +122,10 @@ def pythons() -> dict[str, Path]:
     lowest = int(PROJECT["requires-python"].rpartition(".")[2])
     for minor in range(lowest, lowest + 10):
         name = f"python3.{minor}"
-        of_pyenv = [*folder.glob(f"3.{minor}.*/bin/{name}")]
+        # Not 3.13.0t, which runs without the lock.
+        of_pyenv = sorted(
+            folder.glob(f"3.{minor}.*[0-9]/bin/{name}"), key=lambda path: numbers(path.parts[-3])
+        )
         on_path = shutil.which(name)
         if of_pyenv or on_path:
             found[f"3.{minor}"] = of_pyenv[-1] if of_pyenv else Path(on_path or "")
