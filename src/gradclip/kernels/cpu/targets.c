@@ -185,7 +185,7 @@ static unsigned registers_kept(void) {
     return low;
 }
 
-static int has_avx2(void) {
+static int avx2_is_there(void) {
     const unsigned with_avx2 = bit_OSXSAVE | bit_AVX | bit_FMA | bit_F16C;
     unsigned a, b, c, d;
     return __get_cpuid(1, &a, &b, &c, &d) && (c & with_avx2) == with_avx2 &&
@@ -193,18 +193,18 @@ static int has_avx2(void) {
            b & bit_AVX2;
 }
 
-static int has_avx512(void) {
+static int avx512_is_there(void) {
     const unsigned all = bit_AVX512F | bit_AVX512DQ | bit_AVX512BW | bit_AVX512VL;
     unsigned a, b, c, d;
-    return has_avx2() && (registers_kept() & 0xe6) == 0xe6 &&
+    return avx2_is_there() && (registers_kept() & 0xe6) == 0xe6 &&
            __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b & all) == all;
 }
 #endif
 
 static int processor_has(const char *name) {
 #if defined(__x86_64__) && defined(TARGET_BEGIN)
-    if (!strcmp(name, "avx2")) return has_avx2();
-    if (!strcmp(name, "avx512")) return has_avx512();
+    if (!strcmp(name, "avx2")) return avx2_is_there();
+    if (!strcmp(name, "avx512")) return avx512_is_there();
 #endif
     return !strcmp(name, "baseline");
 }
