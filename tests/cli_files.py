@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pty
+import signal
 import socket
 import subprocess
 import sys
@@ -224,3 +225,14 @@ def sparse_npy(path: Path, size: int) -> Path:
         stream.seek(4 * (size - 2), os.SEEK_CUR)
         stream.write(np.float32(4).tobytes())
     return path
+
+
+@contextlib.contextmanager
+def heeded(*numbers: int) -> Iterator[None]:
+    """What is started here heeds these signals, of which a shell has its background ignore some."""
+    inherited = [signal.signal(number, signal.SIG_DFL) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, inherited, strict=True):
+            signal.signal(number, handler)

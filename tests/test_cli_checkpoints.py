@@ -370,11 +370,8 @@ def test_interrupted_it_leaves_nothing(
     tmp_path: Path, torch: Any, save: Any, number: int, status: int
 ) -> None:
     source = save(tmp_path / "a.pt", {"a": random(torch, "float32", 2**25)})
-    inherited = signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a shell may ignore
-    try:
+    with cli_files.heeded(signal.SIGINT):
         assert stopped(source, tmp_path / "o.pt", number, None) == status
-    finally:
-        signal.signal(signal.SIGINT, inherited)
     assert list(tmp_path.iterdir()) == [source]
 
 

@@ -521,14 +521,8 @@ def test_interrupted_it_leaves_nothing(
     tmp_path: Path, large: Path, number: int, status: int
 ) -> None:
     out = tmp_path / "o.npy"
-    # Tests that run in the background of a shell, or under nohup, inherit that one is ignored.
-    inherited = [signal.signal(n, signal.SIG_DFL) for n in (signal.SIGINT, signal.SIGHUP)]
-    try:
-        ended = stopped(large, out, number, None)
-    finally:
-        for ignored, handler in zip((signal.SIGINT, signal.SIGHUP), inherited, strict=True):
-            signal.signal(ignored, handler)
-    assert ended == status
+    with cli_files.heeded(signal.SIGINT, signal.SIGHUP):
+        assert stopped(large, out, number, None) == status
     assert not list(tmp_path.iterdir())
 
 

@@ -155,12 +155,13 @@ class Watching:
     def __init__(self, path: Path):
         self.ours, theirs = pty.openpty()
         settings = {"COLUMNS": "100", "LINES": "40", "TERM": "xterm-256color"}
-        self.process = subprocess.Popen(
-            cli_files.command("watch", path),
-            env=os.environ | settings,
-            stdout=theirs,
-            stderr=theirs,
-        )
+        with cli_files.heeded(signal.SIGINT):
+            self.process = subprocess.Popen(
+                cli_files.command("watch", path),
+                env=os.environ | settings,
+                stdout=theirs,
+                stderr=theirs,
+            )
         os.close(theirs)
         os.set_blocking(self.ours, False)
         self.drawn = ""
