@@ -131,7 +131,8 @@ def pythons() -> dict[str, Path]:
 
 def cells(wishes: Sequence[str]) -> Iterator[Cell]:
     """The cells that are wished for; of every framework two, if none is."""
-    oldest, *_, newest = pythons()
+    there = [*pythons()]
+    oldest, newest = there[0], there[-1]
     for wish in wishes or PARTS:
         name, _, python = wish.partition("@")
         framework, _, version = name.partition("-")
