@@ -86,6 +86,7 @@ def test_the_public_names() -> None:
         "clip_by_global_norm",
         "clip_by_global_norm_",
         "global_norm",
+        "limits",
         "norms",
     }
     assert all(hasattr(gradclip, name) for name in gradclip.__all__)
