@@ -2,10 +2,10 @@
 
 What stands between two headings is one script: its blocks of ``python`` in their order, and before
 or between them what is in comments ``<!-- python ... -->``, which readers do not see. A block of
-``diff`` makes two scripts of it, one with the lines that go and one with those that come. Then its
-blocks of ``console`` run in the same folder, command by command, and print what is shown; "..."
-stands for anything. Blocks of ``sh``, or of no language, install or make something and are not run,
-and ``text`` is no code.
+``diff`` makes two scripts of it, one with the lines that go and one with those that come. A comment
+right behind or below a ``print`` is what it prints. Then the blocks of ``console`` run in the same
+folder, command by command, and print what is shown; "..." stands for anything. Blocks of ``sh``, or
+of no language, install or make something and are not run, and ``text`` is no code.
 """
 
 from __future__ import annotations
@@ -83,6 +83,8 @@ def _sections(page: Path) -> list[Section]:
         elif fence:
             text = _until(fence["fence"], lines)
             found[-1].blocks.append((fence["language"].strip(), text))
+        elif line.lstrip().startswith(("```", "~~~")):
+            raise ValueError(f"{page}:{number}: a block has to begin with ``` at the left")
     return found
 
 

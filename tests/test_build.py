@@ -205,8 +205,8 @@ def test_what_a_linker_adds_to_flush_subnormal_numbers_would_be_seen(tmp_path: P
 
 WAY_OUT = (
     ", so NumPy or XLA does its work: the same bits, slower. Install gradclip again where a C "
-    "compiler is found, without CFLAGS: `pip install --force-reinstall --no-cache-dir -v gradclip` "
-    "shows what it says."
+    "compiler is found, without CFLAGS: `pip install --force-reinstall --no-cache-dir -v .` in "
+    "its checkout shows what it says."
 )
 
 USE = """

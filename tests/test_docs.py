@@ -23,6 +23,9 @@ QUICK = {"docs/start/numpy.md", "docs/commands/norm.md"}
 # What is not there without an extra, by the names that scripts import.
 _IMPORTED = re.compile(rf"^ *(?:import|from) (?:gradclip\.)?({'|'.join(FRAMEWORKS)})\b", re.M)
 
+# What a comment says that something prints, behind it or below.
+_PRINTED = re.compile(r"^ *print\(.*\)(?:  |\n)# (.+)$", re.M)
+
 
 def frameworks(code: str) -> set[str]:
     return {*_IMPORTED.findall(code)} - {"numpy"}
@@ -52,9 +55,14 @@ def test_the_code_under_a_heading_runs(section: Section, tmp_path: Path) -> None
         folder.mkdir()
         ran = run([sys.executable, "-W", "error", "-c", script], folder)
         assert not ran.returncode, ran.stdout
+        lines = iter(ran.stdout.split("\n"))
+        for expected in _PRINTED.findall(script):
+            assert any(is_shown(line, expected) for line in lines), f"{expected}\n{ran.stdout}"
     for command, expected in section.commands:
         ran = run(["bash", "-c", command], folder if section.scripts else tmp_path)
         assert is_shown(ran.stdout, expected), f"$ {command}\n{ran.stdout}"
+        # Where the page shows nothing, an error would pass for what it leaves out.
+        assert expected.strip(".") or not ran.returncode, f"$ {command}\n{ran.stdout}"
 
 
 def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:

@@ -898,7 +898,7 @@ def test_the_first_use_of_the_fallback_warns_once(monkeypatch: pytest.MonkeyPatc
     text = (
         "gradclip's C kernel was not built, so NumPy or XLA does its work: the same bits, slower. "
         "Install gradclip again where a C compiler is found, without CFLAGS: "
-        "`pip install --force-reinstall --no-cache-dir -v gradclip` shows what it says."
+        "`pip install --force-reinstall --no-cache-dir -v .` in its checkout shows what it says."
     )
     with pytest.warns(RuntimeWarning, match=f"^{re.escape(text)}$") as warned:
         assert global_norm(three_four()) == 5

@@ -56,6 +56,14 @@ def test_the_page_has_a_run_without_failures_with_the_lowest_version(framework: 
     assert {row.failed for row in rows if matrix.numbers(row.version) == lowest} == {"0"}
 
 
+def test_one_python_runs_the_lowest_and_the_newest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matrix, "pythons", lambda: {"3.12": Path("python3.12")})
+    assert list(map(str, matrix.cells(["jax"]))) == [
+        f"jax-{matrix.floor('jax')}@3.12",
+        "jax-newest@3.12",
+    ]
+
+
 def test_a_row_takes_the_place_of_an_older_run_alone() -> None:
     page = "before\n<!-- matrix -->\n<!-- /matrix -->\nafter\n"
     rows = [

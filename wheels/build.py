@@ -71,13 +71,19 @@ def extension(platform: Platform) -> Extension:
     return run_setup("setup.py", stop_after="init").ext_modules[0]
 
 
+def headers(folder: Path) -> Path:
+    """Python's headers, without what they know of this machine: for that there is pyconfig.h."""
+    without = shutil.ignore_patterns("pyconfig*.h")
+    return shutil.copytree(sysconfig.get_path("include"), folder / "include", ignore=without)
+
+
 def compile_library(platform: Platform, folder: Path) -> Path:
     """Build the kernel for a platform."""
     kernel = extension(platform)
     library = folder / platform.library
     run(
         *("ziglang", "cc", "-target", platform.target, "-shared", "-fPIC", "-DNDEBUG", "-g0"),
-        *("-include", "wheels/pyconfig.h", "-isystem", sysconfig.get_path("include")),
+        *("-isystem", "wheels", "-isystem", headers(folder)),
         *(f"-D{name}={value}" for name, value in kernel.define_macros),
         *kernel.extra_compile_args,
         *kernel.sources,

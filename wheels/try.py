@@ -45,6 +45,8 @@ def main(wheel: Path, *options: str) -> None:
         python(*pip, str(wheel.absolute()))
         kind = "pure" if wheel.name.endswith("-none-any.whl") else "native"
         python("-c", FIRST_USE + block[1] + "print(norm, clipped)", kind, cwd=name)
+        if kind == "pure":
+            return  # many of the tests are about the kernel
         python(*pip, *NEEDED)
         tests = [str(ROOT / f"tests/test_{name}.py") for name in TESTS]
         quick = ("-m", "not slow and not long", "-p", "no:cacheprovider")

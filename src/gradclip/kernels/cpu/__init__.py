@@ -183,7 +183,8 @@ def warn_once() -> None:
         warnings.warn(
             f"gradclip's C kernel {_why_numpy}, so NumPy or XLA does its work: the same bits, "
             "slower. Install gradclip again where a C compiler is found, without CFLAGS: "
-            "`pip install --force-reinstall --no-cache-dir -v gradclip` shows what it says.",
+            "`pip install --force-reinstall --no-cache-dir -v .` in its checkout shows what it "
+            "says.",
             RuntimeWarning,
             stacklevel=2,
         )
