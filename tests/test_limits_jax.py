@@ -768,17 +768,16 @@ def test_units_are_clipped_one_by_one(dtype: str) -> None:
         assert state == optax.EmptyState()
         assert_same(jax.jit(clip.update)(updates, state, params)[0], found)
         theirs = optax.adaptive_grad_clip(0.5)
-        close, _ = theirs.update(updates, theirs.init(params), params)
         changed = 0
-        for x, weights, got, other, axes in zip(
-            updates, params, found, close, UNITS.values(), strict=True
-        ):
+        for x, weights, got, axes in zip(updates, params, found, UNITS.values(), strict=True):
             old = np.asarray(x)
             assert_same(np.asarray(got), exact_units(old, np.asarray(weights), 0.5, 1e-3, axes))
-            wide = "complex128" if dtype == "complex64" else "float64"
-            pair = (np.asarray(each).astype(wide) for each in (got, other))
-            np.testing.assert_allclose(*pair, rtol=3e-2 if dtype == "bfloat16" else 1e-5)
             changed += not np.array_equal(got, old)
+            if x.ndim < 5:  # of more dimensions optax 0.2.5 takes none
+                other, _ = theirs.update(x, theirs.init(weights), weights)
+                wide = "complex128" if dtype == "complex64" else "float64"
+                pair = (np.asarray(each).astype(wide) for each in (got, other))
+                np.testing.assert_allclose(*pair, rtol=3e-2 if dtype == "bfloat16" else 1e-5)
         assert changed > 3
 
 
