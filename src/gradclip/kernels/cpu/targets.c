@@ -19,13 +19,13 @@ enum { NEAR = 1024, LINE = 64 };
 /* ---- the targets ---- */
 
 #define AVX512_ "avx2,fma,f16c,avx512f,avx512dq,avx512bw,avx512vl"
-#define AVX512 AVX512_
-#if defined(__clang__)
 #if __clang_major__ >= 18 && __clang_major__ <= 21 && !defined(__apple_build_version__)
 /* These can leave the 512-bit registers out, and `zig cc` has them do so. */
-#undef AVX512
 #define AVX512 AVX512_ ",evex512"
+#else
+#define AVX512 AVX512_
 #endif
+#if defined(__clang__)
 #define TARGET_BEGIN_(text) _Pragma(#text)
 #define TARGET_BEGIN(flags) \
     TARGET_BEGIN_(clang attribute push(__attribute__((target(flags))), apply_to = function))
